@@ -1,0 +1,1 @@
+"""The app: HTTP around a Classifier (`python -m service`)."""
