@@ -1,0 +1,192 @@
+"""Classifier: pixels in [0,1] -> logits, through encoder, head, label set and defence. Nothing else decides.
+
+The trainer evaluates it, attacks go through it, the service answers from it. It is differentiable from the
+pixels to the logits of every level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ironclip.defences import Defence, make_defence
+from ironclip.encoder import Encoder
+from ironclip.errors import OptionError
+from ironclip.hierarchy import LabelTree, Level
+from ironclip.labels import Label, LabelSet, TextBank, build_text_bank
+
+LevelMode = Literal["rollup", "prompts"]
+LEVEL_MODES: tuple[LevelMode, ...] = ("rollup", "prompts")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Everything that a Classifier says of N pictures.
+
+    Attributes:
+        logits: float32 [N, K]; their softmax is the answer's scores.
+        cosine: float32 [N, K]: cosine of the picture's first view with each label's weights.
+        levels: name of a level -> its logits, float32 [N, nodes]; empty without a tree.
+    """
+
+    logits: Tensor
+    cosine: Tensor
+    levels: dict[str, Tensor]
+
+
+class Classifier(nn.Module):
+    """One encoder deciding among one label set.
+
+    Args:
+        encoder: in any dtype; not modified.
+        label_set: resolved with the encoder's templates here.
+        bank: its text bank, if already built (with descriptions, if the defence wants them).
+        tree: a label tree over the labels, or several by name.
+        levels: how a tree's upper levels are scored: `rollup` sums the labels' probabilities, `prompts` lets
+            every node compete by its own prompts.
+        level_banks: text banks of the upper levels, if already built; only with `prompts`.
+        defence: DEFENCES["none"] if not given.
+
+    Raises:
+        LabelError, TreeError, OptionError: as their modules say.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        label_set: LabelSet,
+        bank: TextBank | None = None,
+        *,
+        tree: LabelTree | Mapping[str, LabelTree] | None = None,
+        levels: LevelMode = "rollup",
+        level_banks: Mapping[str, TextBank] | None = None,
+        defence: Defence | None = None,
+    ) -> None:
+        super().__init__()
+        if levels not in LEVEL_MODES:
+            raise OptionError(
+                f"levels is one of {', '.join(LEVEL_MODES)}, not {str(levels)[:40]!r}.", pointer="/levels"
+            )
+        self.encoder = encoder
+        self.label_set = label_set.resolve(encoder)
+        self.defence = defence or make_defence()
+        if encoder.head.type not in self.defence.heads:
+            raise OptionError(
+                f"The defence {self.defence.name!r} does not serve encoders with a {encoder.head.type} head.",
+                pointer="/defence",
+            )
+        self.bank = (bank or build_text_bank(encoder, self.label_set)).to(encoder.device)
+        self.level_mode: LevelMode = levels
+        self.levels = bind_levels(tree, self.label_set) if tree is not None else {}
+        self.level_banks: dict[str, TextBank] = {}
+        if levels == "prompts":
+            given = level_banks or {}
+            for name, level_set in level_label_sets(tree, self.label_set).items():
+                self.level_banks[name] = (given.get(name) or build_text_bank(encoder, level_set)).to(encoder.device)
+        self._state: Any = self.defence.prepare(self.bank)
+        self._level_states = {name: self.defence.prepare(level) for name, level in self.level_banks.items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The labels, in the order of the logits."""
+        return self.label_set.names
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Features of every view: [N, 3, R, R] in [0,1] -> float32 [N, views, dim], not normalised."""
+        views = self.defence.views(pixels)
+        features = self.encoder.encode_image(views.flatten(0, 1))
+        return features.reshape(*views.shape[:2], -1)
+
+    def decide(self, features: Tensor) -> Tensor:
+        """Logits of the labels: features [N, views, dim] (or [N, dim] for one view) -> float32 [N, K]."""
+        return self.defence.logits(_with_views(features), self.bank, self._state, self._head)
+
+    def judge(self, features: Tensor) -> Decision:
+        """Logits, cosines and the logits of every level, from features as for `decide`."""
+        features = _with_views(features)
+        logits = self.decide(features)
+        cosine = normalize(features[:, 0], dim=-1) @ self.bank.weights.T
+        return Decision(logits, cosine, self.level_logits(features, logits))
+
+    def level_logits(self, features: Tensor, logits: Tensor) -> dict[str, Tensor]:
+        """Logits of every level of the tree(s), the leaf level included: name -> [N, nodes]."""
+        features = _with_views(features)
+        result = {}
+        for name, level in self.levels.items():
+            if name in self.level_banks:
+                bank, state = self.level_banks[name], self._level_states[name]
+                result[name] = self.defence.logits(features, bank, state, self._head)
+            else:
+                result[name] = level.rollup(logits)
+        return result
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels [N, 3, R, R] in [0,1] -> logits [N, K]."""
+        return self.decide(self.encode(pixels))
+
+    def _head(self, features: Tensor, bank: TextBank) -> Tensor:
+        """The cosine head: logit_scale * cos (Radford et al. 2021, figure 3)."""
+        return self.encoder.logit_scale * (normalize(features, dim=-1) @ bank.weights.T)
+
+
+def bind_levels(tree: LabelTree | Mapping[str, LabelTree], label_set: LabelSet) -> dict[str, Level]:
+    """The levels of a tree over a label set by name, leaves first; with several trees `tree/level`."""
+    if isinstance(tree, LabelTree):
+        return {level.name: level for level in tree.bind(label_set.names).levels}
+    levels = {}
+    for name, one in tree.items():
+        for level in one.bind(label_set.names, pointer=f"/tree/{name}").levels:
+            levels[f"{name}/{level.name}"] = level
+    return levels
+
+
+def level_label_sets(tree: LabelTree | Mapping[str, LabelTree] | None, label_set: LabelSet) -> dict[str, LabelSet]:
+    """For levels scored by their own prompts: each level above the labels as a label set of its nodes.
+
+    A node's prompts are those the tree gives it, else the label set's templates with its name; a label that
+    stands for itself at an upper level keeps its own prompts.
+    """
+    if tree is None:
+        return {}
+    labels = {label.name: label for label in label_set.labels}
+    trees = {"": tree} if isinstance(tree, LabelTree) else tree
+    result = {}
+    for prefix, one in trees.items():
+        for level in one.bind(label_set.names).levels[1:]:
+            nodes = tuple(
+                Label(node, one.prompts[node]) if node in one.prompts else labels.get(node, Label(node))
+                for node in level.nodes
+            )
+            name = f"{prefix}/{level.name}" if prefix else level.name
+            result[name] = LabelSet(nodes, label_set.templates, label_set.limits)
+    return result
+
+
+def _with_views(features: Tensor) -> Tensor:
+    return features[:, None] if features.ndim == 2 else features
+
+
+@torch.no_grad()
+def predict(classifier: Classifier, pixels: Tensor, *, batch_size: int = 256) -> Decision:
+    """Decide for many pictures in batches, without gradients.
+
+    Args:
+        classifier: what decides.
+        pixels: uint8 or float RGB, [N, 3, R, R]; uint8 is divided by 255.
+        batch_size: pictures per forward.
+    """
+    parts = []
+    for batch in torch.split(pixels, batch_size):
+        batch = batch.to(classifier.encoder.device)
+        batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch
+        parts.append(classifier.judge(classifier.encode(batch)))
+    return Decision(
+        torch.cat([part.logits for part in parts]),
+        torch.cat([part.cosine for part in parts]),
+        {name: torch.cat([part.levels[name] for part in parts]) for name in parts[0].levels},
+    )

@@ -1,0 +1,244 @@
+"""Encoder: an open_clip model whose image tower takes pixels in [0,1], normalisation inside.
+
+The mean and standard deviation of the model's training data are buffers of the Encoder, so that whatever
+attacks, evaluates or serves it works on the picture itself: a perturbation budget of n/255 means n/255.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transformer import text_global_pool
+from torch import Tensor, nn
+
+from ironclip.errors import ArtifactError, LabelError
+from ironclip.preprocessing import Preprocessing
+
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+HEADS = ("cosine",)
+
+# Texts whose token ids identify a tokenizer by what it does (case, accents, other scripts, digits, emoji).
+_TOKENIZER_PROBES = (
+    "a photo of a dog.",
+    "A  Photo of the DOG's 2 bowls!",
+    "naïve café, señor",
+    "犬の写真 собака كلب",
+    "🥕 carrot-like (n=1,024)",
+)
+
+
+@dataclass(frozen=True)
+class Head:
+    """How features become a decision; travels with the weights in `ironclip.json`.
+
+    `cosine`: logit = logit_scale * cos(image, text), CLIP's own rule (Radford et al. 2021).
+    """
+
+    type: str = "cosine"
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any]) -> Head:
+        """Read a head from its JSON form; raises ArtifactError for a type this version does not have."""
+        kind = value.get("type")
+        if kind not in HEADS or set(value) - {"type"}:
+            raise ArtifactError(
+                f"The artifact's head is {json.dumps(dict(value))[:200]}; this version knows: {', '.join(HEADS)}. "
+                "Use a newer ironclip, or export the encoder with a cosine head."
+            )
+        return cls(type=str(kind))
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON form, as stored in `ironclip.json`."""
+        return {"type": self.type}
+
+
+class Encoder(nn.Module):
+    """Image and text towers of one open_clip model.
+
+    Args:
+        model: an open_clip CLIP, CustomTextCLIP or CoCa.
+        tokenizer: open_clip's tokenizer for it.
+        model_cfg: open_clip's `model_cfg`, as written to `open_clip_config.json`.
+        preprocess_cfg: open_clip's `preprocess_cfg` (size, mean, std, interpolation, resize_mode, ...).
+        spec: what was asked for, for messages.
+        head: how features become a decision.
+        provenance: the content of `ironclip.json`, empty for a model that is not ours.
+        folder: the artifact's folder, if it came from one.
+
+    Attributes:
+        dim: length of a feature vector.
+        resolution: side of the square input, in pixels.
+        preprocessing: picture -> uint8 pixels at that resolution.
+        dtype: what the towers compute in; features always come back as float32.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        model_cfg: Mapping[str, Any],
+        preprocess_cfg: Mapping[str, Any],
+        spec: str = "",
+        head: Head | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.model_cfg = dict(model_cfg)
+        self.preprocess_cfg = dict(preprocess_cfg)
+        self.spec = spec
+        self.head = head or Head()
+        self.provenance = dict(provenance or {})
+        self.folder = folder
+        self.dim = int(self.model_cfg["embed_dim"])
+        self.context_length = int(tokenizer.context_length)
+        self.preprocessing = Preprocessing.from_open_clip(self.preprocess_cfg)
+        self.resolution = self.preprocessing.resolution
+        self.default_templates: tuple[str, ...] = tuple(self.provenance.get("default_templates") or DEFAULT_TEMPLATES)
+        self.register_buffer("mean", torch.tensor(self.preprocess_cfg["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.preprocess_cfg["std"]).view(1, 3, 1, 1), persistent=False)
+        self._digest: str | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the towers compute in."""
+        return next(self.model.visual.parameters()).dtype  # type: ignore[union-attr]
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the towers are on."""
+        return self.mean.device
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """exp of the learnt temperature: a float32 scalar (100 for OpenAI's CLIP)."""
+        scale: Tensor = self.model.logit_scale  # type: ignore[assignment]
+        return scale.float().exp().reshape(())
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Image features, not normalised.
+
+        Args:
+            pixels: float RGB in [0,1], [N, 3, resolution, resolution].
+
+        Returns:
+            float32 [N, dim]; differentiable with respect to `pixels`.
+        """
+        side = self.resolution
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side):
+            raise ValueError(f"pixels must be [N, 3, {side}, {side}], got {list(pixels.shape)}")
+        normalised = (pixels.float() - self.mean) / self.std
+        features: Tensor = self.model.encode_image(normalised.to(self.dtype), normalize=False)  # type: ignore[operator]
+        return features.float()
+
+    def tokenize(self, texts: Sequence[str], *, truncate: bool = False) -> Tensor:
+        """Token ids, int64 [N, context_length].
+
+        Raises:
+            LabelError: a text is longer than the context and `truncate` is off (the count is in the text).
+        """
+        if not truncate:
+            for text in texts:
+                count = self.count_tokens(text)
+                if count > self.context_length:
+                    raise LabelError(
+                        f"A text has {count} tokens, this encoder reads {self.context_length}: shorten "
+                        f"{text[:60]!r}, or set truncate.",
+                        limit=self.context_length,
+                    )
+        tokens: Tensor = self.tokenizer(list(texts))
+        return tokens
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of one text, start and end marks included."""
+        if isinstance(self.tokenizer, open_clip.SimpleTokenizer):
+            return len(self.tokenizer.encode(text)) + 2
+        inner = getattr(self.tokenizer, "tokenizer", None)
+        return len(inner(text)["input_ids"]) if callable(inner) else 0
+
+    def encode_text(self, texts: Sequence[str], *, truncate: bool = False, batch_size: int = 256) -> Tensor:
+        """Text features, not normalised: float32 [N, dim]. Raises LabelError for an over-long text."""
+        tokens = self.tokenize(texts, truncate=truncate)
+        # Longest last, so that texts of like length share a batch and little padding is computed.
+        order = torch.argsort(_lengths(tokens), stable=True)
+        features = torch.empty(len(texts), self.dim, device=self.device)
+        for part in torch.split(order, batch_size):
+            features = features.index_copy(0, part.to(self.device), self.encode_tokens(tokens[part]))
+        return features
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Text features of token ids [N, L], not normalised: float32 [N, dim].
+
+        A causal tower that reads its answer at the end mark cannot see the padding behind it, so the columns
+        that are padding in every row are left out; the features are the same and most of the work is saved.
+        """
+        tokens = tokens.to(self.device)
+        model: Any = self.model
+        if not isinstance(model, open_clip.CLIP) or model.text_pool_type != "argmax" or model.attn_mask is None:
+            features: Tensor = model.encode_text(tokens, normalize=False)
+            return features.float()
+        length = int(_lengths(tokens).max())
+        tokens = tokens[:, :length]
+        x = (model.token_embedding(tokens) + model.positional_embedding[:length]).to(self.dtype)
+        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length].to(self.dtype)))
+        x = text_global_pool(x, tokens, "argmax")
+        projection = model.text_projection
+        if projection is not None:
+            x = projection(x) if isinstance(projection, nn.Linear) else x @ projection
+        features = x.float()
+        return features
+
+    def astype(self, dtype: torch.dtype) -> Encoder:
+        """A copy whose towers hold and compute in `dtype`; the temperature stays float32."""
+        other = copy.deepcopy(self)
+        other.model.to(dtype)
+        for name in ("logit_scale", "logit_bias"):
+            parameter = getattr(self.model, name, None)
+            if parameter is not None:
+                getattr(other.model, name).data = parameter.data.clone().float()
+        other._digest = self.digest  # the same encoder; the dtype is named beside the digest wherever it matters
+        return other
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over weights, config, head and what the tokenizer does; computed once."""
+        if self._digest is None:
+            self._digest = self._compute_digest()
+        return self._digest
+
+    def _compute_digest(self) -> str:
+        tokens = self.tokenizer(list(_TOKENIZER_PROBES)).tolist()
+        identity = {
+            "model_cfg": self.model_cfg,
+            "preprocessing": self.preprocessing.digest,
+            "mean": self.mean.flatten().tolist(),
+            "std": self.std.flatten().tolist(),
+            "head": self.head.to_json(),
+            "tokens": tokens,
+        }
+        sha = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            values = tensor.detach().cpu()
+            values = values.float() if values.is_floating_point() else values
+            sha.update(f"{name}:{list(values.shape)}".encode())
+            sha.update(values.contiguous().numpy().data)
+        return sha.hexdigest()
+
+
+def _lengths(tokens: Tensor) -> Tensor:
+    """Length of each row up to and with its end mark, which has the highest id in CLIP's vocabulary: int64 [N]."""
+    return tokens.argmax(dim=-1).cpu() + 1
