@@ -1,0 +1,1 @@
+"""The offline app: recipes that make encoders (`python -m training`)."""

@@ -1,0 +1,357 @@
+"""`pretrain`: contrastive (CLIP) pre-training of a small open_clip model from scratch, from pictures with names.
+
+Each step draws pictures and captions from (seed, step) alone, so a run that is killed and started again ends with
+the same weights as one that was not. The loss has two parts:
+
+* CLIP's symmetric cross-entropy between pictures and their captions (Radford et al. 2021), where a caption that is
+  known to be true of another picture of the batch ("a vegetable") is left out of that picture's denominator;
+* cross-entropy of each picture against prompts of the tree's three levels: a random part of all names, all
+  subgroups, all groups. Prompts, not a classifier: what is learnt is the text tower.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ironclip.artifact import save_artifact
+from ironclip.encoder import Encoder
+from ironclip.errors import IronclipError
+from training.augment import AugmentConfig, augment
+from training.captions import TEMPLATES, CaptionTable
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.emoji.pictures import Source, load_vendor, manifest_names, read_manifest, training_vendors
+from training.towers import ImageTower, build_encoder, fastest_dtype, parameter_groups
+
+LEVELS = ("name", "subgroup", "group")
+
+
+class NonFiniteLoss(IronclipError):
+    """The loss or a gradient became infinite or not a number."""
+
+    code = "non-finite-loss"
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything a pre-training run depends on.
+
+    Attributes:
+        name: of the encoder, and of the run folder.
+        description: one line for ``ironclip.json``.
+        model: open_clip's ``model_cfg``.
+        preprocess: open_clip's ``preprocess_cfg``.
+        data: folder that `build-data` wrote.
+        left_out: training vendors kept out, to choose settings on.
+        style_weights: how often a picture is drawn, by its style; ``icon`` is for general icon sets.
+        flag_weight: how often a flag is drawn, beside 1 for other names.
+        caption_weights: how often each kind of caption is drawn (name, alias, tag, subgroup, group).
+        level_weights: of the prompt losses of the three levels (name, subgroup, group).
+        name_prompts: how many names each picture is compared with in the name loss.
+        label_smoothing: of the prompt losses.
+        dtype: ``auto`` (timed at the start), ``float32`` or ``bfloat16`` for the image tower.
+        ema: decay of the weight average that is exported.
+    """
+
+    name: str
+    model: dict[str, Any]
+    preprocess: dict[str, Any]
+    steps: int
+    description: str = ""
+    data: str = "data/demo"
+    left_out: tuple[str, ...] = ()
+    style_weights: dict[str, float] = field(
+        default_factory=lambda: {"plain": 1.0, "outlined": 0.5, "line": 0.3, "icon": 0.5}
+    )
+    flag_weight: float = 0.4
+    caption_weights: tuple[float, ...] = (0.4, 0.15, 0.2, 0.17, 0.08)
+    level_weights: tuple[float, ...] = (1.0, 0.3, 0.1)
+    name_prompts: int = 512
+    label_smoothing: float = 0.0
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    batch_size: int = 256
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: int = 200
+    clip_norm: float = 1.0
+    ema: float = 0.998
+    dtype: str = "auto"
+    threads: int = 2
+    seed: int = 0
+    log_every: int = 50
+    checkpoint_every: int = 500
+
+
+def learning_rate(config: PretrainConfig, step: int) -> float:
+    """Linear warm-up, then a cosine to zero at ``config.steps``."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    share = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def masked_clip_loss(logits: Tensor, truths: Tensor) -> Tensor:
+    """Symmetric cross-entropy over a batch, known truths beside the diagonal left out.
+
+    Args:
+        logits: float [B, B], picture i against caption j, temperature included.
+        truths: bool [B, B], caption j is known to be true of picture i.
+
+    Returns:
+        Scalar: the mean of the picture-to-caption and caption-to-picture losses.
+    """
+    others = truths & ~torch.eye(len(truths), dtype=torch.bool)
+    logits = logits.masked_fill(others, -torch.inf)
+    target = torch.arange(len(logits))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+class Sampler:
+    """Pictures of a batch: drawn by weight, gathered from the vendors' arrays."""
+
+    def __init__(self, sources: list[Source], flags: Tensor, config: PretrainConfig, icon_sets: set[str]) -> None:
+        self._sources = sources
+        style = [config.style_weights["icon" if s.vendor in icon_sets else s.style] for s in sources]
+        self.names = torch.cat([source.names for source in sources])
+        weights = torch.cat([torch.full((len(s.names),), w) for s, w in zip(sources, style, strict=True)])
+        total = torch.zeros(len(flags)).index_add_(0, self.names, weights)
+        of_name = torch.where(flags, config.flag_weight, 1.0)
+        # Names with many pictures come up more often, but only as the square root of their number.
+        self._weights = weights * of_name[self.names] / total[self.names].sqrt()
+        self._source = torch.cat([torch.full((len(s.names),), i) for i, s in enumerate(sources)])
+        self._row = torch.cat([torch.arange(len(s.names)) for s in sources])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """``count`` pictures: uint8 RGBA [count, size, size, 4] and their names int64 [count]."""
+        chosen = torch.multinomial(self._weights, count, replacement=False, generator=generator)
+        source, row = self._source[chosen], self._row[chosen]
+        size = self._sources[0].images.shape[1]
+        images = torch.empty(count, size, size, 4, dtype=torch.uint8)
+        for index in source.unique().tolist():
+            where = source == index
+            images[where] = self._sources[index].images[row[where]]
+        return images, self.names[chosen]
+
+
+@dataclass
+class Run:
+    """A run in progress: what the steps change, and what they draw from."""
+
+    config: PretrainConfig
+    encoder: Encoder
+    average: Encoder
+    optimiser: torch.optim.Optimizer
+    tower: ImageTower
+    sampler: Sampler
+    captions: CaptionTable
+    step: int = 0
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs; draws depend on (seed, step), so there is no other random state."""
+        return {
+            "config": asdict(self.config),
+            "step": self.step,
+            "model": self.encoder.model.state_dict(),
+            "average": self.average.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "dtype": str(self.tower.dtype).removeprefix("torch."),
+        }
+
+
+def _prompt_losses(run: Run, features: Tensor, names: Tensor, texts: Tensor, others: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy of normalised picture features against the prompts of the three levels."""
+    scale = run.encoder.logit_scale
+    sizes = [len(others), len(run.captions.subgroups), len(run.captions.groups)]
+    position = torch.zeros(len(run.captions.labels), dtype=torch.long)
+    position[others] = torch.arange(len(others))
+    targets = [position[names], run.captions.subgroup_of[names], run.captions.group_of[names]]
+    return {
+        level: F.cross_entropy(scale * features @ part.T, target, label_smoothing=run.config.label_smoothing)
+        for level, part, target in zip(LEVELS, texts.split(sizes), targets, strict=True)
+    }
+
+
+def compute_loss(run: Run, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    """One batch: draw, augment, encode both sides, and add up the losses."""
+    config, captions = run.config, run.captions
+    rgba, names = run.sampler.draw(config.batch_size, generator)
+    pixels = augment(rgba, run.encoder.resolution, config.augment, generator)
+    drawn = captions.draw(names, config.caption_weights, generator)
+    present = names.unique()
+    absent = torch.randperm(len(captions.labels), generator=generator)
+    absent = absent[~torch.isin(absent, present)][: max(0, config.name_prompts - len(present))]
+    others = torch.cat([present, absent])
+    words = [captions.labels[index] for index in others.tolist()] + captions.subgroups + captions.groups
+    picks = torch.randint(len(TEMPLATES), (len(words),), generator=generator).tolist()
+    prompts = [TEMPLATES[pick].format(word) for pick, word in zip(picks, words, strict=True)]
+    tokens = run.encoder.tokenize([caption.text for caption in drawn] + prompts, truncate=True)
+    texts = F.normalize(run.encoder.encode_tokens(tokens), dim=-1)
+    features = F.normalize(run.tower(pixels), dim=-1)
+    logits = run.encoder.logit_scale * features @ texts[: len(names)].T
+    contrastive = masked_clip_loss(logits, captions.truths(drawn, names))
+    levels = _prompt_losses(run, features, names, texts[len(names) :], others)
+    loss = contrastive
+    for weight, value in zip(config.level_weights, levels.values(), strict=True):
+        loss = loss + weight * value
+    parts = {"contrastive": contrastive, **levels}
+    return loss, {key: round(value.item(), 4) for key, value in parts.items()}
+
+
+def train_step(run: Run) -> dict[str, float]:
+    """One optimiser step; raises NonFiniteLoss (with the parts of the loss) rather than step on a NaN."""
+    config = run.config
+    rate = learning_rate(config, run.step)
+    for group in run.optimiser.param_groups:
+        group["lr"] = rate
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + run.step)
+    run.encoder.model.train()
+    loss, parts = compute_loss(run, generator)
+    run.optimiser.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = torch.nn.utils.clip_grad_norm_(run.encoder.model.parameters(), config.clip_norm)
+    if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        raise NonFiniteLoss(
+            f"step {run.step}: loss {loss.item()}, gradient norm {norm.item()}, parts {parts}, learning rate {rate:.2e}; "
+            "resume from the last checkpoint with a smaller learning_rate or dtype=float32"
+        )
+    run.optimiser.step()
+    run.encoder.model.logit_scale.data.clamp_(0, math.log(100))  # type: ignore[union-attr, operator]
+    decay = min(config.ema, (1 + run.step) / (10 + run.step))
+    with torch.no_grad():
+        current = run.encoder.model.state_dict()
+        for key, value in run.average.model.state_dict().items():
+            if value.is_floating_point():
+                value.lerp_(current[key], 1 - decay)
+            else:
+                value.copy_(current[key])
+    run.step += 1
+    return {"loss": round(loss.item(), 4), **parts, "norm": round(norm.item(), 3), "rate": rate}
+
+
+def start(config: PretrainConfig, folder: Path) -> Run:
+    """Set everything up, from the folder's checkpoint if it has one."""
+    torch.set_num_threads(config.threads)
+    data = Path(config.data)
+    manifest = read_manifest(data)
+    names = manifest_names(manifest)
+    vendors = training_vendors(manifest, config.left_out)
+    icon_sets = {key for key in vendors if manifest["vendors"][key].get("exact")}
+    sources = [source for key in vendors for source in load_vendor(data, manifest, key)]
+    flags = torch.tensor([name.group == "flags" for name in names])
+    encoder = build_encoder(config.model, config.preprocess, config.seed)
+    average = build_encoder(config.model, config.preprocess, config.seed)
+    encoder.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimiser = torch.optim.AdamW(parameter_groups(encoder.model, config.weight_decay), lr=0.0, betas=(0.9, 0.98))
+    checkpoint = load_checkpoint(folder / "checkpoint.pt", asdict(config))
+    dtype = checkpoint["dtype"] if checkpoint else config.dtype
+    if dtype == "auto":
+        chosen, speeds = fastest_dtype(encoder, min(config.batch_size, 128))
+        print(f"image tower: {speeds} images/s; using {chosen}", flush=True)
+    else:
+        chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    run = Run(
+        config=config,
+        encoder=encoder,
+        average=average,
+        optimiser=optimiser,
+        tower=ImageTower(encoder, chosen),
+        sampler=Sampler(sources, flags, config, icon_sets),
+        captions=CaptionTable(names),
+    )
+    if checkpoint:
+        encoder.model.load_state_dict(checkpoint["model"])
+        average.model.load_state_dict(checkpoint["average"])
+        optimiser.load_state_dict(checkpoint["optimiser"])
+        run.step = checkpoint["step"]
+        print(f"resuming at step {run.step} of {config.steps}", flush=True)
+    return run
+
+
+def pretrain(config: PretrainConfig, folder: Path) -> Path:
+    """Train until ``config.steps`` and write the artifact.
+
+    Args:
+        config: the resolved config; also written to ``folder/config.json``.
+        folder: the run folder: ``checkpoint.pt``, ``log.jsonl``, and in the end ``artifact/``.
+
+    Returns:
+        The artifact's folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
+    run = start(config, folder)
+    print(f"{len(run.sampler)} pictures, {len(run.captions.labels)} names, {config.steps} steps", flush=True)
+    stop = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    began, first = time.monotonic(), run.step
+    try:
+        with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
+            while run.step < config.steps and not stop:
+                entry = train_step(run)
+                if run.step % config.log_every == 0 or run.step == config.steps:
+                    pace = (time.monotonic() - began) / (run.step - first)
+                    log.write(json.dumps({"step": run.step, "seconds_per_step": round(pace, 4), **entry}) + "\n")
+                    log.flush()
+                    left = pace * (config.steps - run.step)
+                    print(
+                        f"step {run.step}/{config.steps} loss {entry['loss']:.3f} name {entry['name']:.3f} "
+                        f"subgroup {entry['subgroup']:.3f} rate {entry['rate']:.1e} "
+                        f"{config.batch_size / pace:.0f} images/s, {left / 60:.1f} min left",
+                        flush=True,
+                    )
+                if run.step % config.checkpoint_every == 0:
+                    save_checkpoint(folder / "checkpoint.pt", run.state())
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    save_checkpoint(folder / "checkpoint.pt", run.state())
+    return export(run, folder / "artifact") if run.step >= config.steps else folder
+
+
+def _seen_tokens(run: Run) -> Tensor:
+    """bool [vocabulary]: token ids that some caption of the training data can contain."""
+    seen = torch.zeros(run.encoder.model.token_embedding.num_embeddings, dtype=torch.bool)  # type: ignore[union-attr, arg-type]
+    for template in dict.fromkeys(TEMPLATES):
+        for texts in (run.captions.words, run.captions.labels):
+            seen[run.encoder.tokenize([template.format(text) for text in texts], truncate=True).unique()] = True
+    return seen
+
+
+def export(run: Run, folder: Path) -> Path:
+    """Write the averaged weights as an artifact.
+
+    Rows of the token table that no training caption uses are set to zero: an unknown word then says nothing,
+    instead of adding its random start to the text.
+    """
+    encoder, config = run.average, run.config
+    table: Tensor = encoder.model.token_embedding.weight.data  # type: ignore[union-attr, assignment]
+    table[~_seen_tokens(run)] = 0
+    manifest = read_manifest(Path(config.data))
+    vendors = training_vendors(manifest, config.left_out)
+    keep = ("package", "version", "integrity", "licence", "credit", "pictures", "names_covered")
+    data = {key: {part: manifest["vendors"][key][part] for part in keep} for key in vendors}
+    taxonomy = {key: manifest["taxonomy"][key] for key in ("package", "version", "integrity", "licence", "credit")}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    meta = {
+        "name": config.name,
+        "description": config.description,
+        "method": "pretrain",
+        "config": asdict(config),
+        "data": {"names": taxonomy, "pictures": data},
+        "seed": config.seed,
+        "commit": commit or "unknown",
+        "default_templates": ["an emoji of {}"],
+    }
+    return save_artifact(encoder, folder, meta)

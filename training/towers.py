@@ -1,0 +1,87 @@
+"""Building an open_clip model for training, and running its image tower in a cheaper dtype."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from ironclip.encoder import Encoder
+
+NO_DECAY = ("bias", "embedding", "logit_scale", "bn", "ln_", "norm")
+
+
+def build_encoder(model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any], seed: int) -> Encoder:
+    """An Encoder around a new open_clip CLIP with random weights drawn from ``seed``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = open_clip.model.CLIP(**model_cfg)
+    tokenizer = open_clip.SimpleTokenizer(context_length=model_cfg["text_cfg"]["context_length"])
+    return Encoder(model, tokenizer, model_cfg=model_cfg, preprocess_cfg=preprocess_cfg)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups: matrices decay; biases, norms, embeddings and the temperature do not."""
+    decay, rest = [], []
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim < 2 or any(part in name for part in NO_DECAY)
+        (rest if plain else decay).append(parameter)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+class ImageTower:
+    """The image tower of an Encoder, computed in ``dtype`` on cast copies of its float32 weights.
+
+    The copies are made in the graph, so gradients reach the float32 weights. Norms keep float32 weights: their
+    kernels take mixed inputs. This is not autocast, which on CPUs re-copies weights inside every kernel call.
+    """
+
+    def __init__(self, encoder: Encoder, dtype: torch.dtype) -> None:
+        self._encoder = encoder
+        self._visual: nn.Module = encoder.model.visual  # type: ignore[assignment]
+        self._norms = {
+            f"{prefix}."
+            for prefix, module in self._visual.named_modules()
+            if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm))
+        }
+        self.dtype = dtype
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Features of float RGB pixels in [0,1] [B, 3, R, R]: float32 [B, dim], not normalised."""
+        normalised = (pixels - self._encoder.mean) / self._encoder.std
+        images = normalised.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        if self.dtype == torch.float32:
+            features: Tensor = self._visual(images)
+            return features
+        cast = {
+            name: value if any(name.startswith(norm) for norm in self._norms) else value.to(self.dtype)
+            for name, value in self._visual.named_parameters()
+        }
+        return torch.func.functional_call(self._visual, cast, (images,)).float()
+
+
+def fastest_dtype(encoder: Encoder, batch_size: int, repeats: int = 2) -> tuple[torch.dtype, dict[str, float]]:
+    """Time one forward and backward of the image tower in float32 and bfloat16.
+
+    Returns:
+        The faster dtype, and images/s of each. Buffers (running statistics) are left as found.
+    """
+    buffers = {name: value.clone() for name, value in encoder.model.named_buffers()}
+    pixels = torch.full((batch_size, 3, encoder.resolution, encoder.resolution), 0.5)
+    pixels += torch.linspace(0, 0.3, batch_size).view(-1, 1, 1, 1)
+    speeds: dict[str, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        tower = ImageTower(encoder, dtype)
+        best = float("inf")
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            tower(pixels).square().mean().backward()
+            best = min(best, time.perf_counter() - start)
+        speeds[str(dtype).removeprefix("torch.")] = round(batch_size / best, 1)
+    encoder.model.zero_grad(set_to_none=True)
+    for name, value in encoder.model.named_buffers():
+        value.copy_(buffers[name])
+    return (torch.bfloat16 if speeds["bfloat16"] > speeds["float32"] else torch.float32), speeds
