@@ -19,7 +19,7 @@ import huggingface_hub.constants as hub
 import open_clip
 import torch
 from open_clip.factory import get_model_config
-from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from open_clip.pretrained import download_pretrained_from_hf, get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import nn
 
 from ironclip import artifact
@@ -52,7 +52,6 @@ class _Source:
     tag: str | None = None
     folder: Path | None = None
     quick_gelu: bool | None = None
-    load_weights: bool = True
 
 
 def list_demo_encoders() -> list[str]:
@@ -168,7 +167,7 @@ def _load(source: _Source, cache_dir: str | None) -> Encoder:
         _check_config(source.folder)
         meta = artifact.read_meta(source.folder)
         artifact.verify(source.folder, meta)
-    model_cfg = _guarded(source, lambda: get_model_config(source.name))
+    model_cfg = _guarded(source, lambda: _model_cfg(source, cache_dir))
     if source.quick_gelu is not None and source.quick_gelu != bool(model_cfg.get("quick_gelu", False)):
         model_cfg["quick_gelu"] = source.quick_gelu
     kwargs = {} if source.quick_gelu is None else {"quick_gelu": source.quick_gelu}
@@ -192,6 +191,16 @@ def _load(source: _Source, cache_dir: str | None) -> Encoder:
     )
 
 
+def _model_cfg(source: _Source, cache_dir: str | None) -> dict[str, Any]:
+    if not source.name.startswith("hf-hub:"):
+        return dict(get_model_config(source.name))
+    # get_model_config would look in the default cache only
+    path = download_pretrained_from_hf(
+        source.name.removeprefix("hf-hub:"), filename=artifact.CONFIG_FILE, cache_dir=cache_dir
+    )
+    return dict(json.loads(Path(path).read_text(encoding="utf-8"))["model_cfg"])
+
+
 def _load_random(spec: str) -> Encoder:
     _, _, rest = spec.partition(":")
     name, _, seed = rest.partition(":")
@@ -200,7 +209,7 @@ def _load_random(spec: str) -> Encoder:
             f"{spec!r} is not random:MODEL or random:MODEL:SEED.{_closest(name, open_clip.list_models())} "
             f"open_clip's models: {', '.join(open_clip.list_models())}."
         )
-    source = _Source(spec, name, load_weights=False)
+    source = _Source(spec, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seed or 0))
         model = _guarded(source, lambda: open_clip.create_model(name, pretrained_text=False))

@@ -1,0 +1,51 @@
+"""Fixtures that every part of the suite shares: a small CLIP with random weights, as model and as artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from ironclip.artifact import save_artifact
+from ironclip.encoder import Encoder
+
+TINY_CFG = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+
+
+def make_tiny_encoder(seed: int = 0) -> Encoder:
+    """A CLIP of 32 px and 1.6 M parameters (nearly all of them the vocabulary), random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = open_clip.model.CLIP(**TINY_CFG)
+    return Encoder(
+        model,
+        open_clip.SimpleTokenizer(context_length=24),
+        model_cfg=TINY_CFG,
+        preprocess_cfg={
+            "size": 32,
+            "mode": "RGB",
+            "mean": [0.5, 0.4, 0.3],
+            "std": [0.2, 0.25, 0.3],
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+            "fill_color": 0,
+        },
+        spec="tiny",
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder() -> Encoder:
+    return make_tiny_encoder().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "artifact"
+    return save_artifact(make_tiny_encoder(), folder, {"name": "tiny", "default_templates": ["an emoji of {}"]})

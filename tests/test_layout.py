@@ -1,0 +1,47 @@
+"""The walls of the house: imports run service -> ironclip <- training, and the wheel holds ironclip alone."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("ironclip", "service", "training", "loadtests")
+ALLOWED = {"ironclip": set(), "service": {"ironclip"}, "training": {"ironclip"}, "loadtests": set()}
+WEB = {"fastapi", "starlette", "uvicorn", "redis", "pydantic"}
+
+
+def _imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_run_one_way(package: str) -> None:
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        for name in _imports(path):
+            top = name.split(".")[0]
+            if top in PACKAGES and top != package:
+                assert top in ALLOWED[package], f"{path.relative_to(ROOT)} imports {name}"
+            if package in ("ironclip", "training"):
+                assert top not in WEB, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_attacks_and_defences_know_nothing_of_each_other() -> None:
+    for here, there in (("attacks", "defences"), ("defences", "attacks")):
+        for path in (ROOT / "ironclip" / here).rglob("*.py"):
+            assert not [n for n in _imports(path) if n.startswith(f"ironclip.{there}")]
+
+
+def test_only_settings_read_the_environment() -> None:
+    for path in (ROOT / "service").rglob("*.py"):
+        if path.name != "settings.py":
+            assert "os.environ" not in path.read_text(encoding="utf-8"), path
