@@ -1,0 +1,64 @@
+# Ironclip's commands. Each target sets up what it needs and says so; `make help` lists them.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# More arguments for pip, such as another package index: make serve PIP_ARGS="--index-url ..."
+PIP_ARGS ?=
+# More arguments for pytest: make test ARGS="-k labels"
+ARGS ?=
+
+BIN := $(VENV)/bin
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-slow check format bench setup redis clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+serve: $(VENV)/.serve ## start the service on http://127.0.0.1:8000 with the demo encoders
+	@exec $(BIN)/python -m service
+
+test: $(VENV)/.dev redis ## set everything up and run the tests (a few minutes)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.dev redis ## the tests that take long: real model sizes, long runs
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(VENV)/.dev ## format, lint and strict types, without changing anything
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## put the code into the common format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev ## throughput over HTTP against the floor of decode and tower; writes loadtests/results
+	$(BIN)/python -m loadtests.bench_floor
+
+setup: $(VENV)/.dev ## only the virtual environment, with everything in it
+
+$(BIN)/python:
+	@echo "==> Making a virtual environment in $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit("Ironclip needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; set PYTHON=") if sys.version_info < (3, 10) else None'
+	@$(PYTHON) -m venv $(VENV) || { echo "The venv module is missing; on Debian and Ubuntu: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
+
+$(VENV)/.serve: pyproject.toml | $(BIN)/python
+	@[ -f $(VENV)/.dev ] || { echo "==> Installing the packages to serve; PyTorch is large, this takes a few minutes the first time"; \
+	  $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[serve]'; }
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@echo "==> Installing all packages; PyTorch is large, this takes a few minutes the first time"
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[serve,train,load,dev]'
+	@touch $@ $(VENV)/.serve
+
+redis:
+	@command -v redis-server >/dev/null && exit 0; \
+	echo "==> redis-server is missing; the tests use a real one"; \
+	if command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] || sudo -n true 2>/dev/null; }; then \
+	  SUDO=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	  $$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq --no-install-recommends redis-server && exit 0; fi; \
+	echo "Install it (apt-get install redis-server, brew install redis); until then its tests are skipped."
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
