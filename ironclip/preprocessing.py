@@ -261,6 +261,8 @@ def _flatten(image: Image.Image, background: tuple[int, int, int], warnings: lis
 
 
 def _with_alpha(image: Image.Image) -> Image.Image:
+    if image.mode == "RGBA":
+        return image  # converting would copy it, and large pictures are the reason for the limits
     transparent = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
         # Pillow cuts 16-bit samples to 8 bits but leaves the transparent colour at 16.
@@ -274,8 +276,8 @@ def _with_alpha(image: Image.Image) -> Image.Image:
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
     """Scale 16-bit gray to L (or LA, where a gray level is declared transparent)."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 0xFFFF:
+    values = np.asarray(image)
+    if values.dtype.itemsize > 2 and (values.min() < 0 or values.max() > 0xFFFF):
         raise ImageUnsupported("gray values beyond 16 bits are not accepted")
     gray = Image.fromarray((values >> 8).astype(np.uint8))
     transparent = image.info.get("transparency")
