@@ -1,34 +1,142 @@
-"""Fixtures of the service's tests."""
+"""Real servers for the service's tests: Redis as a process of its own, and the service as one."""
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
+import httpx
 import pytest
 
-
-@pytest.fixture(scope="session")
-def corpus() -> ModuleType:
-    """The module that makes hostile and rare pictures (`malformed.py`)."""
-    spec = importlib.util.spec_from_file_location("malformed", Path(__file__).with_name("malformed.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def malformed_images(corpus: ModuleType) -> dict[str, bytes]:
-    """Pictures that must be refused, by name; the name's part before the slash is the error's code."""
-    images: dict[str, bytes] = corpus.refused()
-    return images
+def anyio_backend() -> str:
+    return "asyncio"
 
 
-@pytest.fixture(scope="session")
-def odd_images(corpus: ModuleType) -> dict[str, bytes]:
-    """Pictures that look hostile or rare and must be decoded, by name."""
-    images: dict[str, bytes] = corpus.odd()
-    return images
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@dataclass
+class RedisServer:
+    """A redis-server of our own, which tests may kill, pause and start again."""
+
+    port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 0.2) as sock:
+                sock.sendall(b"PING\r\n")
+                if sock.recv(16).startswith(b"+PONG"):
+                    return
+            time.sleep(0.02)
+        raise RuntimeError("redis-server did not start")
+
+    def send(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture
+def redis_server() -> Iterator[RedisServer]:
+    """A running Redis; nothing in it."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("there is no redis-server on this machine")
+    server = RedisServer()
+    server.start()
+    yield server
+    server.kill()
+
+
+@dataclass
+class ServiceProcess:
+    """One `python -m service`."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def wait_ready(self, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{self.url}/readyz", timeout=2).status_code == 200:
+                    return
+            time.sleep(0.1)
+        raise RuntimeError(f"the service did not get ready:\n{self.log.read_text()[-4000:]}")
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            return self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
+
+def service_environment(**settings: object) -> dict[str, str]:
+    """This process's environment with nothing of ours in it but the given settings."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("IRONCLIP_")}
+    return environment | {f"IRONCLIP_{name.upper()}": str(value) for name, value in settings.items()}
+
+
+@pytest.fixture
+def start_service(tmp_path: Path) -> Iterator[Callable[..., ServiceProcess]]:
+    """Start services with the given settings; they are stopped at the end of the test."""
+    started: list[ServiceProcess] = []
+
+    def start(*, wait: bool = True, **settings: object) -> ServiceProcess:
+        port = free_port()
+        log = tmp_path / f"service-{len(started)}.log"
+        environment = service_environment(**{"port": port, "dtype": "float32", "threads": 1, **settings})
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "service"], cwd=ROOT, env=environment, stdout=file, stderr=file
+            )
+        service = ServiceProcess(port, process, log)
+        started.append(service)
+        if wait:
+            service.wait_ready()
+        return service
+
+    yield start
+    for service in started:
+        service.stop()

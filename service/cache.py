@@ -1,0 +1,186 @@
+"""The caches: arrays by content, in this process first and in Redis behind it when there is one.
+
+A key is a SHA-256 over everything that can change the answer, so a value is never stale, only unused; it is
+dropped by age and by size. What Redis holds is checked before it is believed, and Redis is never waited for long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cachetools import TTLCache
+from redis.asyncio import Redis
+
+from service import telemetry
+from service.redis_link import RedisLink, RedisUnavailable
+from service.vectors import Arrays, Schema, ValueRejected, pack, unpack
+
+# Part of every key: raise it whenever the meaning of a stored value changes.
+SCHEMA_VERSION = 1
+_OVERHEAD = 200  # bytes of Python objects around one value, roughly
+_MAX_WRITES = 64  # writes to Redis under way at once; more are left out
+_MAX_SHARED_BYTES = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class KeyScope:
+    """All that decides a value except the image: one scope serves a whole request.
+
+    Attributes:
+        encoder: digest of the encoder.
+        dtype: what the towers compute in.
+        preprocessing: digest of the way from picture to pixels.
+        operation: `image`, `embed-image`, `classify`, `text-bank`, ...
+        label_set: digest of the resolved label set, "" where there is none.
+        tree: digest of the label tree, "" where there is none.
+        levels: `rollup`, `prompts` or "".
+        defence: the defence with all its options and its seed.
+        tenant: whose cache it is; empty until there are tenants.
+    """
+
+    encoder: str
+    dtype: str
+    preprocessing: str
+    operation: str
+    label_set: str = ""
+    tree: str = ""
+    levels: str = ""
+    defence: Mapping[str, Any] = field(default_factory=dict)
+    tenant: str = ""
+
+    def digest(self) -> bytes:
+        """SHA-256 over the schema version and every field."""
+        form = {"schema": SCHEMA_VERSION, **self.__dict__, "defence": dict(self.defence)}
+        return hashlib.sha256(json.dumps(form, sort_keys=True).encode()).digest()
+
+
+def image_key(scope: bytes, image_digest: bytes) -> bytes:
+    """The key of one image under one scope's digest."""
+    return hashlib.sha256(scope + image_digest).digest()
+
+
+class ArrayCache:
+    """Arrays by key, in two tiers.
+
+    Args:
+        name: the metric's label: one of a closed set.
+        max_bytes: size of the tier in this process; 0 turns both tiers off.
+        ttl: seconds that a value lives.
+        link: Redis, or None.
+        prefix: front part of the keys in Redis.
+        secret: signs the values in Redis.
+        shared_timeout: seconds for one look-up in Redis, if not the link's own (for large values).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        max_bytes: int,
+        ttl: float,
+        link: RedisLink | None = None,
+        prefix: str = "ironclip",
+        secret: bytes = b"",
+        shared_timeout: float | None = None,
+    ) -> None:
+        self.name = name
+        self.enabled = max_bytes > 0
+        self._max_bytes = max_bytes
+        self._ttl = ttl
+        self._link = link
+        self._prefix = f"{prefix}:cache:{name}:".encode()
+        self._secret = hashlib.sha256(secret).digest() if secret else b""
+        self._timeout = shared_timeout
+        self._local: TTLCache[bytes, Arrays] = TTLCache(max(max_bytes, 1), ttl, getsizeof=_size)
+        self._writes: set[asyncio.Task[None]] = set()
+
+    async def get_many(self, keys: Sequence[bytes], schema: Schema) -> list[Arrays | None]:
+        """Look the keys up, in this process and then, in one call, in Redis; None for what is not there."""
+        if not self.enabled:
+            return [None] * len(keys)
+        found: list[Arrays | None] = [self._local.get(key) for key in keys]
+        missing = [i for i, value in enumerate(found) if value is None]
+        self._count("hit", len(keys) - len(missing))
+        if missing and self._link is not None:
+            for i, blob in zip(missing, await self._fetch([keys[i] for i in missing]), strict=True):
+                if blob is not None:
+                    found[i] = self._accept(keys[i], blob, schema)
+        self._count("miss", sum(value is None for value in found))
+        return found
+
+    async def get(self, key: bytes, schema: Schema) -> Arrays | None:
+        """Look one key up."""
+        return (await self.get_many([key], schema))[0]
+
+    def put(self, key: bytes, arrays: Arrays) -> None:
+        """Keep a value; Redis gets it in the background, or not at all if it is busy or down."""
+        if not self.enabled:
+            return
+        self._keep(key, arrays)
+        link = self._link
+        if link is None or not link.available or len(self._writes) >= _MAX_WRITES:
+            return
+        blob = pack(arrays, key=key, secret=self._secret)
+        if len(blob) > _MAX_SHARED_BYTES:
+            return
+        task = asyncio.create_task(self._write(link, key, blob))
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
+
+    async def flush(self) -> None:
+        """Wait for the writes under way."""
+        while self._writes:
+            await asyncio.gather(*self._writes)
+
+    def _keep(self, key: bytes, arrays: Arrays) -> None:
+        if _size(arrays) <= self._max_bytes:
+            self._local[key] = arrays
+            telemetry.CACHE_BYTES.labels(self.name).set(self._local.currsize)
+
+    async def _fetch(self, keys: list[bytes]) -> Sequence[bytes | None]:
+        names = [self._prefix + key.hex().encode() for key in keys]
+
+        async def mget(redis: Redis) -> Sequence[bytes | None]:
+            values = await redis.mget(names)
+            return [value if isinstance(value, bytes) else None for value in values]
+
+        assert self._link is not None
+        try:
+            return await self._link.call(mget, timeout=self._timeout)
+        except RedisUnavailable:
+            self._count("unavailable", len(keys))
+            return [None] * len(keys)
+
+    def _accept(self, key: bytes, blob: bytes, schema: Schema) -> Arrays | None:
+        try:
+            arrays = unpack(blob, schema, key=key, secret=self._secret)
+        except ValueRejected:
+            self._count("rejected")
+            return None
+        self._count("shared-hit")
+        self._keep(key, arrays)
+        return arrays
+
+    async def _write(self, link: RedisLink, key: bytes, blob: bytes) -> None:
+        name = self._prefix + key.hex().encode()
+
+        async def set_value(redis: Redis) -> None:
+            await redis.set(name, blob, px=max(1, int(1000 * self._ttl)))
+
+        try:
+            await link.call(set_value, timeout=self._timeout)
+        except RedisUnavailable:
+            self._count("unavailable")
+
+    def _count(self, result: str, times: int = 1) -> None:
+        if times:
+            telemetry.CACHE.labels(self.name, result).inc(times)
+
+
+def _size(arrays: Arrays) -> int:
+    return _OVERHEAD + sum(array.nbytes + _OVERHEAD for array in arrays.values())

@@ -1,0 +1,267 @@
+"""Where registered label sets are kept: files in a folder, or Redis. Replicas over one store see the same sets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from filelock import FileLock, Timeout
+from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
+from redis.exceptions import WatchError
+
+from ironclip.errors import Conflict
+from service.redis_link import RedisLink, RedisUnavailable
+from service.settings import NAME_PATTERN
+
+T = TypeVar("T")
+
+KEPT_VERSIONS = 16
+_LOCK_SECONDS = 5.0
+# A label set is read rarely and can be megabytes: it may take longer than a cached vector.
+_REDIS_SECONDS = 2.0
+
+
+class StoreDown(Exception):
+    """The store cannot be read or written now; the text says why."""
+
+
+@dataclass(frozen=True)
+class Expect:
+    """The preconditions of RFC 9110 section 13: digests from If-Match and If-None-Match, `*` for any."""
+
+    if_match: tuple[str, ...] = ()
+    if_none_match: tuple[str, ...] = ()
+
+    def check(self, current: str | None) -> None:
+        """Raise Conflict unless the current version (None: there is none) is an expected one."""
+        if self.if_match and (current is None or ("*" not in self.if_match and current not in self.if_match)):
+            raise Conflict("The label set has changed since (If-Match): get it again and decide anew.")
+        if self.if_none_match and current is not None and ("*" in self.if_none_match or current in self.if_none_match):
+            raise Conflict("There is such a label set already (If-None-Match).")
+
+
+class Store(Protocol):
+    """Named documents in versions; every method may raise StoreDown."""
+
+    async def head(self, name: str) -> str | None:
+        """Digest of the newest version."""
+
+    async def heads(self) -> dict[str, str]:
+        """Every name with the digest of its newest version."""
+
+    async def load(self, name: str, digest: str) -> bytes | None:
+        """One version's document."""
+
+    async def put(self, name: str, digest: str, document: bytes, expect: Expect) -> bool:
+        """Make a version the newest; returns whether the name is new. Raises Conflict."""
+
+    async def delete(self, name: str, expect: Expect) -> bool:
+        """Remove all versions; returns whether there were any. Raises Conflict."""
+
+
+class FileStore:
+    """A folder for each name: a file for each version, and `current`, which names the newest.
+
+    Files are replaced by renaming, so a reader in another process sees the old version or the new one; writers
+    take a lock.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "label-sets"
+
+    async def head(self, name: str) -> str | None:
+        """Digest of the newest version."""
+        return await asyncio.to_thread(self._guarded, self._head, name)
+
+    async def heads(self) -> dict[str, str]:
+        """Every name with the digest of its newest version."""
+        return await asyncio.to_thread(self._guarded, self._heads)
+
+    async def load(self, name: str, digest: str) -> bytes | None:
+        """One version's document."""
+        return await asyncio.to_thread(self._guarded, self._load, name, digest)
+
+    async def put(self, name: str, digest: str, document: bytes, expect: Expect) -> bool:
+        """Make a version the newest; returns whether the name is new."""
+        return await asyncio.to_thread(self._guarded, self._put, name, digest, document, expect)
+
+    async def delete(self, name: str, expect: Expect) -> bool:
+        """Remove all versions; returns whether there were any."""
+        return await asyncio.to_thread(self._guarded, self._delete, name, expect)
+
+    def _guarded(self, action: Callable[..., T], *args: object) -> T:
+        try:
+            return action(*args)
+        except (OSError, Timeout) as error:
+            raise StoreDown(f"the folder of IRONCLIP_STATE_DIR cannot be used ({type(error).__name__}).") from error
+
+    def _head(self, name: str) -> str | None:
+        try:
+            return (self.folder / name / "current").read_text(encoding="ascii").strip()
+        except FileNotFoundError:
+            return None
+
+    def _heads(self) -> dict[str, str]:
+        if not self.folder.is_dir():
+            return {}
+        names = (path.name for path in self.folder.iterdir() if re.fullmatch(NAME_PATTERN, path.name))
+        heads = {name: self._head(name) for name in names}
+        return {name: digest for name, digest in heads.items() if digest is not None}
+
+    def _load(self, name: str, digest: str) -> bytes | None:
+        if self._head(name) is None:
+            return None
+        try:
+            return (self.folder / name / f"{digest}.json").read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def _put(self, name: str, digest: str, document: bytes, expect: Expect) -> bool:
+        with self._lock():
+            current = self._head(name)
+            expect.check(current)
+            folder = self.folder / name
+            folder.mkdir(exist_ok=True)
+            _replace(folder / f"{digest}.json", document)
+            _replace(folder / "current", digest.encode())
+            versions = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+            for old in versions[KEPT_VERSIONS:]:
+                old.unlink(missing_ok=True)
+            return current is None
+
+    def _delete(self, name: str, expect: Expect) -> bool:
+        with self._lock():
+            current = self._head(name)
+            expect.check(current)
+            if current is None:
+                return False
+            (self.folder / name / "current").unlink()
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            return True
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock", timeout=_LOCK_SECONDS):
+            yield
+
+
+def _replace(path: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class RedisStore:
+    """A hash for each name: `current`, `versions` (a JSON list, newest first), and a field for each version."""
+
+    def __init__(self, link: RedisLink, prefix: str) -> None:
+        self.link = link
+        self.names_key = f"{prefix}:label-sets"
+        self.prefix = f"{prefix}:label-set:"
+
+    async def head(self, name: str) -> str | None:
+        """Digest of the newest version."""
+
+        async def hget(redis: Redis) -> str | None:
+            return _text(await redis.hget(self.prefix + name, "current"))
+
+        return await self._call(hget, None)
+
+    async def heads(self) -> dict[str, str]:
+        """Every name with the digest of its newest version."""
+
+        async def read(redis: Redis) -> dict[str, str]:
+            names = sorted(filter(None, map(_text, await redis.smembers(self.names_key))))
+            pipe = redis.pipeline(transaction=False)
+            for name in names:
+                pipe.hget(self.prefix + name, "current")
+            digests = map(_text, await pipe.execute())
+            return {name: digest for name, digest in zip(names, digests, strict=True) if digest}
+
+        return await self._call(read, _REDIS_SECONDS)
+
+    async def load(self, name: str, digest: str) -> bytes | None:
+        """One version's document."""
+
+        async def hget(redis: Redis) -> bytes | None:
+            value = await redis.hget(self.prefix + name, digest)
+            return value if isinstance(value, bytes) else None
+
+        return await self._call(hget, _REDIS_SECONDS)
+
+    async def put(self, name: str, digest: str, document: bytes, expect: Expect) -> bool:
+        """Make a version the newest; returns whether the name is new."""
+
+        async def write(pipe: Pipeline, current: str | None) -> bool:
+            raw = _text(await pipe.hget(self.prefix + name, "versions"))
+            versions = [digest, *(old for old in json.loads(raw or "[]") if old != digest)]
+            pipe.multi()  # type: ignore[no-untyped-call]
+            pipe.hset(
+                self.prefix + name,
+                mapping={digest: document, "current": digest, "versions": json.dumps(versions[:KEPT_VERSIONS])},
+            )
+            for old in versions[KEPT_VERSIONS:]:
+                pipe.hdel(self.prefix + name, old)
+            pipe.sadd(self.names_key, name)
+            await pipe.execute()
+            return current is None
+
+        return await self._transaction(name, expect, write)
+
+    async def delete(self, name: str, expect: Expect) -> bool:
+        """Remove all versions; returns whether there were any."""
+
+        async def write(pipe: Pipeline, current: str | None) -> bool:
+            pipe.multi()  # type: ignore[no-untyped-call]
+            pipe.delete(self.prefix + name)
+            pipe.srem(self.names_key, name)
+            await pipe.execute()
+            return current is not None
+
+        return await self._transaction(name, expect, write)
+
+    async def _transaction(
+        self, name: str, expect: Expect, write: Callable[[Pipeline, str | None], Awaitable[bool]]
+    ) -> bool:
+        """Check and write as one step: if the name changes in between, check again."""
+
+        async def attempt(redis: Redis) -> bool:
+            async with redis.pipeline(transaction=True) as pipe:
+                while True:
+                    try:
+                        await pipe.watch(self.prefix + name)
+                        current = _text(await pipe.hget(self.prefix + name, "current"))
+                        expect.check(current)
+                        return await write(pipe, current)
+                    except WatchError:
+                        continue
+
+        return await self._call(attempt, _REDIS_SECONDS)
+
+    async def _call(self, action: Callable[[Redis], Awaitable[T]], timeout: float | None) -> T:
+        try:
+            return await self.link.call(action, timeout=timeout)
+        except RedisUnavailable as error:
+            raise StoreDown(f"Redis does not answer ({error}).") from error
+
+
+def _text(value: object) -> str | None:
+    return value.decode() if isinstance(value, bytes) else value if isinstance(value, str) else None

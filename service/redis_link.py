@@ -1,0 +1,121 @@
+"""The way to Redis: short timeouts, and a circuit breaker, so that a Redis that is down or slow costs nothing.
+
+While the circuit is open no request waits for Redis at all; a task in the background pings until it answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from service import telemetry
+
+T = TypeVar("T")
+
+# Failures in a row that open the circuit, and the seconds between pings while it is open (doubling).
+_FAILURES = 3
+_FIRST_PING, _LAST_PING = 0.25, 5.0
+_PING_SECONDS = 1.0
+
+
+class RedisUnavailable(Exception):
+    """Redis did not answer in time, or is being left alone; the caller goes on without it."""
+
+
+class RedisLink:
+    """One replica's connection pool to Redis.
+
+    Args:
+        url: `redis://`, `rediss://` or `unix://`.
+        timeout: seconds that one call may take.
+    """
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self.timeout = timeout
+        self._redis: Redis = Redis.from_url(
+            url,
+            socket_timeout=max(timeout, _PING_SECONDS),
+            socket_connect_timeout=max(timeout, _PING_SECONDS),
+            retry=Retry(NoBackoff(), 0),
+            max_connections=64,
+        )
+        self._failures = 0
+        self._open = True  # until the first ping has come back
+        self._pinger: asyncio.Task[None] | None = None
+        self._log = telemetry.get_logger()
+
+    async def start(self) -> None:
+        """Try to reach Redis once; if it is not there, go on and keep trying in the background."""
+        telemetry.REDIS_UP.set(0)
+        if not await self._ping():
+            self._log.warning("redis unreachable, serving without it")
+            self._trip()
+
+    async def close(self) -> None:
+        """Stop pinging and close the connections."""
+        if self._pinger is not None:
+            self._pinger.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._pinger
+        with contextlib.suppress(RedisError, OSError):
+            await self._redis.aclose()
+
+    @property
+    def available(self) -> bool:
+        """Whether calls are let through."""
+        return not self._open
+
+    async def call(self, action: Callable[[Redis], Awaitable[T]], *, timeout: float | None = None) -> T:
+        """Run one action on the client, within the timeout.
+
+        Raises:
+            RedisUnavailable: the circuit is open, or the action failed or took too long.
+        """
+        if self._open:
+            raise RedisUnavailable("circuit open")
+        try:
+            result = await asyncio.wait_for(action(self._redis), timeout or self.timeout)
+        except (RedisError, OSError, asyncio.TimeoutError, RuntimeError) as error:
+            self._failed(error)
+            raise RedisUnavailable(type(error).__name__) from error
+        self._failures = 0
+        return result
+
+    def _failed(self, error: Exception) -> None:
+        slow = "Timeout" in type(error).__name__
+        telemetry.REDIS_ERRORS.labels("timeout" if slow else "error").inc()
+        self._failures += 1
+        if self._failures >= _FAILURES and not self._open:
+            self._log.warning("redis failing, serving without it", reason=type(error).__name__)
+            self._trip()
+
+    def _trip(self) -> None:
+        self._open = True
+        telemetry.REDIS_UP.set(0)
+        if self._pinger is None or self._pinger.done():
+            self._pinger = asyncio.create_task(self._ping_until_up())
+
+    async def _ping_until_up(self) -> None:
+        wait = _FIRST_PING
+        while True:
+            await asyncio.sleep(wait)
+            if await self._ping():
+                self._log.info("redis answers again")
+                return
+            wait = min(2 * wait, _LAST_PING)
+
+    async def _ping(self) -> bool:
+        try:
+            await asyncio.wait_for(self._redis.ping(), _PING_SECONDS)
+        except (RedisError, OSError, asyncio.TimeoutError, RuntimeError):
+            return False
+        self._open, self._failures = False, 0
+        telemetry.REDIS_UP.set(1)
+        return True

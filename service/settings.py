@@ -1,0 +1,277 @@
+"""Every setting of the service, in one class: `IRONCLIP_*` variables over a TOML file over the defaults.
+
+`IRONCLIP_CONFIG` names the file. This is the only module of the service that reads the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from ironclip.errors import IronclipError
+
+PREFIX = "IRONCLIP_"
+CONFIG_VARIABLE = "IRONCLIP_CONFIG"
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+DEFAULT_ALIAS = "default"
+# A Kubernetes Service called "ironclip" puts these into every pod beside it; they are not ours.
+_SERVICE_LINK = re.compile(r"^IRONCLIP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?)$")
+
+MIB = 1024 * 1024
+
+
+class SettingsInvalid(IronclipError):
+    """The environment or the settings file cannot be used; the text has one line for each fault."""
+
+    code = "settings-invalid"
+    title = "The settings cannot be used"
+
+
+class Settings(BaseSettings):
+    """The service's settings; each field is the variable `IRONCLIP_<NAME>` and the key `<name>` in the file."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, validate_default=True)
+
+    host: str = Field("127.0.0.1", description="Address to listen on; `0.0.0.0` for every interface.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    encoders: Annotated[dict[str, str], NoDecode] = Field(
+        {"demo": "demo"},
+        description="Encoders to serve, `name=spec` with commas between, or a JSON object. A spec is `demo`, an "
+        "artifact folder, an open_clip `MODEL/PRETRAINED_TAG`, or an `hf-hub:` or `local-dir:` name.",
+    )
+    default_encoder: str = Field(
+        "", description="The encoder that `default` means; the first one in `encoders` if empty."
+    )
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Compute type; `auto` measures at start and checks the drift against float32."
+    )
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads for the model; 0 leaves it to torch.")
+    max_batch: int = Field(32, ge=1, le=4096, description="Items in one forward pass at most.")
+    max_queue: int = Field(
+        512, ge=1, le=1_000_000, description="Items waiting for a tower at most; more are answered 429."
+    )
+    idle_wait_ms: float = Field(
+        2.0, ge=0, le=1000, description="How long an idle model waits for company before it starts a batch."
+    )
+    decode_workers: int = Field(0, ge=0, le=256, description="Threads that decode images; 0: one a core.")
+    request_timeout_ms: int = Field(
+        30_000,
+        ge=10,
+        le=3_600_000,
+        description="Longest time for one request; a caller may ask for less with `X-Request-Timeout-Ms`.",
+    )
+    drain_seconds: float = Field(
+        20.0, ge=0, le=600, description="How long requests in flight may run on after a stop signal."
+    )
+    drain_delay_seconds: float = Field(
+        0.0,
+        ge=0,
+        le=120,
+        description="How long `/readyz` says 503 before the port closes, for balancers to notice.",
+    )
+
+    redis_url: SecretStr | None = Field(
+        None,
+        description="`redis://`, `rediss://` or `unix://` address of a Redis shared by the replicas, for caches "
+        "and label sets; without it both stay in this process and in `state_dir`.",
+    )
+    redis_timeout_ms: int = Field(50, ge=1, le=10_000, description="Longest wait for one answer of Redis.")
+    redis_prefix: str = Field(
+        "ironclip", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Front part of every key in Redis."
+    )
+    redis_mac_key: SecretStr = Field(
+        SecretStr(""),
+        description="Secret that signs cached values, the same on all replicas, so that another writer to Redis "
+        "cannot plant scores.",
+    )
+    cache_bytes: int = Field(
+        64 * MIB, ge=0, description="Memory for cached score and embedding vectors; 0 turns caching off."
+    )
+    cache_ttl_seconds: int = Field(3600, ge=1, le=31_536_000, description="Age at which a cached vector is dropped.")
+    text_cache_bytes: int = Field(
+        256 * MIB, ge=0, description="Memory for the text banks of label sets, kept between requests."
+    )
+    state_dir: Path = Field(Path("state"), description="Folder for registered label sets when there is no Redis.")
+
+    max_body_bytes: int = Field(64 * MIB, ge=1024, description="Bytes of one request at most.")
+    max_image_bytes: int = Field(16 * MIB, ge=1024, description="Bytes of one encoded image at most.")
+    max_pixels: int = Field(25_000_000, ge=1, description="Pixels of one image at most.")
+    max_side: int = Field(16_384, ge=1, le=65_535, description="Pixels along one side of an image at most.")
+    max_images: int = Field(64, ge=1, le=4096, description="Images in one request at most.")
+    max_texts: int = Field(1024, ge=1, le=65_536, description="Texts in one embedding request at most.")
+    max_labels: int = Field(1000, ge=1, description="Labels sent with one request at most.")
+    max_registered_labels: int = Field(20_000, ge=1, description="Labels of one registered set at most.")
+    max_prompts: int = Field(
+        160_000, ge=1, description="Prompts at most that labels, templates and descriptions make together."
+    )
+    max_text_chars: int = Field(1000, ge=1, le=100_000, description="Characters of one label, prompt or text.")
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="`auto`: coloured lines on a terminal, JSON elsewhere."
+    )
+
+    @field_validator("encoders", mode="before")
+    @classmethod
+    def _read_encoders(cls, value: object) -> object:
+        return parse_encoders(value) if isinstance(value, str) else value
+
+    @field_validator("encoders")
+    @classmethod
+    def _check_encoders(cls, value: dict[str, str]) -> dict[str, str]:
+        if not value:
+            raise ValueError("name at least one encoder")
+        for name, spec in value.items():
+            if not re.fullmatch(NAME_PATTERN, name) or name == DEFAULT_ALIAS:
+                raise ValueError(f"{name!r} cannot name an encoder: {NAME_PATTERN}, and not 'default'")
+            if not spec.strip():
+                raise ValueError(f"encoder {name!r} has no spec")
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _check_redis_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None or not value.get_secret_value():
+            return None
+        if not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("must begin with redis://, rediss:// or unix://")
+        return value
+
+    @model_validator(mode="after")
+    def _check_default(self) -> Settings:
+        if self.default_encoder and self.default_encoder not in self.encoders:
+            raise ValueError(
+                f"default_encoder {self.default_encoder!r} is not among the encoders: {', '.join(self.encoders)}"
+            )
+        return self
+
+    @property
+    def default_name(self) -> str:
+        """Name of the encoder that `default` stands for."""
+        return self.default_encoder or next(iter(self.encoders))
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put explicit arguments over the environment over the TOML file."""
+        config = os.environ.get(CONFIG_VARIABLE)
+        file = TomlConfigSettingsSource(settings_cls, toml_file=config or None)
+        return init_settings, env_settings, file
+
+
+def parse_encoders(text: str) -> dict[str, str]:
+    """Read `name=spec,name=spec`, bare specs (named after themselves), or a JSON object of names to specs."""
+    if text.lstrip().startswith("{"):
+        parsed = json.loads(text)
+        return {str(name): str(spec) for name, spec in parsed.items()}
+    encoders: dict[str, str] = {}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, spec = entry.partition("=")
+        if not equals:
+            name, spec = re.sub(r"[^a-z0-9._-]+", "-", entry.lower()).strip("-._")[:64], entry
+        if name in encoders:
+            raise ValueError(f"encoder {name!r} is named twice")
+        encoders[name] = spec
+    return encoders
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the settings; `overrides` (from the command line) win over the environment.
+
+    Raises:
+        SettingsInvalid: a variable or key is unknown or has a bad value, or the file cannot be read.
+    """
+    faults = _unknown_variables(os.environ)
+    config = os.environ.get(CONFIG_VARIABLE)
+    if config and not Path(config).is_file():
+        faults.append(f"{CONFIG_VARIABLE}: there is no file {config!r}")
+    if faults:
+        raise SettingsInvalid("\n".join(faults))
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        raise SettingsInvalid("\n".join(_fault(item) for item in error.errors(include_input=False))) from None
+    except (SettingsError, ValueError) as error:
+        raise SettingsInvalid(str(error)) from None
+
+
+def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | {CONFIG_VARIABLE}
+    faults = []
+    for variable in sorted(environ):
+        upper = variable.upper()
+        if upper.startswith(PREFIX) and upper not in known and not _SERVICE_LINK.match(upper):
+            near = difflib.get_close_matches(upper, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; `python -m service settings` lists them all"
+            faults.append(f"{variable}: there is no such setting{hint}")
+    if environ.get("IRONCLIP_PORT", "").startswith("tcp://"):
+        faults.append(
+            "IRONCLIP_PORT: was set by Kubernetes for a Service called 'ironclip'; put "
+            "`enableServiceLinks: false` into the pod's spec"
+        )
+    return faults
+
+
+def _fault(item: Mapping[str, Any]) -> str:
+    location = [str(part) for part in item["loc"]]
+    name = PREFIX + location[0].upper() if location else "settings"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[0], list(Settings.model_fields), n=1)
+        message = "there is no such setting" + (f"; did you mean {near[0]!r}?" if near else "")
+        return f"{location[0]}: {message}"
+    return f"{name}: {message}"
+
+
+def settings_markdown() -> str:
+    """Return the table of all settings for the README."""
+    rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
+    for name, field in Settings.model_fields.items():
+        bounds = _bounds(field)
+        meaning = (field.description or "") + (f" ({bounds})" if bounds else "")
+        rows.append(
+            f"| `{PREFIX}{name.upper()}` | {_default(field)} | {meaning.replace(chr(124), chr(92) + chr(124))} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.default
+    if isinstance(value, SecretStr) or value is None or value == "":
+        return ""
+    if isinstance(value, dict):
+        value = ",".join(f"{name}={spec}" for name, spec in value.items())
+    return f"`{value}`"
+
+
+def _bounds(field: FieldInfo) -> str:
+    if get_origin(field.annotation) is Literal:
+        return "one of " + ", ".join(f"`{choice}`" for choice in get_args(field.annotation))
+    least = next((item.ge for item in field.metadata if hasattr(item, "ge")), None)
+    most = next((item.le for item in field.metadata if hasattr(item, "le")), None)
+    if least is not None and most is not None:
+        return f"{least} to {most}"
+    return f"at least {least}" if least is not None else ""

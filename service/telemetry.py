@@ -1,0 +1,118 @@
+"""What the service tells about itself: metrics, logs, and how long each stage of a request took.
+
+Every metric label comes from a closed set, and no log line holds what a caller sent (not a label, not a text,
+not a path as it was typed): both would grow without bound, and both outlive the request.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import structlog
+from prometheus_client import Counter, Gauge, Histogram
+
+from ironclip import __version__
+
+_LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+# The request's stages, in the order in which a request passes through them.
+STAGES = ("receive", "parse", "labels", "cache", "decode", "model", "serialise")
+
+REQUESTS = Counter("ironclip_requests", "Requests answered.", ["op", "code"])
+REQUEST_SECONDS = Histogram(
+    "ironclip_request_seconds", "Time from the first byte to the answer.", ["op"], buckets=_LATENCY
+)
+STAGE_SECONDS = Histogram("ironclip_stage_seconds", "Time of one stage of a request.", ["stage"], buckets=_LATENCY)
+ERRORS = Counter("ironclip_errors", "Problems answered, by their stable code.", ["code"])
+IN_FLIGHT = Gauge("ironclip_requests_in_flight", "Requests being worked on.")
+DROPPED = Counter("ironclip_dropped", "Requests given up before an answer.", ["reason"])
+DECODE_REJECTS = Counter("ironclip_decode_rejects", "Images refused, by the problem's code.", ["reason"])
+CACHE = Counter("ironclip_cache", "Look-ups in the caches.", ["cache", "result"])
+CACHE_BYTES = Gauge("ironclip_cache_bytes", "Bytes held in this process.", ["cache"])
+REDIS_UP = Gauge("ironclip_redis_up", "1 while Redis answers, 0 while it is left alone (circuit open).")
+REDIS_ERRORS = Counter("ironclip_redis_errors", "Calls to Redis that failed.", ["reason"])
+MODEL_INFO = Gauge("ironclip_model_info", "Encoders served; always 1.", ["name", "digest", "dtype", "head"])
+BUILD_INFO = Gauge("ironclip_build_info", "The running version; always 1.", ["version"])
+BUILD_INFO.labels(__version__).set(1)
+READY = Gauge("ironclip_ready", "1 when /readyz says yes.")
+
+
+class Stages:
+    """Seconds spent in each stage of one request, as the `Server-Timing` header tells them."""
+
+    __slots__ = ("seconds",)
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Add to one stage; images of one request that are worked on side by side add up."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Time a block as part of one stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(stage, time.perf_counter() - start)
+
+    def observe(self) -> None:
+        """Put the stages into the histogram; called once, when the answer goes out."""
+        for stage, seconds in self.seconds.items():
+            STAGE_SECONDS.labels(stage).observe(seconds)
+
+    def header(self) -> str:
+        """The `Server-Timing` value, durations in milliseconds."""
+        return ", ".join(f"{stage};dur={1000 * seconds:.2f}" for stage, seconds in self.seconds.items())
+
+
+def configure_logging(level: str, log_format: str) -> None:
+    """Send our own and every library's log lines through one formatter to standard error."""
+    console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    renderer: structlog.typing.Processor = (
+        structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
+    )
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    last: list[structlog.typing.Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    if not console:
+        last.append(structlog.processors.format_exc_info)
+    formatter = structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[*last, renderer])
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level.upper())
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logger = logging.getLogger(name)
+        logger.handlers = []
+        logger.propagate = True
+    # Each request has a line of ours; uvicorn's would repeat it with the path as it was typed.
+    logging.getLogger("uvicorn.access").disabled = True
+    for name in ("httpx", "httpcore", "urllib3", "PIL", "asyncio"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def get_logger(name: str = "ironclip.service") -> structlog.stdlib.BoundLogger:
+    """Return a structured logger."""
+    logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
+    return logger
