@@ -1,0 +1,352 @@
+"""The batcher answers each item with its own result, whatever its neighbours, callers and worker do."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ironclip.errors import ImageInvalid, NotReady, Overloaded
+from service.batching import Batcher
+
+
+class Model:
+    """Squares numbers; can be held mid-batch, and raises on the items in `bad`."""
+
+    def __init__(self, bad: Sequence[int] = ()) -> None:
+        self.batches: list[list[int]] = []
+        self.bad = set(bad)
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self, items: Sequence[int]) -> list[int]:
+        self.batches.append(list(items))
+        assert self.gate.wait(10)
+        guilty = self.bad & set(items)
+        if guilty:
+            raise ImageInvalid(f"bad {min(guilty)}")
+        return [item * item for item in items]
+
+
+@contextmanager
+def running(model: Any, **options: Any) -> Iterator[Batcher[int, int]]:
+    batcher: Batcher[int, int] = Batcher("test", model, **{"idle_wait_ms": 0, **options})
+    batcher.start()
+    try:
+        yield batcher
+    finally:
+        if isinstance(model, Model):
+            model.gate.set()
+        stopper = threading.Thread(target=lambda: asyncio.run(batcher.stop(drain=False)))
+        stopper.start()
+        stopper.join()
+        assert not batcher.alive
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.001)
+
+
+async def hold(model: Model, batcher: Batcher[int, int], item: int = 0) -> asyncio.Task[int]:
+    """Occupy the worker with one item and keep it there."""
+    model.gate.clear()
+    task = asyncio.create_task(batcher.submit(item))
+    await until(lambda: model.batches[-1:] == [[item]] and batcher.busy)
+    return task
+
+
+def test_batch_grows_while_the_device_is_busy_and_is_one_when_idle() -> None:
+    async def scenario() -> None:
+        model = Model()
+        with running(model, max_batch=8) as batcher:
+            assert await batcher.submit(3) == 9
+            held = await hold(model, batcher, 5)
+            rest = [asyncio.create_task(batcher.submit(n)) for n in range(20)]
+            await until(lambda: batcher.queued == 20)
+            assert batcher.busy
+            model.gate.set()
+            assert await held == 25
+            assert await asyncio.gather(*rest) == [n * n for n in range(20)]
+        assert model.batches == [[3], [5], list(range(8)), list(range(8, 16)), list(range(16, 20))]
+
+    asyncio.run(scenario())
+
+
+def test_large_request_is_split_and_joined_in_order() -> None:
+    async def scenario() -> None:
+        model = Model()
+        with running(model, max_batch=4, max_queue=3) as batcher:
+            assert await batcher.submit_many(range(11)) == [n * n for n in range(11)]  # more than the queue holds
+            assert await batcher.submit_many([]) == []
+        assert [len(batch) for batch in model.batches] == [4, 4, 3]
+
+    asyncio.run(scenario())
+
+
+@given(
+    requests=st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    bad=st.sets(st.integers(0, 100), max_size=12),
+    cancelled=st.sets(st.integers(0, 11), max_size=4),
+    pauses=st.lists(st.integers(0, 2), min_size=12, max_size=12),
+    max_batch=st.integers(1, 10),
+    idle_wait_ms=st.sampled_from([0, 1]),
+)
+@settings(max_examples=80, deadline=None)
+def test_any_interleaving_gives_each_item_its_own_outcome(
+    requests: list[int],
+    bad: set[int],
+    cancelled: set[int],
+    pauses: list[int],
+    max_batch: int,
+    idle_wait_ms: float,
+) -> None:
+    async def scenario() -> None:
+        model = Model(list(bad))
+        with running(model, max_batch=max_batch, idle_wait_ms=idle_wait_ms) as batcher:
+            tasks, first = [], 0
+            for index, size in enumerate(requests):
+                items = list(range(first, first + size))
+                first += size
+                tasks.append((items, asyncio.create_task(batcher.submit_many(items))))
+                for _ in range(pauses[index]):
+                    await asyncio.sleep(0)
+                if index in cancelled:
+                    tasks[-1][1].cancel()
+            await asyncio.wait([task for _, task in tasks])
+            for index, (items, task) in enumerate(tasks):
+                if index in cancelled and task.cancelled():
+                    continue
+                for item, outcome in zip(items, task.result(), strict=True):
+                    if item in bad:
+                        assert isinstance(outcome, ImageInvalid)
+                        assert outcome.detail == f"bad {item}"
+                    else:
+                        assert outcome == item * item
+            assert batcher.queued == 0
+            assert batcher.stalled_seconds == 0
+        assert all(1 <= len(batch) <= max_batch for batch in model.batches)
+        firsts = [batch[0] for batch in model.batches if not bad & set(batch)]
+        assert firsts == sorted(firsts)  # first come, first served
+
+    asyncio.run(scenario())
+
+
+def test_only_the_guilty_fail_and_reruns_are_few() -> None:
+    async def scenario() -> None:
+        model = Model([3, 4, 30])
+        with running(model, max_batch=32) as batcher:
+            held = await hold(model, batcher, 100)
+            task = asyncio.create_task(batcher.submit_many(range(32)))
+            await until(lambda: batcher.queued == 32)
+            model.gate.set()
+            outcomes = await task
+            assert await held == 10_000
+        assert [n for n, outcome in enumerate(outcomes) if isinstance(outcome, Exception)] == [3, 4, 30]
+        assert len(model.batches) - 1 <= 1 + 2 * 3 * 5  # halving: at most 2 log2(32) runs for each bad item
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("stage", ["waiting", "running", "answered"])
+def test_a_cancelled_caller_disturbs_nobody(stage: str) -> None:
+    async def scenario() -> None:
+        model = Model()
+        with running(model, max_batch=4) as batcher:
+            held = await hold(model, batcher, 7)
+            others = [asyncio.create_task(batcher.submit(n)) for n in range(3)]
+            await until(lambda: batcher.queued == 3)
+            victim = {"waiting": others[1], "running": held, "answered": others[1]}[stage]
+            if stage != "answered":
+                victim.cancel()
+                await until(lambda: batcher.queued == (2 if stage == "waiting" else 3))
+            model.gate.set()
+            if stage == "answered":
+                await asyncio.wait([*others, held])
+                victim.cancel()
+            results = await asyncio.gather(held, *others, return_exceptions=True)
+            expected: list[Any] = [49, 0, 1, 4]
+            for index, task in enumerate([held, *others]):
+                if task is victim and stage != "answered":
+                    assert isinstance(results[index], asyncio.CancelledError)
+                else:
+                    assert results[index] == expected[index]
+        assert (1 in model.batches[-1]) == (stage != "waiting")  # nobody's work is not done
+
+    asyncio.run(scenario())
+
+
+def test_full_queue_refuses_whole_requests_and_says_when_to_come_back() -> None:
+    async def scenario() -> None:
+        model = Model()
+        with running(model, max_batch=2, max_queue=5) as batcher:
+            held = await hold(model, batcher)
+            await asyncio.sleep(0.02)
+            model.gate.set()
+            await held  # now a rate is known
+            held = await hold(model, batcher)
+            waiting = asyncio.create_task(batcher.submit_many(range(4)))
+            await until(lambda: batcher.queued == 4)
+            with pytest.raises(Overloaded) as caught:
+                await batcher.submit_many([1, 2])
+            assert caught.value.limit == 5
+            assert caught.value.retry_after
+            assert caught.value.retry_after > 0.02
+            assert batcher.queued == 4  # nothing of it was taken
+            last = asyncio.create_task(batcher.submit(9))
+            await until(lambda: batcher.queued == 5)
+            last.cancel()  # gives its place back
+            again = asyncio.create_task(batcher.submit(8))
+            await until(lambda: last.done() and batcher.queued == 5)
+            model.gate.set()
+            assert await waiting == [0, 1, 4, 9]
+            assert await again == 64
+            await held
+
+    asyncio.run(scenario())
+
+
+def test_dead_worker_fails_those_who_wait_and_is_seen() -> None:
+    async def scenario() -> None:
+        gate = threading.Event()
+
+        def run(items: Sequence[int]) -> list[int]:
+            gate.wait(10)
+            raise SystemExit("the device is gone")
+
+        batcher: Batcher[int, int] = Batcher("test", run, max_batch=2, idle_wait_ms=0)
+        with pytest.raises(NotReady):
+            await batcher.submit(1)  # not started
+        batcher.start()
+        tasks = [asyncio.create_task(batcher.submit(n)) for n in range(5)]
+        await until(lambda: batcher.busy)
+        assert batcher.alive
+        gate.set()
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(outcome, NotReady)
+        await until(lambda: not batcher.alive)
+        with pytest.raises(NotReady):
+            await batcher.submit(1)
+        await batcher.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_stuck_worker_shows_as_stalled() -> None:
+    async def scenario() -> None:
+        model = Model()
+        with running(model) as batcher:
+            assert batcher.stalled_seconds == 0
+            held = await hold(model, batcher)
+            await asyncio.sleep(0.02)
+            assert batcher.stalled_seconds >= 0.02
+            model.gate.set()
+            await held
+            assert batcher.stalled_seconds == 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_stopping_drains_or_refuses_what_waits(drain: bool) -> None:
+    async def scenario() -> None:
+        model = Model()
+        with running(model, max_batch=2) as batcher:
+            held = await hold(model, batcher, 6)
+            waiting = asyncio.create_task(batcher.submit_many(range(5)))
+            await until(lambda: batcher.queued == 5)
+            stopping = asyncio.create_task(batcher.stop(drain=drain))
+            await asyncio.sleep(0)
+            with pytest.raises(NotReady):
+                await batcher.submit(1)
+            model.gate.set()
+            await stopping
+            assert await held == 36
+            outcomes = await waiting
+            if drain:
+                assert outcomes == [0, 1, 4, 9, 16]
+            else:
+                assert all(isinstance(outcome, NotReady) for outcome in outcomes)
+
+    asyncio.run(scenario())
+
+
+def test_wrong_number_of_results_is_an_error_for_all_and_garbage_for_none() -> None:
+    async def scenario() -> None:
+        with running(lambda items: [1, 2, 3], max_batch=2) as batcher:
+            with pytest.raises(RuntimeError, match="3 results for 1 items"):
+                await batcher.submit(1)
+            assert batcher.alive
+
+    asyncio.run(scenario())
+
+
+def test_a_callers_closed_loop_and_a_failing_observer_do_not_matter() -> None:
+    model = Model()
+
+    def observe(size: int, seconds: float, queue_seconds: float) -> None:
+        raise ValueError("observer")
+
+    with running(model, max_batch=4, on_batch=observe) as batcher:
+
+        async def leave() -> None:
+            await hold(model, batcher, 1)
+            asyncio.get_running_loop().call_soon(lambda: batcher._enqueue([2]))
+            await until(lambda: batcher.queued == 1)
+
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(leave())
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.close()  # without running the cancelled tasks: their futures stay
+        model.gate.set()
+        assert asyncio.run(batcher.submit(3)) == 9
+        results: list[int] = []
+        threads = [
+            threading.Thread(target=lambda n=n: results.append(asyncio.run(batcher.submit(n)))) for n in range(5)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(results) == [0, 1, 4, 9, 16]  # many loops at once
+        assert batcher.alive
+
+
+def test_idle_wait_gathers_company_only_where_some_is_expected() -> None:
+    async def scenario(expected: bool) -> list[list[int]]:
+        model = Model()
+        with running(model, max_batch=3, idle_wait_ms=1000, more_expected=lambda: expected) as batcher:
+            first = asyncio.create_task(batcher.submit(0))
+            await asyncio.sleep(0.02)
+            began = time.monotonic()
+            await asyncio.gather(first, batcher.submit(1), batcher.submit(2))
+            assert time.monotonic() - began < 0.5  # a full batch does not wait on
+        return model.batches
+
+    assert asyncio.run(scenario(True)) == [[0, 1, 2]]
+    assert asyncio.run(scenario(False))[0] == [0]
+
+
+def test_smallest_knobs_work_and_observers_see_batches() -> None:
+    async def scenario() -> None:
+        seen: list[tuple[int, float, float]] = []
+        with running(Model(), max_batch=1, max_queue=1, on_batch=lambda *report: seen.append(report)) as batcher:
+            for n in range(4):
+                assert await batcher.submit(n) == n * n
+            await until(lambda: len(seen) == 4)
+        assert all(size == 1 and seconds >= 0 and waited >= 0 for size, seconds, waited in seen)
+        for bad in ({"max_batch": 0}, {"max_queue": 0}, {"idle_wait_ms": -1}):
+            with pytest.raises(ValueError, match="at least"):
+                Batcher("bad", Model(), **bad)
+
+    asyncio.run(scenario())
