@@ -9,7 +9,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow check format bench setup redis clean
+.PHONY: help serve test test-slow check format bench readme setup redis clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ format: $(VENV)/.dev ## put the code into the common format
 
 bench: $(VENV)/.dev ## throughput over HTTP against the floor of decode and tower; writes loadtests/results
 	$(BIN)/python -m loadtests.bench_floor
+
+readme: $(VENV)/.dev ## put the current tables into README.md
+	$(BIN)/python -m cogapp -r README.md
 
 setup: $(VENV)/.dev ## only the virtual environment, with everything in it
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("ironclip", "service", "training", "loadtests")
@@ -45,3 +52,17 @@ def test_only_settings_read_the_environment() -> None:
     for path in (ROOT / "service").rglob("*.py"):
         if path.name != "settings.py":
             assert "os.environ" not in path.read_text(encoding="utf-8"), path
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    """Someone who installs an extra gets all that its code imports."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {"ironclip": [], "service": ["serve"], "training": ["train"], "loadtests": ["load"]}
+    modules = {"pillow": "PIL", "open_clip_torch": "open_clip", "POT": "ot", "python-multipart": "python_multipart"}
+    for package, names in extras.items():
+        declared = [*project["dependencies"], *(d for name in names for d in project["optional-dependencies"][name])]
+        known = {re.split(r"[\[<>=;~! ]", d)[0] for d in declared}
+        known = {modules.get(name, name).replace("-", "_") for name in known} | set(PACKAGES) | sys.stdlib_module_names
+        for path in (ROOT / package).rglob("*.py"):
+            for name in _imports(path):
+                assert name.split(".")[0] in known, f"{path.relative_to(ROOT)} imports {name}"
