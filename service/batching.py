@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -33,11 +34,12 @@ class _Failure:
 
 
 class _Entry(Generic[Item]):
-    __slots__ = ("future", "item", "queued_at")
+    __slots__ = ("cost", "future", "item", "queued_at")
 
-    def __init__(self, item: Item, future: asyncio.Future[Any]) -> None:
+    def __init__(self, item: Item, future: asyncio.Future[Any], cost: int) -> None:
         self.item = item
         self.future = future
+        self.cost = cost
         self.queued_at = time.perf_counter()
 
 
@@ -48,12 +50,14 @@ class Batcher(Generic[Item, Result]):
         name: for messages and the thread's name.
         run: called in the worker thread with 1..max_batch items; returns one result for each, in order. What it
             raises is given to the item that causes it.
-        max_batch: items in one call at most.
-        max_queue: items waiting at most; a request larger than that is taken only while nothing waits.
+        max_batch: items in one call at most, weighed by `cost`.
+        max_queue: items waiting at most, weighed by `cost`; a request larger than that is taken only while
+            nothing waits.
         idle_wait_ms: how long an idle worker waits for a batch to fill.
         more_expected: says whether more items are about to come; while it says no, an idle worker starts at once.
-        on_batch: called after each batch, in the worker thread, with its items, the seconds it ran, and the
+        on_batch: called after each batch, in the worker thread, with its cost, the seconds it ran, and the
             seconds that its oldest item had waited.
+        cost: how many plain items an item counts for (a picture seen in N views: N); 1 for all by default.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Batcher(Generic[Item, Result]):
         idle_wait_ms: float = 2.0,
         more_expected: Callable[[], bool] | None = None,
         on_batch: Callable[[int, float, float], None] | None = None,
+        cost: Callable[[Item], int] | None = None,
     ) -> None:
         if max_batch < 1 or max_queue < 1 or idle_wait_ms < 0:
             raise ValueError("max_batch and max_queue must be at least 1, idle_wait_ms at least 0")
@@ -77,8 +82,10 @@ class Batcher(Generic[Item, Result]):
         self._idle_wait = idle_wait_ms / 1000
         self._more_expected = more_expected or (lambda: True)
         self._on_batch = on_batch
+        self._cost = cost or (lambda item: 1)
         self._changed = threading.Condition(threading.Lock())
         self._waiting: OrderedDict[int, _Entry[Item]] = OrderedDict()
+        self._queued = 0  # cost of what waits
         self._current: list[_Entry[Item]] = []
         self._next_id = 0
         self._stopping = False
@@ -97,8 +104,8 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def queued(self) -> int:
-        """Items waiting, those of a running batch not counted."""
-        return len(self._waiting)
+        """Items waiting, weighed by cost, those of a running batch not counted."""
+        return self._queued
 
     @property
     def busy(self) -> bool:
@@ -119,7 +126,7 @@ class Batcher(Generic[Item, Result]):
     def estimated_wait_seconds(self) -> float:
         """How long an item that came now would wait, by the rate of the last batches; 0 before the first."""
         per_item = self._seconds / self._items if self._items else 0.0
-        return (len(self._waiting) + len(self._current)) * per_item
+        return (self._queued + sum(entry.cost for entry in self._current)) * per_item
 
     async def submit(self, item: Item) -> Result:
         """Queue one item and wait for its result; a caller that is cancelled takes its item out again.
@@ -151,7 +158,7 @@ class Batcher(Generic[Item, Result]):
         """Refuse new items, run what waits (or fail it with NotReady, without `drain`), and end the worker."""
         with self._changed:
             self._stopping = True
-            abandoned = [] if drain and self.alive else self._take(len(self._waiting))
+            abandoned = [] if drain and self.alive else self._take(math.inf)
             self._changed.notify_all()
         self._fail(abandoned, "The service is stopping.")
         if self._thread is not None:
@@ -164,16 +171,17 @@ class Batcher(Generic[Item, Result]):
             if self._stopping or not self.alive:
                 state = "is stopping" if self._stopping else "is not running"
                 raise NotReady(f"The {self.name} worker {state}.")
-            waiting = len(self._waiting)
-            if waiting and waiting + len(items) > self.max_queue:
+            costs = [self._cost(item) for item in items]
+            if self._queued and self._queued + sum(costs) > self.max_queue:
                 raise Overloaded(
-                    f"{waiting} items wait for the {self.name} model and {len(items)} more would pass the limit of "
-                    f"{self.max_queue} (IRONCLIP_MAX_QUEUE).",
+                    f"{self._queued} items wait for the {self.name} model and {sum(costs)} more would pass the limit "
+                    f"of {self.max_queue} (IRONCLIP_MAX_QUEUE).",
                     retry_after=self.estimated_wait_seconds,
                     limit=self.max_queue,
                 )
-            for item, future in zip(items, futures, strict=True):
-                self._waiting[self._next_id] = _Entry(item, future)
+            self._queued += sum(costs)
+            for item, future, cost in zip(items, futures, costs, strict=True):
+                self._waiting[self._next_id] = _Entry(item, future, cost)
                 future.add_done_callback(partial(self._forget, self._next_id))
                 self._next_id += 1
             self._changed.notify()
@@ -182,14 +190,17 @@ class Batcher(Generic[Item, Result]):
     def _forget(self, identity: int, future: asyncio.Future[Any]) -> None:
         if future.cancelled():
             with self._changed:
-                self._waiting.pop(identity, None)
+                entry = self._waiting.pop(identity, None)
+                self._queued -= entry.cost if entry is not None else 0
 
     def _work(self) -> None:
+        idle = True
         try:
             while True:
                 with self._changed:
-                    if not self._await_items():
+                    if not self._await_items(idle):
                         return
+                    idle = False
                     self._current = self._take(self.max_batch)
                     self.last_progress = time.monotonic()
                 if self._current:
@@ -200,32 +211,41 @@ class Batcher(Generic[Item, Result]):
         finally:
             with self._changed:
                 self._dead = True
-                lost = self._current + self._take(len(self._waiting))
+                lost = self._current + self._take(math.inf)
                 self._current = []
             self._fail(lost, f"The {self.name} worker stopped; the service must be restarted.")
 
-    def _await_items(self) -> bool:
+    def _await_items(self, idle: bool) -> bool:
         """Sleep until there is something to cut; False when stopping with nothing left. Holds the lock."""
-        idle = not self._waiting
+        idle = idle or not self._waiting
         while not self._waiting:
             if self._stopping:
                 return False
             self._changed.wait()
         if idle and self._idle_wait:
             deadline = time.monotonic() + self._idle_wait
-            while len(self._waiting) < self.max_batch and not self._stopping and self._more_expected():
+            while self._queued < self.max_batch and not self._stopping and self._more_expected():
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     break
         return True
 
-    def _take(self, count: int) -> list[_Entry[Item]]:
-        """Take up to `count` entries off the front, leaving out those nobody waits for. Holds the lock."""
+    def _take(self, most: float) -> list[_Entry[Item]]:
+        """Take entries off the front, up to a cost of `most` but at least one. Holds the lock.
+
+        Those nobody waits for any more are left out.
+        """
         taken: list[_Entry[Item]] = []
-        while self._waiting and len(taken) < count:
-            _, entry = self._waiting.popitem(last=False)
+        cost = 0
+        while self._waiting:
+            identity, entry = next(iter(self._waiting.items()))
+            if taken and cost + entry.cost > most:
+                break
+            del self._waiting[identity]
+            self._queued -= entry.cost
             if not entry.future.cancelled():
                 taken.append(entry)
+                cost += entry.cost
         return taken
 
     def _serve(self, batch: list[_Entry[Item]]) -> None:
@@ -233,13 +253,14 @@ class Batcher(Generic[Item, Result]):
         outcomes = self._attempt([entry.item for entry in batch])
         seconds = time.perf_counter() - began
         self._seconds = _MEMORY * self._seconds + seconds
-        self._items = _MEMORY * self._items + len(batch)
+        cost = sum(entry.cost for entry in batch)
+        self._items = _MEMORY * self._items + cost
         self.last_progress = time.monotonic()
         self._current = []
         _deliver([(entry.future, outcome) for entry, outcome in zip(batch, outcomes, strict=True)])
         if self._on_batch is not None:
             try:
-                self._on_batch(len(batch), seconds, began - batch[0].queued_at)
+                self._on_batch(cost, seconds, began - batch[0].queued_at)
             except Exception:
                 _LOG.exception("the observer of the %s batches failed", self.name)
 

@@ -350,3 +350,20 @@ def test_smallest_knobs_work_and_observers_see_batches() -> None:
                 Batcher("bad", Model(), **bad)
 
     asyncio.run(scenario())
+
+
+def test_items_are_weighed_in_batches_and_in_the_queue() -> None:
+    async def scenario() -> None:
+        model = Model()
+        with running(model, max_batch=4, max_queue=12, cost=lambda item: item) as batcher:
+            held = await hold(model, batcher, 1)
+            waiting = asyncio.create_task(batcher.submit_many([2, 2, 3, 5]))
+            await until(lambda: batcher.queued == 12)
+            with pytest.raises(Overloaded):
+                await batcher.submit(1)
+            model.gate.set()
+            assert await waiting == [4, 4, 9, 25]
+            await held
+        assert model.batches == [[1], [2, 2], [3], [5]]  # one that costs more than a batch goes alone
+
+    asyncio.run(scenario())
