@@ -57,7 +57,8 @@ def _crop(rgba: Tensor, size: int, config: AugmentConfig, generator: torch.Gener
     ratio = torch.exp(_uniform((count,), -config.stretch, config.stretch, generator) / 2)
     shift = _uniform((count, 2), -config.shift, config.shift, generator) * 2
     cos, sin = torch.cos(angle), torch.sin(angle)
-    rows = torch.stack([cos * zoom * ratio, -sin * zoom * ratio, shift[:, 0], sin * zoom / ratio, cos * zoom / ratio, shift[:, 1]])
+    wide, high = zoom * ratio, zoom / ratio
+    rows = torch.stack([cos * wide, -sin * wide, shift[:, 0], sin * high, cos * high, shift[:, 1]])
     grid = F.affine_grid(rows.T.reshape(count, 2, 3), [count, 4, size, size], align_corners=False)
     return F.grid_sample(rgba, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 

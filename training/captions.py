@@ -76,11 +76,10 @@ class CaptionTable:
             key = keys.get(name.subgroup, name.subgroup)
             subgroup = (name.subgroup, name.subgroup, singular(name.subgroup), key, key.split(" ", 1)[-1])
             group = (name.group, name.group, *(singular(part) for part in name.group.split(" and ")))
-            words = {"name": (name.label,), "alias": name.aliases, "tag": name.tags, "subgroup": subgroup, "group": group}
             of_name: dict[str, list[int]] = {}
-            for kind in KINDS:
+            for kind, words in zip(KINDS, ((name.label,), name.aliases, name.tags, subgroup, group), strict=True):
                 of_name[kind] = []
-                for word in words[kind]:
+                for word in words:
                     concept = ids.setdefault(word.lower(), len(ids))
                     if concept == len(self.words):
                         self.words.append(word)

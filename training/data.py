@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ironclip.errors import InputError
-from ironclip.preprocessing import Preprocessing
+from ironclip.preprocessing import Preprocessing, to_float
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
@@ -39,7 +39,7 @@ class LabelledImages(Protocol):
 
 
 def _pixels(pictures: list[Image.Image], preprocessing: Preprocessing) -> Tensor:
-    return torch.stack([preprocessing.apply(picture) for picture in pictures]).float() / 255
+    return to_float(torch.stack([preprocessing(picture)[0] for picture in pictures]))
 
 
 class FolderImages:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import subprocess
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,15 +22,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ironclip.artifact import save_artifact
 from ironclip.encoder import Encoder
 from ironclip.errors import IronclipError
 from training.augment import AugmentConfig, augment
 from training.captions import TEMPLATES, CaptionTable
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.emoji.pictures import Source, load_vendor, manifest_names, read_manifest, training_vendors
-from training.towers import ImageTower, build_encoder, fastest_dtype, parameter_groups
+from training.emoji.pictures import load_vendor, manifest_names, read_manifest, training_vendors
+from training.export import export
+from training.sampling import Sampler
+from training.towers import ImageTower, build_encoder, fastest_dtype, parameter_groups, update_average
 
 LEVELS = ("name", "subgroup", "group")
 
@@ -116,39 +117,12 @@ def masked_clip_loss(logits: Tensor, truths: Tensor) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-class Sampler:
-    """Pictures of a batch: drawn by weight, gathered from the vendors' arrays."""
-
-    def __init__(self, sources: list[Source], flags: Tensor, config: PretrainConfig, icon_sets: set[str]) -> None:
-        self._sources = sources
-        style = [config.style_weights["icon" if s.vendor in icon_sets else s.style] for s in sources]
-        self.names = torch.cat([source.names for source in sources])
-        weights = torch.cat([torch.full((len(s.names),), w) for s, w in zip(sources, style, strict=True)])
-        total = torch.zeros(len(flags)).index_add_(0, self.names, weights)
-        of_name = torch.where(flags, config.flag_weight, 1.0)
-        # Names with many pictures come up more often, but only as the square root of their number.
-        self._weights = weights * of_name[self.names] / total[self.names].sqrt()
-        self._source = torch.cat([torch.full((len(s.names),), i) for i, s in enumerate(sources)])
-        self._row = torch.cat([torch.arange(len(s.names)) for s in sources])
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """``count`` pictures: uint8 RGBA [count, size, size, 4] and their names int64 [count]."""
-        chosen = torch.multinomial(self._weights, count, replacement=False, generator=generator)
-        source, row = self._source[chosen], self._row[chosen]
-        size = self._sources[0].images.shape[1]
-        images = torch.empty(count, size, size, 4, dtype=torch.uint8)
-        for index in source.unique().tolist():
-            where = source == index
-            images[where] = self._sources[index].images[row[where]]
-        return images, self.names[chosen]
-
-
 @dataclass
 class Run:
-    """A run in progress: what the steps change, and what they draw from."""
+    """A run in progress: what the steps change, and what they draw from.
+
+    ``lengths`` notes at which step which ``config.steps`` took over, for runs resumed with another length.
+    """
 
     config: PretrainConfig
     encoder: Encoder
@@ -158,12 +132,14 @@ class Run:
     sampler: Sampler
     captions: CaptionTable
     step: int = 0
+    lengths: dict[str, int] = field(default_factory=dict)
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs; draws depend on (seed, step), so there is no other random state."""
         return {
             "config": asdict(self.config),
             "step": self.step,
+            "lengths": self.lengths,
             "model": self.encoder.model.state_dict(),
             "average": self.average.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -180,7 +156,7 @@ def _prompt_losses(run: Run, features: Tensor, names: Tensor, texts: Tensor, oth
     targets = [position[names], run.captions.subgroup_of[names], run.captions.group_of[names]]
     return {
         level: F.cross_entropy(scale * features @ part.T, target, label_smoothing=run.config.label_smoothing)
-        for level, part, target in zip(LEVELS, texts.split(sizes), targets, strict=True)
+        for level, part, target in zip(LEVELS, torch.split(texts, sizes), targets, strict=True)
     }
 
 
@@ -190,7 +166,7 @@ def compute_loss(run: Run, generator: torch.Generator) -> tuple[Tensor, dict[str
     rgba, names = run.sampler.draw(config.batch_size, generator)
     pixels = augment(rgba, run.encoder.resolution, config.augment, generator)
     drawn = captions.draw(names, config.caption_weights, generator)
-    present = names.unique()
+    present = torch.unique(names)
     absent = torch.randperm(len(captions.labels), generator=generator)
     absent = absent[~torch.isin(absent, present)][: max(0, config.name_prompts - len(present))]
     others = torch.cat([present, absent])
@@ -218,25 +194,19 @@ def train_step(run: Run) -> dict[str, float]:
         group["lr"] = rate
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + run.step)
     run.encoder.model.train()
-    loss, parts = compute_loss(run, generator)
     run.optimiser.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    with sdpa_kernel(SDPBackend.MATH):  # the CPU's fused kernel is several times slower on short sequences
+        loss, parts = compute_loss(run, generator)
+        torch.autograd.backward(loss)
     norm = torch.nn.utils.clip_grad_norm_(run.encoder.model.parameters(), config.clip_norm)
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
         raise NonFiniteLoss(
-            f"step {run.step}: loss {loss.item()}, gradient norm {norm.item()}, parts {parts}, learning rate {rate:.2e}; "
-            "resume from the last checkpoint with a smaller learning_rate or dtype=float32"
+            f"step {run.step}: loss {loss.item()}, gradient norm {norm.item()}, parts {parts}, "
+            f"learning rate {rate:.2e}; resume from the last checkpoint with a smaller learning_rate or dtype=float32"
         )
     run.optimiser.step()
-    run.encoder.model.logit_scale.data.clamp_(0, math.log(100))  # type: ignore[union-attr, operator]
-    decay = min(config.ema, (1 + run.step) / (10 + run.step))
-    with torch.no_grad():
-        current = run.encoder.model.state_dict()
-        for key, value in run.average.model.state_dict().items():
-            if value.is_floating_point():
-                value.lerp_(current[key], 1 - decay)
-            else:
-                value.copy_(current[key])
+    run.encoder.model.logit_scale.data.clamp_(0, math.log(100))  # type: ignore[operator]
+    update_average(run.average, run.encoder, min(config.ema, (1 + run.step) / (10 + run.step)))
     run.step += 1
     return {"loss": round(loss.item(), 4), **parts, "norm": round(norm.item(), 3), "rate": rate}
 
@@ -244,6 +214,7 @@ def train_step(run: Run) -> dict[str, float]:
 def start(config: PretrainConfig, folder: Path) -> Run:
     """Set everything up, from the folder's checkpoint if it has one."""
     torch.set_num_threads(config.threads)
+    torch.set_float32_matmul_precision("medium")  # the text tower stays float32, its products may be bfloat16
     data = Path(config.data)
     manifest = read_manifest(data)
     names = manifest_names(manifest)
@@ -253,7 +224,7 @@ def start(config: PretrainConfig, folder: Path) -> Run:
     flags = torch.tensor([name.group == "flags" for name in names])
     encoder = build_encoder(config.model, config.preprocess, config.seed)
     average = build_encoder(config.model, config.preprocess, config.seed)
-    encoder.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    encoder.model.to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(parameter_groups(encoder.model, config.weight_decay), lr=0.0, betas=(0.9, 0.98))
     checkpoint = load_checkpoint(folder / "checkpoint.pt", asdict(config))
     dtype = checkpoint["dtype"] if checkpoint else config.dtype
@@ -268,7 +239,7 @@ def start(config: PretrainConfig, folder: Path) -> Run:
         average=average,
         optimiser=optimiser,
         tower=ImageTower(encoder, chosen),
-        sampler=Sampler(sources, flags, config, icon_sets),
+        sampler=Sampler(sources, flags, config.style_weights, config.flag_weight, icon_sets),
         captions=CaptionTable(names),
     )
     if checkpoint:
@@ -276,7 +247,10 @@ def start(config: PretrainConfig, folder: Path) -> Run:
         average.model.load_state_dict(checkpoint["average"])
         optimiser.load_state_dict(checkpoint["optimiser"])
         run.step = checkpoint["step"]
+        run.lengths = checkpoint.get("lengths") or {"0": checkpoint["config"]["steps"]}
         print(f"resuming at step {run.step} of {config.steps}", flush=True)
+    if config.steps not in list(run.lengths.values())[-1:]:
+        run.lengths[str(run.step)] = config.steps
     return run
 
 
@@ -317,41 +291,9 @@ def pretrain(config: PretrainConfig, folder: Path) -> Path:
     finally:
         signal.signal(signal.SIGTERM, previous)
     save_checkpoint(folder / "checkpoint.pt", run.state())
-    return export(run, folder / "artifact") if run.step >= config.steps else folder
-
-
-def _seen_tokens(run: Run) -> Tensor:
-    """bool [vocabulary]: token ids that some caption of the training data can contain."""
-    seen = torch.zeros(run.encoder.model.token_embedding.num_embeddings, dtype=torch.bool)  # type: ignore[union-attr, arg-type]
-    for template in dict.fromkeys(TEMPLATES):
-        for texts in (run.captions.words, run.captions.labels):
-            seen[run.encoder.tokenize([template.format(text) for text in texts], truncate=True).unique()] = True
-    return seen
-
-
-def export(run: Run, folder: Path) -> Path:
-    """Write the averaged weights as an artifact.
-
-    Rows of the token table that no training caption uses are set to zero: an unknown word then says nothing,
-    instead of adding its random start to the text.
-    """
-    encoder, config = run.average, run.config
-    table: Tensor = encoder.model.token_embedding.weight.data  # type: ignore[union-attr, assignment]
-    table[~_seen_tokens(run)] = 0
-    manifest = read_manifest(Path(config.data))
-    vendors = training_vendors(manifest, config.left_out)
-    keep = ("package", "version", "integrity", "licence", "credit", "pictures", "names_covered")
-    data = {key: {part: manifest["vendors"][key][part] for part in keep} for key in vendors}
-    taxonomy = {key: manifest["taxonomy"][key] for key in ("package", "version", "integrity", "licence", "credit")}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    meta = {
-        "name": config.name,
-        "description": config.description,
-        "method": "pretrain",
-        "config": asdict(config),
-        "data": {"names": taxonomy, "pictures": data},
-        "seed": config.seed,
-        "commit": commit or "unknown",
-        "default_templates": ["an emoji of {}"],
-    }
-    return save_artifact(encoder, folder, meta)
+    if run.step < config.steps:
+        return folder
+    settings = asdict(config)
+    if len(run.lengths) > 1:
+        settings["steps_from_step"] = run.lengths
+    return export(run.average, run.captions, settings, folder / "artifact")

@@ -25,7 +25,8 @@ def build_encoder(model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any], see
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW groups: matrices decay; biases, norms, embeddings and the temperature do not."""
-    decay, rest = [], []
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         plain = parameter.ndim < 2 or any(part in name for part in NO_DECAY)
         (rest if plain else decay).append(parameter)
@@ -60,7 +61,8 @@ class ImageTower:
             name: value if any(name.startswith(norm) for norm in self._norms) else value.to(self.dtype)
             for name, value in self._visual.named_parameters()
         }
-        return torch.func.functional_call(self._visual, cast, (images,)).float()
+        output: Tensor = torch.func.functional_call(self._visual, cast, (images,))
+        return output.float()
 
 
 def fastest_dtype(encoder: Encoder, batch_size: int, repeats: int = 2) -> tuple[torch.dtype, dict[str, float]]:
@@ -78,10 +80,21 @@ def fastest_dtype(encoder: Encoder, batch_size: int, repeats: int = 2) -> tuple[
         best = float("inf")
         for _ in range(repeats + 1):
             start = time.perf_counter()
-            tower(pixels).square().mean().backward()
+            torch.autograd.backward(tower(pixels).square().mean())
             best = min(best, time.perf_counter() - start)
         speeds[str(dtype).removeprefix("torch.")] = round(batch_size / best, 1)
     encoder.model.zero_grad(set_to_none=True)
     for name, value in encoder.model.named_buffers():
         value.copy_(buffers[name])
     return (torch.bfloat16 if speeds["bfloat16"] > speeds["float32"] else torch.float32), speeds
+
+
+def update_average(average: Encoder, encoder: Encoder, decay: float) -> None:
+    """Move every floating-point weight and running statistic of ``average`` towards ``encoder`` by 1 - ``decay``."""
+    current = encoder.model.state_dict()
+    with torch.no_grad():
+        for key, value in average.model.state_dict().items():
+            if value.is_floating_point():
+                value.lerp_(current[key], 1 - decay)
+            else:
+                value.copy_(current[key])

@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 
 
-def _iconify_bodies(package: Package) -> dict[str, tuple[str, tuple[float, float, float, float]]]:
+def iconify_bodies(package: Package) -> dict[str, tuple[str, tuple[float, float, float, float]]]:
     """Icon name (aliases included) -> SVG body and its box."""
     data = package.json("icons.json")
     size = (data.get("width", 16), data.get("height", data.get("width", 16)))
@@ -48,7 +48,7 @@ def _sources(vendor: Vendor, package: Package, names: list[Name]) -> list[tuple[
             if index is not None:
                 found.append((index, Path(path).stem, {"plain": content}))
         return found
-    bodies = _iconify_bodies(package)
+    bodies = iconify_bodies(package)
     chars = package.json("chars.json") if "chars.json" in package.files else {}
     if vendor.kind == "flags":
         codes = [icon for icon in bodies if re.fullmatch("[a-z]{2}", icon)]

@@ -18,7 +18,7 @@ STYLES: dict[str, str] = {
 
 
 def svg_document(body: str, box: tuple[float, float, float, float], style: str = "plain") -> bytes:
-    """A whole SVG document around an icon's ``body``; ``box`` is left, top, width, height; ``style`` a key of STYLES."""
+    """A whole SVG document around an icon's ``body``; ``box`` is left, top, width, height."""
     left, top, width, height = box
     rule = STYLES[style].format(stroke=round(0.028 * width, 4))
     sheet = f"<style>{rule}</style>" if rule else ""

@@ -38,7 +38,7 @@ _OLD_NAMES = {
     "flag-for-triangular-flag": "triangular flag",
     **{
         f"digit-{word}": f"keycap: {digit}"
-        for digit, word in enumerate("zero one two three four five six seven eight nine".split())
+        for digit, word in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"))
     },
 }
 

@@ -1,0 +1,115 @@
+"""`evaluate`: how often the served Classifier is right, per vendor, per level of the tree; one JSON out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ironclip.classifier import Classifier, LevelMode, predict
+from ironclip.encoder import Encoder
+from ironclip.hierarchy import LabelTree
+from ironclip.labels import LabelSet, build_text_bank
+from training.data import LabelledImages
+from training.emoji.pictures import VendorImages, load_vendor, manifest_names, read_manifest
+from training.emoji.taxonomy import Name
+
+TEMPLATES = ("an emoji of {}",)
+FLAGS = "flags"
+
+
+def emoji_tree(names: Sequence[Name]) -> LabelTree:
+    """The three-level tree name > subgroup > group as the library reads it."""
+    parents = {name.label: name.subgroup for name in names} | {name.subgroup: name.group for name in names}
+    return LabelTree.parse({"levels": ["name", "subgroup", "group"], "parents": parents})
+
+
+def _pixels(images: LabelledImages, batch_size: int = 256) -> Tensor:
+    """All pictures as uint8 [N, 3, R, R]."""
+    parts = torch.split(torch.arange(len(images)), batch_size)
+    return torch.cat([(images.images(part.tolist()) * 255).round().to(torch.uint8) for part in parts])
+
+
+def _share(hits: Tensor) -> float:
+    return round(100 * hits.float().mean().item(), 2) if len(hits) else float("nan")
+
+
+def _top(logits: Tensor, target: Tensor, k: int) -> Tensor:
+    return (logits.topk(k, dim=-1).indices == target[:, None]).any(-1)
+
+
+def score_vendor(classifiers: dict[LevelMode, Classifier], images: LabelledImages, keep: Tensor) -> dict[str, Any]:
+    """Scores of one vendor's pictures over all labels.
+
+    Args:
+        classifiers: for each way to score levels, a Classifier over the names in the order of ``images.classes``.
+        images: the pictures; ``labels`` index the names.
+        keep: bool [names]: which names' pictures count; all names stay labels.
+
+    Returns:
+        Percentages ``top1``, ``top5``, and ``LEVEL_rollup`` / ``LEVEL_prompts`` for the upper levels; ``pictures``.
+    """
+    chosen = keep[images.labels]
+    labels = images.labels[chosen]
+    pixels = _pixels(images)[chosen]
+    scores: dict[str, Any] = {"pictures": int(chosen.sum())}
+    for mode, classifier in classifiers.items():
+        decision = predict(classifier, pixels)
+        if mode == "rollup":
+            scores["top1"] = _share(_top(decision.logits, labels, 1))
+            scores["top5"] = _share(_top(decision.logits, labels, 5))
+        for level, logits in decision.levels.items():
+            if level != "name":
+                target = classifier.levels[level].index[labels]
+                scores[f"{level}_{mode}"] = _share(_top(logits, target, 1))
+    return scores
+
+
+def evaluate_emoji(encoder: Encoder, data: Path, vendors: Sequence[str] = ()) -> dict[str, Any]:
+    """Evaluate on vendors of the demo data set: every name a label, prompt ``an emoji of {}``.
+
+    Args:
+        encoder: what is evaluated.
+        data: folder that `build-data` wrote.
+        vendors: which; the test vendors if empty.
+
+    Returns:
+        vendor -> {"without_flags": scores, "flags": scores}, see `score_vendor`.
+    """
+    manifest = read_manifest(data)
+    names = manifest_names(manifest)
+    label_set = LabelSet.parse([name.label for name in names], list(TEMPLATES))
+    bank = build_text_bank(encoder, label_set)
+    tree = emoji_tree(names)
+    modes: tuple[LevelMode, ...] = ("rollup", "prompts")
+    classifiers = {mode: Classifier(encoder, label_set, bank, tree=tree, levels=mode) for mode in modes}
+    flags = torch.tensor([name.group == FLAGS for name in names])
+    chosen = list(vendors) or [key for key, entry in manifest["vendors"].items() if entry["role"] == "test"]
+    results: dict[str, Any] = {}
+    for vendor in chosen:
+        images = VendorImages(load_vendor(data, manifest, vendor)[0], names, encoder.preprocessing)
+        results[vendor] = {"without_flags": score_vendor(classifiers, images, ~flags)}
+        if bool(flags[images.labels].any()):
+            results[vendor]["flags"] = score_vendor(classifiers, images, flags)
+    return results
+
+
+def summary(results: dict[str, Any]) -> str:
+    """A table of the scores without flags, one line a vendor."""
+    columns = ("pictures", "top1", "top5", "subgroup_prompts", "subgroup_rollup", "group_prompts", "group_rollup")
+    lines = [" ".join([f"{'vendor':22}", *(f"{column:>16}" for column in columns)])]
+    for vendor, parts in results.items():
+        for part, scores in parts.items():
+            title = vendor if part == "without_flags" else f"{vendor} (flags)"
+            lines.append(" ".join([f"{title:22}", *(f"{scores[column]:>16}" for column in columns)]))
+    return "\n".join(lines)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON for people: indented, UTF-8, a newline at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

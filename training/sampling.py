@@ -1,0 +1,55 @@
+"""Which pictures a training step sees: drawn by weight, from the step's own generator."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+
+import torch
+from torch import Tensor
+
+from training.emoji.pictures import Source
+
+
+class Sampler:
+    """Pictures of a batch: drawn by weight, gathered from the vendors' arrays.
+
+    Args:
+        sources: what to draw from.
+        flags: bool [names], which names are flags.
+        style_weights: how often a picture is drawn, by its style; ``icon`` for the vendors in ``icon_sets``.
+        flag_weight: how often a flag is drawn, beside 1 for other names.
+        icon_sets: vendors that are general icon sets.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        flags: Tensor,
+        style_weights: Mapping[str, float],
+        flag_weight: float,
+        icon_sets: Container[str] = (),
+    ) -> None:
+        self._sources = sources
+        style = [style_weights["icon" if s.vendor in icon_sets else s.style] for s in sources]
+        self.names = torch.cat([source.names for source in sources])
+        weights = torch.cat([torch.full((len(s.names),), w) for s, w in zip(sources, style, strict=True)])
+        total = torch.zeros(len(flags)).index_add_(0, self.names, weights)
+        of_name = torch.where(flags, flag_weight, 1.0)
+        # Names with many pictures come up more often, but only as the square root of their number.
+        self._weights = weights * of_name[self.names] / total[self.names].sqrt()
+        self._source = torch.cat([torch.full((len(s.names),), i) for i, s in enumerate(sources)])
+        self._row = torch.cat([torch.arange(len(s.names)) for s in sources])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """``count`` pictures: uint8 RGBA [count, size, size, 4] and their names int64 [count]."""
+        chosen = torch.multinomial(self._weights, count, replacement=False, generator=generator)
+        source, row = self._source[chosen], self._row[chosen]
+        size = self._sources[0].images.shape[1]
+        images = torch.empty(count, size, size, 4, dtype=torch.uint8)
+        for index in torch.unique(source).tolist():
+            where = source == index
+            images[where] = self._sources[index].images[row[where]]
+        return images, self.names[chosen]
