@@ -175,10 +175,8 @@ class Encoder(nn.Module):
         tokens = self.tokenize(texts, truncate=truncate)
         # Longest last, so that texts of like length share a batch and little padding is computed.
         order = torch.argsort(_lengths(tokens), stable=True)
-        features = torch.empty(len(texts), self.dim, device=self.device)
-        for part in torch.split(order, batch_size):
-            features = features.index_copy(0, part.to(self.device), self.encode_tokens(tokens[part]))
-        return features
+        parts = [self.encode_tokens(tokens[part]) for part in torch.split(order, batch_size)]
+        return torch.cat(parts)[torch.argsort(order).to(self.device)]
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Text features of token ids [N, L], not normalised: float32 [N, dim].
