@@ -1,0 +1,157 @@
+"""Which dtype an encoder computes in: measured at start-up on this machine, and held to float32's features.
+
+Candidates hold their weights in the dtype itself. Left out on purpose: autocast on the CPU, which copies weights
+at every call and is slower than float32, and `torch.set_float32_matmul_precision("medium")`, which is about half
+as fast as bfloat16 weights and, being process-wide, would take the float32 out of the gradients of an attack.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, interpolate
+
+from ironclip.encoder import Encoder
+from ironclip.errors import OptionError
+from ironclip.loading import DEMO_FOLDER
+from ironclip.preprocessing import load_image, to_float
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Least cosine of a picture's features with float32's. An error of 0.999 that points anywhere moves a logit of a
+# 512-dimensional CLIP (scale 100) by about 0.2; bfloat16 stays near 0.9999.
+MIN_COSINE = 0.999
+# A dtype that drifts must be worth it.
+MIN_SPEEDUP = 1.1
+_BATCH_SIZES = (1, 8)
+_SEED = 20
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate: its speed by batch size (images/s, best of the rounds), drift, and why it was not taken."""
+
+    dtype: str
+    images_per_second: dict[int, float]
+    min_cosine: float
+    rejected: str | None = None
+
+
+@dataclass(frozen=True)
+class DtypeReport:
+    """How a dtype was chosen; kept for `GET /models`."""
+
+    requested: str
+    chosen: str
+    threads: int
+    min_cosine_allowed: float = MIN_COSINE
+    trials: list[Trial] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values, speeds in images per second."""
+        trials = [
+            {
+                "dtype": trial.dtype,
+                "images_per_second": {str(n): round(speed, 2) for n, speed in trial.images_per_second.items()},
+                "min_cosine": round(trial.min_cosine, 6),
+                "rejected": trial.rejected,
+            }
+            for trial in self.trials
+        ]
+        return {
+            "requested": self.requested,
+            "chosen": self.chosen,
+            "threads": self.threads,
+            "min_cosine_allowed": self.min_cosine_allowed,
+            "trials": trials,
+        }
+
+
+def choose_dtype(encoder: Encoder, requested: str = "auto", *, seconds: float = 2.0) -> tuple[Encoder, DtypeReport]:
+    """Return the encoder in the dtype to serve it in, and how that was found out.
+
+    Args:
+        encoder: in float32, on its device.
+        requested: 'auto' measures; 'float32', 'bfloat16' or 'float16' is taken as given, its drift still reported.
+        seconds: budget of the timing; at least two rounds are run however slow the machine is.
+
+    Raises:
+        OptionError: no such dtype.
+    """
+    if requested != "auto" and requested not in DTYPES:
+        raise OptionError(f"dtype is one of auto, {', '.join(DTYPES)}; not {requested!r}.")
+    if requested == "auto":
+        names = ["float32", "bfloat16"] if encoder.device.type == "cpu" else list(DTYPES)
+    else:
+        names = list(dict.fromkeys(["float32", requested]))
+    candidates = {name: encoder if name == "float32" else encoder.astype(DTYPES[name]) for name in names}
+    pictures = drift_pictures(encoder)
+    cosines = {name: _least_cosine(encoder, candidate, pictures) for name, candidate in candidates.items()}
+    timed = candidates if requested == "auto" else {requested: candidates[requested]}
+    speeds = _time(timed, pictures, seconds)
+    trials = [_judge(name, speeds, cosines[name], requested) for name in timed]
+    chosen = requested
+    if requested == "auto":
+        sound = [trial for trial in trials if trial.rejected is None]
+        chosen = max(sound, key=lambda trial: trial.images_per_second[_BATCH_SIZES[-1]]).dtype
+    return candidates[chosen], DtypeReport(requested, chosen, torch.get_num_threads(), trials=trials)
+
+
+def _judge(name: str, speeds: dict[str, dict[int, float]], cosine: float, requested: str) -> Trial:
+    rejected = None
+    if requested == "auto" and name != "float32":
+        gain = speeds[name][_BATCH_SIZES[-1]] / speeds["float32"][_BATCH_SIZES[-1]]
+        if not cosine >= MIN_COSINE:  # also where it is NaN
+            rejected = f"drift: least cosine with float32 is {cosine:.6f}, {MIN_COSINE} is needed"
+        elif gain < MIN_SPEEDUP:
+            rejected = f"not worth it: {gain:.2f} times the speed of float32"
+    return Trial(name, speeds[name], cosine, rejected)
+
+
+def drift_pictures(encoder: Encoder) -> Tensor:
+    """A fixed batch to compare dtypes on: shipped samples, smooth and rough noise; float [8, 3, R, R] in [0, 1]."""
+    side = encoder.resolution
+    files = sorted((DEMO_FOLDER / "samples").glob("*.[jp][pn]g"))[:4]
+    samples = [to_float(encoder.preprocessing(load_image(file))[0]) for file in files]
+    generator = torch.Generator().manual_seed(_SEED)
+    while len(samples) < 8:
+        coarse = torch.rand(1, 3, 4 << (len(samples) % 4), 4 << (len(samples) % 4), generator=generator)
+        samples.append(interpolate(coarse, (side, side), mode="bilinear")[0])
+    return torch.stack(samples).to(encoder.device)
+
+
+@torch.inference_mode()
+def _least_cosine(reference: Encoder, candidate: Encoder, pictures: Tensor) -> float:
+    if candidate is reference:
+        return 1.0
+    cosine = cosine_similarity(reference.encode_image(pictures), candidate.encode_image(pictures))
+    return float(cosine.min()) if bool(cosine.isfinite().all()) else float("nan")
+
+
+@torch.inference_mode()
+def _time(candidates: dict[str, Encoder], pictures: Tensor, seconds: float) -> dict[str, dict[int, float]]:
+    """Images per second of each candidate by batch size, taken in turns so that a busy spell hits all alike."""
+    best = {name: dict.fromkeys(_BATCH_SIZES, float("inf")) for name in candidates}
+    for encoder in candidates.values():
+        for size in _BATCH_SIZES:
+            encoder.encode_image(pictures[:size])
+    began, rounds = time.perf_counter(), 0
+    while rounds < 2 or (time.perf_counter() - began < seconds and rounds < 50):
+        for name, encoder in candidates.items():
+            for size in _BATCH_SIZES:
+                best[name][size] = min(best[name][size], _once(encoder, pictures[:size]))
+        rounds += 1
+    return {name: {size: size / times for size, times in sizes.items()} for name, sizes in best.items()}
+
+
+def _once(encoder: Encoder, pictures: Tensor) -> float:
+    wait: Callable[[], None] = torch.cuda.synchronize if pictures.is_cuda else lambda: None
+    wait()
+    began = time.perf_counter()
+    encoder.encode_image(pictures)
+    wait()
+    return time.perf_counter() - began

@@ -1,0 +1,239 @@
+"""One served encoder: its dtype, its warm-up, a batcher for each tower, and the threads that torch runs in.
+
+Every forward pass runs here, in a worker thread, never on the event loop. Features leave as float32, not
+normalised, on the CPU; deciding from them is the Classifier's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ironclip.defences import Defence
+from ironclip.encoder import Encoder
+from ironclip.errors import LabelError, NotReady, OptionError
+from ironclip.labels import LabelSet, TextBank, build_text_bank
+from ironclip.loading import load_encoder
+from ironclip.preprocessing import to_float
+from service.batching import Batcher
+from service.dtype import choose_dtype
+
+# (tower, items, seconds, seconds that the oldest item waited)
+BatchObserver = Callable[[str, int, float, float], None]
+TOWERS = ("image", "text")
+
+
+@dataclass(frozen=True)
+class ImageJob:
+    """One picture for the image tower: uint8 [3, R, R], and the defence that makes views of it."""
+
+    pixels: Tensor
+    defence: Defence
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """Jobs of one group go through the defence together."""
+        return (self.defence.name, *sorted((key, repr(value)) for key, value in self.defence.options().items()))
+
+
+class ServedEncoder:
+    """An encoder behind its batchers.
+
+    Args:
+        name: what callers call it.
+        encoder: in float32, on its device; given up for a copy in the chosen dtype.
+        dtype: 'auto' or a pinned one, see `choose_dtype`.
+        max_batch: images, or texts, in one forward pass at most.
+        max_queue: items waiting for a tower at most.
+        idle_wait_ms: see Batcher.
+        images_expected: says whether pictures are being decoded at the moment.
+        observe: called after each batch, in the worker's thread.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        encoder: Encoder,
+        *,
+        dtype: str = "auto",
+        max_batch: int = 32,
+        max_queue: int = 512,
+        idle_wait_ms: float = 2.0,
+        images_expected: Callable[[], bool] | None = None,
+        observe: BatchObserver | None = None,
+    ) -> None:
+        self.name = name
+        self.encoder, self.dtype_report = choose_dtype(encoder, dtype)
+        self.max_batch = max_batch
+        self._observe = observe
+        self.images: Batcher[ImageJob, Tensor] = Batcher(
+            f"{name} image",
+            self._run_images,
+            max_batch=max_batch,
+            max_queue=max_queue,
+            idle_wait_ms=idle_wait_ms,
+            more_expected=images_expected,
+            on_batch=self._observer("image"),
+            cost=lambda job: job.defence.view_count,
+        )
+        self.texts: Batcher[Tensor, Tensor] = Batcher(
+            f"{name} text",
+            self._run_texts,
+            max_batch=max_batch,
+            max_queue=max_queue,
+            # Texts take no decoding, so none is on its way while the worker idles.
+            idle_wait_ms=0,
+            on_batch=self._observer("text"),
+        )
+        # One thread: several label sets at once would only slow each other and the towers down.
+        self._banks = ThreadPoolExecutor(1, thread_name_prefix=f"bank-{name}")
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype that the towers compute in."""
+        return self.dtype_report.chosen
+
+    @property
+    def alive(self) -> bool:
+        """Whether both workers run."""
+        return self.images.alive and self.texts.alive
+
+    @property
+    def stalled_seconds(self) -> float:
+        """Seconds since a worker that has work last moved."""
+        return max(self.images.stalled_seconds, self.texts.stalled_seconds)
+
+    def start(self) -> None:
+        """Warm up every batch size that is a power of two, and start the workers; blocks until done."""
+        side, size = self.encoder.resolution, 1
+        with torch.inference_mode():
+            while size <= self.max_batch:
+                blank = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=self.encoder.device)
+                self.encoder.encode_image(to_float(blank))
+                size *= 2
+            self.encoder.encode_text(["warm"])
+        self.images.start()
+        self.texts.start()
+
+    async def stop(self, drain: bool = True) -> None:
+        """Stop the workers; with `drain`, after what waits has been run."""
+        self._banks.shutdown(wait=False, cancel_futures=True)
+        await asyncio.gather(self.images.stop(drain), self.texts.stop(drain))
+
+    async def encode_images(self, pixels: Sequence[Tensor], defence: Defence) -> list[Tensor | Exception]:
+        """Features of each picture's views.
+
+        Args:
+            pixels: uint8 [3, R, R] each.
+            defence: makes the views.
+
+        Returns:
+            For each picture float32 [views, dim] on the CPU, not normalised, or what went wrong with it.
+
+        Raises:
+            Overloaded, NotReady: as `Batcher.submit`.
+        """
+        return await self.images.submit_many([ImageJob(picture, defence) for picture in pixels])
+
+    async def encode_texts(self, texts: Sequence[str], *, truncate: bool = False) -> list[Tensor | Exception]:
+        """Features of each text: float32 [dim] on the CPU, not normalised, or LabelError for one that is too long.
+
+        Raises:
+            Overloaded, NotReady: as `Batcher.submit`.
+        """
+        tokens = await asyncio.to_thread(self._tokenize, texts, truncate)
+        readable = [row for row in tokens if isinstance(row, Tensor)]
+        features = iter(await self.texts.submit_many(readable))
+        return [next(features) if isinstance(row, Tensor) else row for row in tokens]
+
+    async def text_bank(self, label_set: LabelSet, *, descriptions: bool = False) -> TextBank:
+        """Encode a label set in a thread of its own; callers see to it that each set is asked for once.
+
+        Raises:
+            LabelError: a text is too long.
+            NotReady: stopping.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            work = self._banks.submit(build_text_bank, self.encoder, label_set, descriptions=descriptions)
+        except RuntimeError:
+            raise NotReady("The service is stopping.") from None
+        return await asyncio.wrap_future(work, loop=loop)
+
+    def _tokenize(self, texts: Sequence[str], truncate: bool) -> list[Tensor | LabelError]:
+        rows: list[Tensor | LabelError] = []
+        for text in texts:
+            try:
+                rows.append(self.encoder.tokenize([text], truncate=truncate)[0])
+            except LabelError as error:
+                rows.append(error)
+        return rows
+
+    def _run_images(self, jobs: Sequence[ImageJob]) -> list[Tensor]:
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for index, job in enumerate(jobs):
+            groups.setdefault(job.group, []).append(index)
+        features: dict[int, Tensor] = {}
+        for members in groups.values():
+            rows = self._encode_group([jobs[i].pixels for i in members], jobs[members[0]].defence)
+            features.update(zip(members, rows, strict=True))
+        return [features[i] for i in range(len(jobs))]
+
+    def _encode_group(self, pixels: list[Tensor], defence: Defence) -> list[Tensor]:
+        # Inference mode is the faster one, but inside it a defence could not take gradients.
+        with torch.no_grad() if defence.optimising else torch.inference_mode():
+            views = defence.views(to_float(torch.stack(pixels).to(self.encoder.device)))
+            rows = self.encoder.encode_image(views.flatten(0, 1)).reshape(*views.shape[:2], -1).cpu()
+        # Cloned, so that a row that is kept does not keep its whole batch.
+        return [row.clone() for row in rows]
+
+    def _run_texts(self, tokens: Sequence[Tensor]) -> list[Tensor]:
+        with torch.inference_mode():
+            rows = self.encoder.encode_tokens(torch.stack(list(tokens))).cpu()
+        return [row.clone() for row in rows]
+
+    def _observer(self, tower: str) -> Callable[[int, float, float], None] | None:
+        observe = self._observe
+        if observe is None:
+            return None
+        return lambda items, seconds, waited: observe(tower, items, seconds, waited)
+
+
+def load_served_encoder(name: str, spec: str, *, device: str = "auto", **options: Any) -> ServedEncoder:
+    """Load an encoder, choose its dtype and warm it up; blocks. `options` are those of ServedEncoder.
+
+    Raises:
+        EncoderLoadError, ArtifactError: as `load_encoder`.
+        OptionError: the device does not exist.
+    """
+    served = ServedEncoder(name, load_encoder(spec, device=pick_device(device)), **options)
+    served.start()
+    return served
+
+
+def pick_device(device: str) -> str:
+    """Resolve 'auto' to 'cuda' where there is one, else 'cpu'; check that a named device exists.
+
+    Raises:
+        OptionError: it does not.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"There is no device {device!r} here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def use_threads(threads: int) -> int:
+    """Set how many CPU threads one forward pass uses (0 leaves it to torch); returns how many it now uses."""
+    if threads:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
