@@ -92,7 +92,7 @@ def choose_dtype(encoder: Encoder, requested: str = "auto", *, seconds: float = 
     pictures = drift_pictures(encoder)
     cosines = {name: _least_cosine(encoder, candidate, pictures) for name, candidate in candidates.items()}
     timed = candidates if requested == "auto" else {requested: candidates[requested]}
-    speeds = _time(timed, pictures, seconds)
+    speeds = _time(timed, pictures, seconds if requested == "auto" else 0)
     trials = [_judge(name, speeds, cosines[name], requested) for name in timed]
     chosen = requested
     if requested == "auto":

@@ -1,0 +1,196 @@
+"""A served encoder answers what the library would, batches across requests, and chooses its dtype with care."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from ironclip.defences import Defence, make_defence
+from ironclip.encoder import Encoder
+from ironclip.errors import LabelError, NotReady, OptionError
+from ironclip.labels import LabelSet, build_text_bank
+from ironclip.preprocessing import to_float
+from service import dtype as dtype_module
+from service.dtype import choose_dtype
+from service.runtime import ServedEncoder, load_served_encoder, pick_device
+
+NONE = make_defence()
+
+
+class Mirrored:
+    """A defence of two views: the picture and its mirror image."""
+
+    name = "mirrored"
+    random = False
+    differentiable = True
+    optimising = False
+    heads = ("cosine",)
+    view_count = 2
+
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    def prepare(self, bank: object) -> None: ...
+
+    def views(self, pixels: Tensor) -> Tensor:
+        return torch.stack([pixels, pixels.flip(-1)], dim=1)
+
+    def logits(self, features: Tensor, bank: object, state: None, head: Any) -> Tensor:
+        raise NotImplementedError
+
+
+def pictures(count: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator))
+
+
+def serve(
+    encoder: Encoder, scenario: Callable[[ServedEncoder], Awaitable[None]], dtype: str = "float32", **options: Any
+) -> None:
+    async def run() -> None:
+        served = ServedEncoder("tiny", encoder, dtype=dtype, **options)
+        served.start()
+        assert served.alive
+        try:
+            await scenario(served)
+        finally:
+            await served.stop()
+        assert not served.alive
+        with pytest.raises(NotReady):
+            await served.encode_images(pictures(1), NONE)
+        with pytest.raises(NotReady):
+            await served.text_bank(LabelSet.parse(["a"]))
+
+    asyncio.run(run())
+
+
+def test_features_are_the_librarys_and_do_not_depend_on_batch_mates(tiny_encoder: Encoder) -> None:
+    mirrored: Defence = Mirrored()  # type: ignore[assignment]
+    seen: list[tuple[str, int]] = []
+
+    async def scenario(served: ServedEncoder) -> None:
+        images = pictures(11)
+        with torch.no_grad():
+            plain = tiny_encoder.encode_image(to_float(torch.stack(images)))
+            flipped = tiny_encoder.encode_image(to_float(torch.stack(images).flip(-1)))
+        requests = [served.encode_images([image], NONE if i % 2 else mirrored) for i, image in enumerate(images)]
+        for i, (rows,) in enumerate(await asyncio.gather(*requests)):
+            assert isinstance(rows, Tensor)
+            assert rows.shape == (1 if i % 2 else 2, 32)
+            torch.testing.assert_close(rows[0], plain[i], rtol=1e-4, atol=1e-5)
+            if i % 2 == 0:
+                torch.testing.assert_close(rows[1], flipped[i], rtol=1e-4, atol=1e-5)
+            assert rows.untyped_storage().nbytes() == rows.nbytes  # keeping one keeps no batch
+        assert sum(items for tower, items in seen if tower == "image") == 5 + 2 * 6  # views count
+
+    serve(tiny_encoder, scenario, observe=lambda tower, items, *_: seen.append((tower, items)), max_batch=4)
+
+
+def test_a_picture_that_breaks_the_model_fails_alone(tiny_encoder: Encoder) -> None:
+    async def scenario(served: ServedEncoder) -> None:
+        images = pictures(6)
+        images[2] = torch.zeros(3, 31, 31, dtype=torch.uint8)
+        outcomes = await served.encode_images(images, NONE)
+        assert [isinstance(outcome, Exception) for outcome in outcomes] == [i == 2 for i in range(6)]
+        assert served.alive
+
+    serve(tiny_encoder, scenario)
+
+
+def test_texts_have_their_own_outcomes(tiny_encoder: Encoder) -> None:
+    async def scenario(served: ServedEncoder) -> None:
+        texts = ["a dog", "word " * 60, "two brown cats on a mat"]
+        outcomes = await served.encode_texts(texts)
+        assert isinstance(outcomes[1], LabelError)
+        with torch.no_grad():
+            expected = tiny_encoder.encode_text([texts[0], texts[2]])
+        torch.testing.assert_close(torch.stack([outcomes[0], outcomes[2]]), expected, rtol=1e-4, atol=1e-5)  # type: ignore[list-item]
+        assert all(isinstance(outcome, Tensor) for outcome in await served.encode_texts(texts, truncate=True))
+        assert await served.encode_texts([]) == []
+
+    serve(tiny_encoder, scenario)
+
+
+def test_text_banks_are_built_off_the_loop_and_can_carry_gradients(tiny_encoder: Encoder) -> None:
+    async def scenario(served: ServedEncoder) -> None:
+        label_set = LabelSet.parse(["dog", "cat"])
+        bank = await served.text_bank(label_set)
+        torch.testing.assert_close(bank.weights, build_text_bank(tiny_encoder, label_set).weights)
+        pixels = torch.rand(1, 3, 32, 32, requires_grad=True)
+        (served.encoder.encode_image(pixels) @ bank.weights.T).sum().backward()  # type: ignore[no-untyped-call]
+        assert pixels.grad is not None
+        with pytest.raises(LabelError):
+            await served.text_bank(LabelSet.parse(["word " * 60]))
+
+    serve(tiny_encoder, scenario)
+
+
+def test_auto_dtype_is_measured_and_reported(tiny_encoder: Encoder) -> None:
+    encoder, report = choose_dtype(tiny_encoder, "auto", seconds=0)
+    content = report.to_json()
+    assert {trial["dtype"] for trial in content["trials"]} == {"float32", "bfloat16"}
+    assert content["chosen"] in ("float32", "bfloat16")
+    assert encoder.dtype == dtype_module.DTYPES[report.chosen]
+    assert all(trial["images_per_second"]["8"] > 0 for trial in content["trials"])
+    assert encoder.digest == tiny_encoder.digest
+
+
+def test_a_dtype_that_drifts_is_not_chosen(tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A clock that calls bfloat16 ten times faster, so that only the drift speaks against it.
+    fast = {"float32": {1: 1.0, 8: 1.0}, "bfloat16": {1: 10.0, 8: 10.0}}
+    monkeypatch.setattr(dtype_module, "_time", lambda candidates, *_: {name: fast[name] for name in candidates})
+    assert choose_dtype(tiny_encoder, "auto")[1].chosen == "bfloat16"
+    with monkeypatch.context() as strict:
+        strict.setattr(dtype_module, "MIN_COSINE", 0.9999999)
+        _, report = choose_dtype(tiny_encoder, "auto")
+    assert report.chosen == "float32"
+    assert "drift" in str(report.trials[1].rejected)
+    fast["bfloat16"][8] = 1.05
+    assert "not worth it" in str(choose_dtype(tiny_encoder, "auto")[1].trials[1].rejected)
+
+
+def test_a_pinned_dtype_is_kept_and_an_unknown_one_refused(tiny_encoder: Encoder) -> None:
+    async def scenario(served: ServedEncoder) -> None:
+        assert served.dtype == "bfloat16"
+        (image,) = pictures(1)
+        (rows,) = await served.encode_images([image], NONE)
+        assert isinstance(rows, Tensor)
+        assert rows.dtype == torch.float32
+        with torch.no_grad():
+            exact = tiny_encoder.encode_image(to_float(image[None]))
+        assert cosine_similarity(rows, exact).item() > 0.999
+
+    serve(tiny_encoder, scenario, dtype="bfloat16")
+    with pytest.raises(OptionError):
+        choose_dtype(tiny_encoder, "int8")
+
+
+def test_devices_are_checked() -> None:
+    assert pick_device("auto") in ("cpu", "cuda")
+    assert pick_device("cpu") == "cpu"
+    with pytest.raises(OptionError):
+        pick_device("abacus")
+
+
+@pytest.mark.slow
+def test_vit_b_32_is_served_in_the_faster_dtype() -> None:
+    served = load_served_encoder("big", "random:ViT-B-32", max_batch=4)
+    report = served.dtype_report
+    assert all(trial.min_cosine > 0.999 for trial in report.trials)
+
+    async def scenario() -> None:
+        image = torch.randint(0, 256, (3, 224, 224), dtype=torch.uint8)
+        rows, again = await served.encode_images([image, image], NONE)
+        assert isinstance(rows, Tensor)
+        assert isinstance(again, Tensor)
+        assert rows.shape == (1, 512)
+        torch.testing.assert_close(rows, again)
+        await served.stop()
+
+    asyncio.run(scenario())
