@@ -114,12 +114,15 @@ def tree_json(tree: Trees) -> dict[str, Any]:
     return form
 
 
-def load_built_in(folder: Path) -> dict[str, Registered]:
-    """The label sets that ship with the package, by name (the file's stem)."""
+def load_built_in(folder: Path, trees: Path | None = None) -> dict[str, Registered]:
+    """The label sets that ship with the package, by name (the file's stem), each with the tree of its name."""
     sets = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         wanted = {key: value for key, value in content.items() if key in _KEYS}
+        tree = trees / path.name if trees is not None else None
+        if tree is not None and tree.is_file():
+            wanted["tree"] = json.loads(tree.read_text(encoding="utf-8"))
         sets[path.stem] = parse_document(path.stem, wanted, read_only=True)
     return sets
 

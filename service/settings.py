@@ -48,84 +48,88 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, validate_default=True)
 
-    host: str = Field("127.0.0.1", description="Address to listen on; `0.0.0.0` for every interface.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    host: str = Field(default="127.0.0.1", description="Address to listen on; `0.0.0.0` for every interface.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     encoders: Annotated[dict[str, str], NoDecode] = Field(
-        {"demo": "demo"},
+        default={"demo": "demo"},
         description="Encoders to serve, `name=spec` with commas between, or a JSON object. A spec is `demo`, an "
         "artifact folder, an open_clip `MODEL/PRETRAINED_TAG`, or an `hf-hub:` or `local-dir:` name.",
     )
     default_encoder: str = Field(
-        "", description="The encoder that `default` means; the first one in `encoders` if empty."
+        default="", description="The encoder that `default` means; the first one in `encoders` if empty."
     )
-    device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
+    device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Compute type; `auto` measures at start and checks the drift against float32."
+        default="auto", description="Compute type; `auto` measures at start and checks the drift against float32."
     )
-    threads: int = Field(0, ge=0, le=1024, description="CPU threads for the model; 0 leaves it to torch.")
-    max_batch: int = Field(32, ge=1, le=4096, description="Items in one forward pass at most.")
+    threads: int = Field(default=0, ge=0, le=1024, description="CPU threads for the model; 0 leaves it to torch.")
+    max_batch: int = Field(default=32, ge=1, le=4096, description="Items in one forward pass at most.")
     max_queue: int = Field(
-        512, ge=1, le=1_000_000, description="Items waiting for a tower at most; more are answered 429."
+        default=512, ge=1, le=1_000_000, description="Items waiting for a tower at most; more are answered 429."
     )
     idle_wait_ms: float = Field(
-        2.0, ge=0, le=1000, description="How long an idle model waits for company before it starts a batch."
+        default=2.0, ge=0, le=1000, description="How long an idle model waits for company before it starts a batch."
     )
-    decode_workers: int = Field(0, ge=0, le=256, description="Threads that decode images; 0: one a core.")
+    decode_workers: int = Field(default=0, ge=0, le=256, description="Threads that decode images; 0: one a core.")
     request_timeout_ms: int = Field(
-        30_000,
+        default=30_000,
         ge=10,
         le=3_600_000,
         description="Longest time for one request; a caller may ask for less with `X-Request-Timeout-Ms`.",
     )
     drain_seconds: float = Field(
-        20.0, ge=0, le=600, description="How long requests in flight may run on after a stop signal."
+        default=20.0, ge=0, le=600, description="How long requests in flight may run on after a stop signal."
     )
     drain_delay_seconds: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         le=120,
         description="How long `/readyz` says 503 before the port closes, for balancers to notice.",
     )
 
     redis_url: SecretStr | None = Field(
-        None,
+        default=None,
         description="`redis://`, `rediss://` or `unix://` address of a Redis shared by the replicas, for caches "
         "and label sets; without it both stay in this process and in `state_dir`.",
     )
-    redis_timeout_ms: int = Field(50, ge=1, le=10_000, description="Longest wait for one answer of Redis.")
+    redis_timeout_ms: int = Field(default=50, ge=1, le=10_000, description="Longest wait for one answer of Redis.")
     redis_prefix: str = Field(
-        "ironclip", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Front part of every key in Redis."
+        default="ironclip", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Front part of every key in Redis."
     )
     redis_mac_key: SecretStr = Field(
-        SecretStr(""),
+        default=SecretStr(""),
         description="Secret that signs cached values, the same on all replicas, so that another writer to Redis "
         "cannot plant scores.",
     )
     cache_bytes: int = Field(
-        64 * MIB, ge=0, description="Memory for cached score and embedding vectors; 0 turns caching off."
+        default=64 * MIB, ge=0, description="Memory for cached score and embedding vectors; 0 turns caching off."
     )
-    cache_ttl_seconds: int = Field(3600, ge=1, le=31_536_000, description="Age at which a cached vector is dropped.")
+    cache_ttl_seconds: int = Field(
+        default=3600, ge=1, le=31_536_000, description="Age at which a cached vector is dropped."
+    )
     text_cache_bytes: int = Field(
-        256 * MIB, ge=0, description="Memory for the text banks of label sets, kept between requests."
+        default=256 * MIB, ge=0, description="Memory for the text banks of label sets, kept between requests."
     )
-    state_dir: Path = Field(Path("state"), description="Folder for registered label sets when there is no Redis.")
+    state_dir: Path = Field(
+        default=Path("state"), description="Folder for registered label sets when there is no Redis."
+    )
 
-    max_body_bytes: int = Field(64 * MIB, ge=1024, description="Bytes of one request at most.")
-    max_image_bytes: int = Field(16 * MIB, ge=1024, description="Bytes of one encoded image at most.")
-    max_pixels: int = Field(25_000_000, ge=1, description="Pixels of one image at most.")
-    max_side: int = Field(16_384, ge=1, le=65_535, description="Pixels along one side of an image at most.")
-    max_images: int = Field(64, ge=1, le=4096, description="Images in one request at most.")
-    max_texts: int = Field(1024, ge=1, le=65_536, description="Texts in one embedding request at most.")
-    max_labels: int = Field(1000, ge=1, description="Labels sent with one request at most.")
-    max_registered_labels: int = Field(20_000, ge=1, description="Labels of one registered set at most.")
+    max_body_bytes: int = Field(default=64 * MIB, ge=1024, description="Bytes of one request at most.")
+    max_image_bytes: int = Field(default=16 * MIB, ge=1024, description="Bytes of one encoded image at most.")
+    max_pixels: int = Field(default=25_000_000, ge=1, description="Pixels of one image at most.")
+    max_side: int = Field(default=16_384, ge=1, le=65_535, description="Pixels along one side of an image at most.")
+    max_images: int = Field(default=64, ge=1, le=4096, description="Images in one request at most.")
+    max_texts: int = Field(default=1024, ge=1, le=65_536, description="Texts in one embedding request at most.")
+    max_labels: int = Field(default=1000, ge=1, description="Labels sent with one request at most.")
+    max_registered_labels: int = Field(default=20_000, ge=1, description="Labels of one registered set at most.")
     max_prompts: int = Field(
-        160_000, ge=1, description="Prompts at most that labels, templates and descriptions make together."
+        default=160_000, ge=1, description="Prompts at most that labels, templates and descriptions make together."
     )
-    max_text_chars: int = Field(1000, ge=1, le=100_000, description="Characters of one label, prompt or text.")
+    max_text_chars: int = Field(default=1000, ge=1, le=100_000, description="Characters of one label, prompt or text.")
 
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged.")
     log_format: Literal["auto", "json", "console"] = Field(
-        "auto", description="`auto`: coloured lines on a terminal, JSON elsewhere."
+        default="auto", description="`auto`: coloured lines on a terminal, JSON elsewhere."
     )
 
     @field_validator("encoders", mode="before")

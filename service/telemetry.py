@@ -11,15 +11,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
 
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
 from ironclip import __version__
 
+if TYPE_CHECKING:
+    from service.runtime import ServedEncoder
+
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-# The request's stages, in the order in which a request passes through them.
-STAGES = ("receive", "parse", "labels", "cache", "decode", "model", "serialise")
+# The stages of a request, in the order in which it passes through them; the labels of `ironclip_stage_seconds`.
+STAGES = ("receive", "cache", "decode", "labels", "model", "decide", "serialise")
 
 REQUESTS = Counter("ironclip_requests", "Requests answered.", ["op", "code"])
 REQUEST_SECONDS = Histogram(
@@ -34,10 +39,44 @@ CACHE = Counter("ironclip_cache", "Look-ups in the caches.", ["cache", "result"]
 CACHE_BYTES = Gauge("ironclip_cache_bytes", "Bytes held in this process.", ["cache"])
 REDIS_UP = Gauge("ironclip_redis_up", "1 while Redis answers, 0 while it is left alone (circuit open).")
 REDIS_ERRORS = Counter("ironclip_redis_errors", "Calls to Redis that failed.", ["reason"])
+BATCH_SIZE = Histogram(
+    "ironclip_batch_size", "Items in one forward pass.", ["tower"], buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256)
+)
+BATCH_SECONDS = Histogram("ironclip_batch_seconds", "Time of one forward pass.", ["tower"], buckets=_LATENCY)
+QUEUE_SECONDS = Histogram("ironclip_queue_seconds", "Wait of a batch's oldest item.", ["tower"], buckets=_LATENCY)
+QUEUE_ITEMS = Gauge("ironclip_queue_items", "Items waiting for a tower.", ["encoder", "tower"])
+QUEUE_ESTIMATE = Gauge(
+    "ironclip_queue_seconds_estimate", "How long an item that came now would wait.", ["encoder", "tower"]
+)
+STALLED = Gauge(
+    "ironclip_worker_stalled_seconds",
+    "Time since a worker that has work last moved; 0 when it has none.",
+    ["encoder", "tower"],
+)
 MODEL_INFO = Gauge("ironclip_model_info", "Encoders served; always 1.", ["name", "digest", "dtype", "head"])
 BUILD_INFO = Gauge("ironclip_build_info", "The running version; always 1.", ["version"])
 BUILD_INFO.labels(__version__).set(1)
 READY = Gauge("ironclip_ready", "1 when /readyz says yes.")
+
+
+def observe_batch(tower: str, items: int, seconds: float, waited: float) -> None:
+    """Count one batch of the image or the text tower."""
+    BATCH_SIZE.labels(tower).observe(items)
+    BATCH_SECONDS.labels(tower).observe(seconds)
+    QUEUE_SECONDS.labels(tower).observe(waited)
+
+
+def watch_encoder(served: ServedEncoder) -> None:
+    """Publish an encoder's identity, and let its queues be read whenever the metrics are."""
+    encoder = served.encoder
+    MODEL_INFO.labels(served.name, encoder.digest, served.dtype, encoder.head.type).set(1)
+    for tower, batcher in (("image", served.images), ("text", served.texts)):
+        for gauge, value in (
+            (QUEUE_ITEMS, "queued"),
+            (QUEUE_ESTIMATE, "estimated_wait_seconds"),
+            (STALLED, "stalled_seconds"),
+        ):
+            gauge.labels(served.name, tower).set_function(partial(getattr, batcher, value))
 
 
 class Stages:
@@ -49,7 +88,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
 
     def add(self, stage: str, seconds: float) -> None:
-        """Add to one stage; images of one request that are worked on side by side add up."""
+        """Add to one of STAGES; what is done side by side for one request counts once."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     @contextmanager

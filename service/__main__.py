@@ -1,0 +1,127 @@
+"""`python -m service`: serve, or print the settings' table or the OpenAPI document."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+from types import FrameType
+
+import uvicorn
+
+from ironclip import __version__
+from ironclip.errors import IronclipError
+from service import telemetry
+from service.settings import CONFIG_VARIABLE, Settings, SettingsInvalid, load_settings, settings_markdown
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status (2: the settings cannot be used, 3: an encoder cannot be loaded)."""
+    arguments = _parser().parse_args(argv)
+    if arguments.command == "settings":
+        print(settings_markdown() if arguments.markdown else _settings_text(), end="")
+        return 0
+    overrides = {name: value for name in ("host", "port") if (value := getattr(arguments, name)) is not None}
+    if arguments.encoders is not None:
+        overrides["encoders"] = arguments.encoders
+    try:
+        if arguments.command == "openapi":
+            return _print_openapi()
+        return serve(load_settings(**overrides))
+    except SettingsInvalid as error:
+        print(f"The settings cannot be used:\n  {error.detail.replace(chr(10), chr(10) + '  ')}", file=sys.stderr)
+        return 2
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal comes; returns the exit status."""
+    from service.app import create_app
+
+    telemetry.configure_logging(settings.log_level, settings.log_format)
+    failures: list[IronclipError] = []
+
+    def on_fatal(error: IronclipError) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create_app(settings, on_fatal=on_fatal)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+        timeout_keep_alive=75,
+        backlog=2048,
+    )
+    server = _Server(config, app.state.service, settings)
+    _say(f"Ironclip {__version__} on http://{settings.host}:{settings.port} (documentation: /docs); loading ...")
+    server.run()
+    if failures:
+        _say(f"An encoder cannot be loaded: {failures[0].detail}")
+        return 3
+    return 0 if server.started else 1
+
+
+class _Server(uvicorn.Server):
+    """A server that says no on /readyz first and stops listening a moment later, for balancers to notice."""
+
+    def __init__(self, config: uvicorn.Config, service: object, settings: Settings) -> None:
+        super().__init__(config)
+        self._service = service
+        self._settings = settings
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain on the first signal; a second one ends at once."""
+        drain = getattr(self._service, "drain")  # noqa: B009
+        drain()
+        delay = self._settings.drain_delay_seconds
+        if delay > 0 and sig == signal.SIGTERM and not self.should_exit and not getattr(self, "_draining", False):
+            self._draining = True
+            asyncio.get_event_loop().call_later(delay, super().handle_exit, sig, frame)
+            return
+        super().handle_exit(sig, frame)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m service",
+        description="Serve CLIP encoders over HTTP: /classify, /embed, and more on /docs.",
+        epilog=f"Settings come from IRONCLIP_* variables and the TOML file that {CONFIG_VARIABLE} names; "
+        "`python -m service settings` lists them. Exit status: 2 the settings cannot be used, 3 an encoder cannot "
+        "be loaded.",
+    )
+    parser.add_argument("command", nargs="?", choices=["serve", "settings", "openapi"], default="serve")
+    parser.add_argument("--host", help="over IRONCLIP_HOST")
+    parser.add_argument("--port", type=int, help="over IRONCLIP_PORT")
+    parser.add_argument("--encoders", help="over IRONCLIP_ENCODERS: name=spec with commas between")
+    parser.add_argument("--markdown", action="store_true", help="with `settings`: the table of the README")
+    parser.add_argument("--version", action="version", version=f"ironclip {__version__}")
+    return parser
+
+
+def _settings_text() -> str:
+    lines = []
+    for name, field in Settings.model_fields.items():
+        lines.append(f"IRONCLIP_{name.upper()}\n    {field.description}")
+    return "\n".join(lines) + "\n"
+
+
+def _print_openapi() -> int:
+    from service.app import create_app
+
+    print(json.dumps(create_app(Settings()).openapi(), indent=1, ensure_ascii=False, sort_keys=True))
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

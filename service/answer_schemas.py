@@ -1,0 +1,194 @@
+"""Answers as the OpenAPI document shows them.
+
+On the hot path they are built as plain dicts; a test holds those to the models here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
+
+from service.schemas import Closed, Labels, Templates, Tree
+
+
+class Fault(Closed):
+    """One fault of a request."""
+
+    pointer: str = Field(description="JSON Pointer to the part at fault; empty for the whole body.")
+    code: str
+    detail: str
+
+
+class Problem(Closed):
+    """An error, as RFC 9457 has it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "/problems/image-invalid",
+                    "title": "The image cannot be decoded",
+                    "status": 422,
+                    "detail": "The PNG is truncated.",
+                    "code": "image-invalid",
+                    "instance": "urn:request:0af7651916cd43dd8448eb211c80319c",
+                    "errors": [{"pointer": "/image", "code": "image-invalid", "detail": "The PNG is truncated."}],
+                }
+            ]
+        }
+    )
+
+    type: str = Field(description="`/problems/{code}`, where the service explains it.")
+    title: str
+    status: int
+    detail: str
+    code: str = Field(description="Stable name of the error.")
+    instance: str | SkipJsonSchema[None] = None
+    errors: list[Fault] | SkipJsonSchema[None] = None
+    limit: float | SkipJsonSchema[None] = None
+    retry_after_ms: int | SkipJsonSchema[None] = None
+
+
+class Prediction(Closed):
+    """One label of the answer."""
+
+    label: str
+    score: float = Field(description="Softmax over all labels at the encoder's own logit scale.")
+    cosine: float = Field(description="Cosine between the image and the label's text weights.")
+
+
+class LevelPrediction(Closed):
+    """One node of an upper level."""
+
+    label: str
+    score: float
+
+
+class EncoderRef(Closed):
+    """Which encoder answered, exactly."""
+
+    name: str
+    digest: str
+    dtype: str
+    head: str
+
+
+class LabelSetRef(Closed):
+    """Which labels were used, exactly."""
+
+    digest: str
+    name: str | SkipJsonSchema[None] = None
+
+
+class PreprocessingRef(Closed):
+    """How the picture became pixels."""
+
+    digest: str
+    warnings: list[str] = Field(description="What was done to this picture that a viewer may not expect.")
+
+
+class DefenceRef(Closed):
+    """Which defence stood in the decision, with its options."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+
+
+class DomainRef(Closed):
+    """Whether the picture is of the kind the encoder was trained on."""
+
+    inside: bool
+    score: float = Field(description="Mean cosine with the nearest pictures of the training art.")
+    threshold: float = Field(description="Scores below it are outside.")
+    description: str = Field(description="What the encoder was trained on.")
+    warning: str | SkipJsonSchema[None] = None
+
+
+class Classification(Closed):
+    """The answer for one image."""
+
+    predictions: list[Prediction]
+    levels: dict[str, list[LevelPrediction]] | SkipJsonSchema[None] = None
+    encoder: EncoderRef
+    label_set: LabelSetRef
+    preprocessing: PreprocessingRef
+    defence: DefenceRef
+    domain: DomainRef | SkipJsonSchema[None] = None
+
+
+class Failed(Closed):
+    """In the place of one item that could not be used."""
+
+    error: Problem
+
+
+class EmbeddedImage(Closed):
+    """The embedding of one image."""
+
+    embedding: list[float] | str
+    warnings: list[str]
+
+
+class EmbeddedText(Closed):
+    """The embedding of one text."""
+
+    embedding: list[float] | str
+
+
+class EmbedResponse(Closed):
+    """The answer of `POST /embed`; every vector has length 1."""
+
+    encoder: EncoderRef
+    dim: int
+    preprocessing: dict[str, str]
+    images: list[EmbeddedImage | Failed]
+    texts: list[EmbeddedText | Failed]
+
+
+class LabelSetSummary(Closed):
+    """One label set in the list."""
+
+    name: str
+    digest: str
+    read_only: bool
+
+
+class LabelSetList(Closed):
+    """The answer of `GET /label-sets`."""
+
+    label_sets: list[LabelSetSummary]
+
+
+class LabelSetStored(LabelSetSummary):
+    """One label set with its content in canonical form."""
+
+    labels: Labels
+    templates: Templates | SkipJsonSchema[None] = None
+    tree: Tree | SkipJsonSchema[None] = None
+
+
+class Status(Closed):
+    """The answer of a health check."""
+
+    status: str
+    reason: str | SkipJsonSchema[None] = None
+
+
+class OpenAIEmbedding(Closed):
+    """One vector."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class OpenAIEmbeddingResponse(Closed):
+    """OpenAI's answer to an embedding request."""
+
+    object: Literal["list"]
+    model: str
+    data: list[OpenAIEmbedding]
+    usage: dict[str, int]

@@ -1,0 +1,232 @@
+"""From pictures to answers: cache by the bytes' digest, decode, cache by the pixels' digest, encode, decide.
+
+Each picture has its own outcome. What concerns the service (a full queue, a dead worker) ends the whole request,
+so that one rule of admission holds for one picture and for sixty-four.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ironclip.defences import Defence
+from ironclip.errors import ImageError, IronclipError
+from ironclip.preprocessing import WARNINGS
+from service import telemetry
+from service.cache import ArrayCache, KeyScope, image_key
+from service.decisions import Classifiers, Plan
+from service.forms import Picture
+from service.images import ImageDecoder, pixels_digest
+from service.runtime import ServedEncoder
+from service.telemetry import Stages
+from service.vectors import Arrays, Schema
+
+Floats = NDArray[np.float32]
+
+_IMAGE_SCHEMA: Schema = {"pixels": ("uint8", (32,)), "warnings": ("uint8", (None,))}
+_WARNING_CODES = tuple(WARNINGS)
+# Deciding about this many scores is left to a thread, so that it does not hold up other requests.
+_THREAD_SCORES = 50_000
+
+
+@dataclass
+class Item:
+    """One picture on its way; whichever of the fields are set say how far it has come."""
+
+    picture: Picture
+    error: IronclipError | None = None
+    pixels: Tensor | None = None
+    pixels_digest: bytes = b""
+    warnings: list[str] = field(default_factory=list)
+    features: Floats | None = None
+    scores: Arrays | None = None
+    from_cache: bool = False
+
+
+class Answers:
+    """The way of pictures through caches, decoder, batchers and Classifiers.
+
+    Args:
+        decoder: bytes to pixels.
+        images: cache of what became of the bytes: digest of the pixels, and warnings.
+        features: cache of features.
+        scores: cache of full score vectors.
+        classifiers: the Classifiers by plan.
+    """
+
+    def __init__(
+        self,
+        decoder: ImageDecoder,
+        images: ArrayCache,
+        features: ArrayCache,
+        scores: ArrayCache,
+        classifiers: Classifiers,
+    ) -> None:
+        self.decoder = decoder
+        self.images = images
+        self.features = features
+        self.scores = scores
+        self.classifiers = classifiers
+
+    async def classify(self, plan: Plan, pictures: Sequence[Picture], stages: Stages) -> list[Item]:
+        """Decide about each picture; an item has `scores` or `error`."""
+        items = [Item(picture, picture.error) for picture in pictures]
+        with stages.time("cache"):
+            await self._known_bytes(plan.served, _open(items))
+            await self._known_scores(plan, _open(items))
+        waiting = [item for item in _open(items) if item.scores is None]
+        decoded = await self._ready(plan.served, [item for item in waiting if not item.pixels_digest], stages)
+        with stages.time("cache"):
+            await self._known_scores(plan, decoded)
+        waiting = [item for item in _open(waiting) if item.scores is None]
+        if waiting:
+            with stages.time("labels"):
+                classifier = await self.classifiers.get(plan)
+            await self._encode(plan.served, plan.defence, plan.features_key, waiting, stages)
+            with stages.time("decide"):
+                await self._decide(plan, classifier, _open(waiting))
+        return items
+
+    async def embed(
+        self, served: ServedEncoder, defence: Defence, key: bytes, pictures: Sequence[Picture], stages: Stages
+    ) -> list[Item]:
+        """Features of each picture; an item has `features` or `error`."""
+        items = [Item(picture, picture.error) for picture in pictures]
+        with stages.time("cache"):
+            await self._known_bytes(served, _open(items))
+        await self._ready(served, [item for item in _open(items) if not item.pixels_digest], stages)
+        await self._encode(served, defence, key, _open(items), stages)
+        return items
+
+    async def _known_bytes(self, served: ServedEncoder, items: list[Item]) -> None:
+        """Find out from the bytes' digest what the pixels' digest is, without decoding."""
+        scope = _image_scope(served)
+        keys = [image_key(scope, bytes.fromhex(item.picture.digest)) for item in items]
+        for item, found in zip(items, await self.images.get_many(keys, _IMAGE_SCHEMA), strict=True):
+            if found is not None:
+                item.pixels_digest = found["pixels"].tobytes()
+                item.warnings = [_WARNING_CODES[i] for i in found["warnings"] if i < len(_WARNING_CODES)]
+
+    async def _known_scores(self, plan: Plan, items: list[Item]) -> None:
+        known = [item for item in items if item.pixels_digest]
+        keys = [image_key(plan.key, item.pixels_digest) for item in known]
+        for item, found in zip(known, await self.scores.get_many(keys, plan.schema), strict=True):
+            if found is not None:
+                item.scores, item.from_cache = found, True
+
+    async def _ready(self, served: ServedEncoder, items: list[Item], stages: Stages) -> list[Item]:
+        """Decode what is not decoded; returns the items that came through."""
+        if not items:
+            return []
+        start = time.perf_counter()
+        await _gather([self._decode(served, item) for item in items])
+        stages.add("decode", time.perf_counter() - start)
+        scope = _image_scope(served)
+        done = _open(items)
+        for item in done:
+            codes = [_WARNING_CODES.index(code) for code in item.warnings]
+            arrays: Arrays = {
+                "pixels": np.frombuffer(item.pixels_digest, np.uint8),
+                "warnings": np.array(codes, np.uint8),
+            }
+            self.images.put(image_key(scope, bytes.fromhex(item.picture.digest)), arrays)
+        return done
+
+    async def _decode(self, served: ServedEncoder, item: Item) -> None:
+        picture = item.picture
+        try:
+            decoded = await self.decoder.decode(picture.data, served.encoder.preprocessing, picture.declared)
+        except ImageError as error:
+            item.error = error.at(picture.pointer) if picture.pointer else error
+            telemetry.DECODE_REJECTS.labels(error.code).inc()
+            return
+        item.pixels = decoded.pixels
+        item.warnings = list(decoded.warnings)
+        item.pixels_digest = bytes.fromhex(pixels_digest(decoded.pixels))
+
+    async def _encode(
+        self, served: ServedEncoder, defence: Defence, key: bytes, items: list[Item], stages: Stages
+    ) -> None:
+        """Give each item its features: from the cache, else from the image tower."""
+        schema: Schema = {"features": ("float32", (defence.view_count, served.encoder.dim))}
+        keys = [image_key(key, item.pixels_digest) for item in items]
+        with stages.time("cache"):
+            found = await self.features.get_many(keys, schema)
+        for item, arrays in zip(items, found, strict=True):
+            if arrays is not None:
+                item.features, item.from_cache = arrays["features"].astype(np.float32, copy=False), True
+        missing = [i for i, item in enumerate(items) if item.features is None]
+        if not missing:
+            return
+        # The bytes were known but the features have been dropped: the pixels are needed after all.
+        await self._ready(served, [items[i] for i in missing if items[i].pixels is None], stages)
+        missing = [i for i in missing if items[i].error is None]
+        start = time.perf_counter()
+        outcomes = await served.encode_images([_pixels(items[i]) for i in missing], defence)
+        stages.add("model", time.perf_counter() - start)
+        for i, outcome in zip(missing, outcomes, strict=True):
+            if isinstance(outcome, IronclipError):
+                items[i].error = outcome
+            elif isinstance(outcome, Exception):
+                raise outcome
+            else:
+                items[i].features = outcome.numpy()
+                self.features.put(keys[i], {"features": outcome.numpy()})
+
+    async def _decide(self, plan: Plan, classifier: Any, items: list[Item]) -> None:
+        if not items:
+            return
+        features = torch.from_numpy(np.stack([item.features for item in items if item.features is not None]))
+        if len(items) * len(plan.label_set) > _THREAD_SCORES:
+            rows = await asyncio.to_thread(_judge, plan, classifier, features)
+        else:
+            rows = _judge(plan, classifier, features)
+        for item, arrays in zip(items, rows, strict=True):
+            item.scores = arrays
+            self.scores.put(image_key(plan.key, item.pixels_digest), arrays)
+
+
+def _judge(plan: Plan, classifier: Any, features: Tensor) -> list[Arrays]:
+    with torch.no_grad():
+        decision = classifier.judge(features.to(classifier.encoder.device))
+    columns: dict[str, NDArray[np.generic]] = {
+        "logits": decision.logits.cpu().numpy(),
+        "cosine": decision.cosine.cpu().numpy(),
+    }
+    if plan.domain is not None:
+        columns["domain"] = plan.domain.score(features[:, 0])[:, None].numpy()
+    for name in plan.level_nodes:
+        columns[f"level:{name}"] = decision.levels[name].cpu().numpy()
+    return [{name: column[i].copy() for name, column in columns.items()} for i in range(len(features))]
+
+
+def _image_scope(served: ServedEncoder) -> bytes:
+    return KeyScope("", "", served.encoder.preprocessing.digest, "image").digest()
+
+
+def _open(items: Sequence[Item]) -> list[Item]:
+    return [item for item in items if item.error is None]
+
+
+def _pixels(item: Item) -> Tensor:
+    assert item.pixels is not None
+    return item.pixels
+
+
+async def _gather(works: list[Any]) -> None:
+    """Wait for all; if one fails, cancel the others, so that a refused request leaves nothing in the queues."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        raise

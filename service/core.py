@@ -1,0 +1,265 @@
+"""The service without HTTP: encoders, caches, label sets, and whether all of it is fit to answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any, Literal
+
+from cachetools import LRUCache
+from pydantic_core import to_json
+
+from ironclip.classifier import LevelMode
+from ironclip.defences import Defence, make_defence
+from ironclip.domain import Domain, load_domain
+from ironclip.errors import EncoderNotFound, IronclipError, NotReady, OptionError
+from ironclip.labels import LabelLimits, LabelSet
+from ironclip.loading import DEMO_FOLDER
+from service import telemetry
+from service.answers import Answers
+from service.cache import ArrayCache
+from service.decisions import Classifiers, Plan
+from service.errors import RequestInvalid
+from service.images import ImageDecoder, ImageLimits
+from service.label_sets import LabelSets, Registered, Trees, load_built_in, parse_tree
+from service.label_stores import FileStore, RedisStore, Store
+from service.redis_link import RedisLink
+from service.runtime import ServedEncoder, load_served_encoder, use_threads
+from service.schemas import Options
+from service.settings import DEFAULT_ALIAS, Settings
+
+State = Literal["loading", "ready", "draining", "failed"]
+_PLANS = 512
+_LARGE_SET = 2000
+# A model worker that has work and has not moved for so long will not move again.
+_STALLED_SECONDS = 120.0
+# A text bank is large and slow to make: a look-up in Redis may take longer than for a score vector.
+_BANK_SECONDS = 1.0
+
+
+class Service:
+    """Everything behind the routes.
+
+    Args:
+        settings: as read at start.
+        on_fatal: called when an encoder cannot be loaded, with the reason; the process should then end.
+    """
+
+    def __init__(self, settings: Settings, on_fatal: Callable[[IronclipError], None] | None = None) -> None:
+        self.settings = settings
+        self.state: State = "loading"
+        self.served: dict[str, ServedEncoder] = {}
+        self.domains: dict[str, Domain | None] = {}
+        self.image_limits = ImageLimits(settings.max_image_bytes, settings.max_pixels, settings.max_side)
+        self.label_limits = self._limits(settings.max_labels)
+        self._on_fatal = on_fatal
+        self._failure = ""
+        self._loading: asyncio.Task[None] | None = None
+        self._plans: LRUCache[bytes, Plan] = LRUCache(_PLANS)
+        self._log = telemetry.get_logger()
+        url = settings.redis_url
+        self._link = RedisLink(url.get_secret_value(), settings.redis_timeout_ms / 1000) if url is not None else None
+        store: Store = (
+            RedisStore(self._link, settings.redis_prefix) if self._link is not None else FileStore(settings.state_dir)
+        )
+        self.label_sets = LabelSets(
+            store,
+            load_built_in(DEMO_FOLDER / "label_sets", DEMO_FOLDER / "trees"),
+            self._limits(settings.max_registered_labels),
+        )
+        self.decoder = ImageDecoder(
+            self.image_limits,
+            workers=settings.decode_workers,
+            max_pending=max(settings.max_queue, settings.max_images),
+        )
+        vectors = settings.cache_bytes
+        self._caches = [
+            self._cache("images", vectors // 8),
+            self._cache("features", vectors // 4),
+            self._cache("scores", vectors - vectors // 8 - vectors // 4),
+            self._cache("text-banks", settings.text_cache_bytes // 2, _BANK_SECONDS),
+        ]
+        images, features, scores, banks = self._caches
+        classifiers = Classifiers(banks, settings.text_cache_bytes // 2)
+        self.answers = Answers(self.decoder, images, features, scores, classifiers)
+
+    async def start(self) -> None:
+        """Begin to load the encoders; returns at once, `not_ready` tells when they are there."""
+        telemetry.READY.set(0)
+        if self._link is not None:
+            await self._link.start()
+        self._loading = asyncio.create_task(self._load())
+
+    def drain(self) -> None:
+        """Say no on /readyz from now on; requests are still answered."""
+        if self.state != "failed":
+            self.state = "draining"
+        telemetry.READY.set(0)
+
+    async def stop(self) -> None:
+        """Finish what is queued and let everything go."""
+        self.drain()
+        if self._loading is not None:
+            self._loading.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._loading
+        for served in self.served.values():
+            await served.stop()
+        self.decoder.close()
+        for cache in self._caches:
+            await cache.flush()
+        if self._link is not None:
+            await self._link.close()
+
+    def not_ready(self) -> str | None:
+        """Why the service cannot answer, or None."""
+        reason = {"loading": "loading", "draining": "draining", "failed": self._failure}.get(self.state)
+        if reason is None:
+            dead = [
+                name for name, one in self.served.items() if not one.alive or one.stalled_seconds > _STALLED_SECONDS
+            ]
+            reason = f"a worker of {', '.join(dead)} is not running or not moving" if dead else None
+        telemetry.READY.set(reason is None)
+        return reason
+
+    def encoder(self, name: str) -> ServedEncoder:
+        """The encoder of this name, or of the alias `default`.
+
+        Raises:
+            NotReady: the encoders are not loaded yet.
+            EncoderNotFound: there is none of this name.
+        """
+        wanted = self.settings.default_name if name == DEFAULT_ALIAS else name
+        found = self.served.get(wanted)
+        if found is not None:
+            return found
+        if wanted in self.settings.encoders:
+            raise NotReady(f"The service is not ready: {self.not_ready() or 'loading'}.", retry_after=1)
+        raise EncoderNotFound(
+            f"No encoder of this name is served; there are: {', '.join(self.settings.encoders)}, and the alias "
+            f"{DEFAULT_ALIAS!r}."
+        )
+
+    async def plan(self, options: Options) -> Plan:
+        """What a classification with these options means; kept for the next request that asks the same.
+
+        Raises:
+            IronclipError: an option, the labels or the tree cannot be used, or a name is not known.
+        """
+        if (options.labels is None) == (options.label_set is None):
+            raise RequestInvalid("Give exactly one of labels and label_set.")
+        served = self.encoder(options.encoder)
+        entry = await self.label_sets.get(options.label_set) if options.label_set is not None else None
+        key = hashlib.sha256(
+            to_json(
+                [
+                    served.name,
+                    [entry.name, entry.digest] if entry is not None else options.labels,
+                    options.templates,
+                    options.tree,
+                    options.levels,
+                    options.defence,
+                ]
+            )
+        ).digest()
+        plan = self._plans.get(key)
+        if plan is None:
+            # Templates over a large registered set are work for a thread; most plans are made in a moment.
+            large = entry is not None and len(entry.label_set) > _LARGE_SET
+            make = (served, options, entry)
+            plan = await asyncio.to_thread(self._make_plan, *make) if large else self._make_plan(*make)
+            self._plans[key] = plan
+        return plan
+
+    def _make_plan(self, served: ServedEncoder, options: Options, entry: Registered | None) -> Plan:
+        defence = parse_defence(options.defence)
+        tree: Trees | None = parse_tree(options.tree) if options.tree is not None else None
+        if entry is None:
+            label_set = LabelSet.parse(options.labels, options.templates, limits=self.label_limits)
+            reference = {"digest": label_set.digest}
+        else:
+            label_set = entry.label_set
+            reference = {"name": entry.name, "digest": entry.digest}
+            if options.templates is not None:
+                labels = label_set.canonical()["labels"]
+                label_set = LabelSet.parse(labels, options.templates, limits=label_set.limits)
+            if tree is None and options.levels is not None:
+                tree = entry.tree
+        if options.levels is not None and tree is None:
+            raise OptionError("levels needs a tree, or a label set registered with one.", pointer="/levels")
+        levels: LevelMode = options.levels or "rollup"
+        domain = self.domains.get(served.name)
+        plan = Plan(served, label_set.resolve(served.encoder), tree, levels, defence, reference, domain)
+        _ = plan.level_nodes  # a tree that does not fit the labels is an error of this request, told at once
+        return plan
+
+    def _load_one(self, name: str, spec: str) -> ServedEncoder:
+        settings = self.settings
+        return load_served_encoder(
+            name,
+            spec,
+            device=settings.device,
+            dtype=settings.dtype,
+            max_batch=settings.max_batch,
+            max_queue=settings.max_queue,
+            idle_wait_ms=settings.idle_wait_ms,
+            images_expected=lambda: self.decoder.pending > 0,
+            observe=telemetry.observe_batch,
+        )
+
+    async def _load(self) -> None:
+        use_threads(self.settings.threads)
+        for name, spec in self.settings.encoders.items():
+            self._log.info("loading encoder", encoder=name, spec=spec)
+            try:
+                served = await asyncio.to_thread(self._load_one, name, spec)
+                self.domains[name] = load_domain(served.encoder.folder) if served.encoder.folder else None
+            except IronclipError as error:
+                self._fail(name, error)
+                return
+            except Exception as error:
+                self._log.exception("encoder failed", encoder=name)
+                self._fail(name, IronclipError(f"{type(error).__name__} while loading; the log has it."))
+                return
+            self.served[name] = served
+            telemetry.watch_encoder(served)
+        if self.state == "loading":
+            self.state = "ready"
+            telemetry.READY.set(1)
+            self._log.info("ready", encoders=list(self.served), default=self.settings.default_name)
+
+    def _fail(self, name: str, error: IronclipError) -> None:
+        self.state, self._failure = "failed", f"the encoder {name!r} cannot be loaded: {error.detail}"
+        self._log.error("encoder failed", encoder=name, code=error.code, detail=error.detail)
+        if self._on_fatal is not None:
+            self._on_fatal(error)
+
+    def _limits(self, labels: int) -> LabelLimits:
+        return LabelLimits(labels=labels, text_chars=self.settings.max_text_chars, texts=self.settings.max_prompts)
+
+    def _cache(self, name: str, max_bytes: int, shared_timeout: float | None = None) -> ArrayCache:
+        return ArrayCache(
+            name,
+            max_bytes=max_bytes,
+            ttl=self.settings.cache_ttl_seconds,
+            link=self._link,
+            prefix=self.settings.redis_prefix,
+            secret=self.settings.redis_mac_key.get_secret_value().encode(),
+            shared_timeout=shared_timeout,
+        )
+
+
+def parse_defence(value: dict[str, Any] | str) -> Defence:
+    """Read `{"name": ..., option: ...}` or a bare name; raises OptionError listing what exists."""
+    if isinstance(value, str):
+        return make_defence(value)
+    name = value.get("name")
+    if not isinstance(name, str):
+        raise OptionError('A defence is {"name": ..., option: ...} or a bare name.', pointer="/defence/name")
+    options = {key: option for key, option in value.items() if key != "name"}
+    if len(json.dumps(options)) > 4096:
+        raise OptionError("The defence's options are too large.", pointer="/defence")
+    return make_defence(name, options)

@@ -1,0 +1,246 @@
+"""What a classification needs besides pictures: a plan (names, keys), and the Classifier behind it, made once.
+
+A plan is cheap and enough to answer from the cache; the Classifier needs the label set's text bank, which is
+encoded once for each label set however many requests want it at the same time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from cachetools import LRUCache
+
+from ironclip.classifier import Classifier, LevelMode, bind_levels, level_label_sets
+from ironclip.defences import Defence
+from ironclip.domain import Domain
+from ironclip.labels import LabelSet, TextBank
+from service import telemetry
+from service.cache import ArrayCache, KeyScope
+from service.label_sets import Trees, tree_digest
+from service.runtime import ServedEncoder
+from service.vectors import Arrays, Schema
+
+T = TypeVar("T")
+
+_BANK_SCHEMA: Schema = {
+    "weights": ("float32", (None, None)),
+    "features": ("float32", (None, None, None)),
+    "mask": ("bool", (None, None)),
+    "prompt_counts": ("int64", (None,)),
+}
+_CLASSIFIERS = 512
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to decide about pictures.
+
+    Attributes:
+        served: the encoder.
+        label_set: resolved with the encoder's templates.
+        tree: a label tree, or several by name.
+        levels: how its upper levels are scored.
+        defence: what stands in the decision.
+        reference: what the answer says of the label set.
+        domain: what the encoder was trained on, if its artifact says so.
+    """
+
+    served: ServedEncoder
+    label_set: LabelSet
+    tree: Trees | None
+    levels: LevelMode
+    defence: Defence
+    reference: Mapping[str, str] = field(compare=False)
+    domain: Domain | None = None
+
+    @cached_property
+    def encoder_form(self) -> dict[str, str]:
+        """Which encoder answers, for answers."""
+        return encoder_reference(self.served)
+
+    @cached_property
+    def level_nodes(self) -> dict[str, tuple[str, ...]]:
+        """Every level above the labels: name -> its nodes, in the order of their scores."""
+        if self.tree is None:
+            return {}
+        levels = bind_levels(self.tree, self.label_set)
+        return {name: level.nodes for name, level in levels.items() if level.nodes != self.label_set.names}
+
+    @cached_property
+    def defence_form(self) -> dict[str, Any]:
+        """The defence with all its options, for answers and keys."""
+        return {"name": self.defence.name, **self.defence.options()}
+
+    @cached_property
+    def key(self) -> bytes:
+        """Digest of everything that decides the scores except the picture."""
+        return self.scope(f"classify+{domain_digest(self.domain)}").digest()
+
+    @cached_property
+    def features_key(self) -> bytes:
+        """Digest of everything that decides the features except the picture."""
+        return feature_scope(self.served, self.defence_form)
+
+    @cached_property
+    def schema(self) -> Schema:
+        """Form of the cached scores of one picture."""
+        labels = len(self.label_set)
+        levels = {f"level:{name}": ("float32", (len(nodes),)) for name, nodes in self.level_nodes.items()}
+        domain: Schema = {"domain": ("float32", (1,))} if self.domain is not None else {}
+        return {"logits": ("float32", (labels,)), "cosine": ("float32", (labels,)), **levels, **domain}
+
+    def scope(self, operation: str) -> KeyScope:
+        """The key's fields for one operation."""
+        encoder = self.served.encoder
+        return KeyScope(
+            encoder=encoder.digest,
+            dtype=self.served.dtype,
+            preprocessing=encoder.preprocessing.digest,
+            operation=operation,
+            label_set=self.label_set.digest,
+            tree=tree_digest(self.tree),
+            levels=self.levels if self.tree is not None else "",
+            defence=self.defence_form,
+        )
+
+
+def domain_digest(domain: Domain | None) -> str:
+    """SHA-256 (hex) of what decides a domain score; the encoder's own digest does not cover it. "" for none."""
+    if domain is None:
+        return ""
+    prototypes = domain.prototypes.cpu().contiguous().numpy()
+    return hashlib.sha256(f"{domain.neighbours};{prototypes.shape};".encode() + prototypes.tobytes()).hexdigest()
+
+
+def encoder_reference(served: ServedEncoder) -> dict[str, str]:
+    """What every answer says of the encoder that gave it."""
+    encoder = served.encoder
+    return {"name": served.name, "digest": encoder.digest, "dtype": served.dtype, "head": encoder.head.type}
+
+
+def feature_scope(served: ServedEncoder, defence: Mapping[str, Any]) -> bytes:
+    """Digest of everything that decides a picture's features (of all its views) except the picture."""
+    encoder = served.encoder
+    scope = KeyScope(
+        encoder=encoder.digest,
+        dtype=served.dtype,
+        preprocessing=encoder.preprocessing.digest,
+        operation="features",
+        defence=defence,
+    )
+    return scope.digest()
+
+
+class SingleFlight:
+    """Runs one piece of work for a key at a time; whoever comes meanwhile waits for the same result.
+
+    A caller that is cancelled leaves the work running: the others, or the next one, will want it.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[object, asyncio.Future[Any]] = {}
+
+    async def run(self, key: object, work: Callable[[], Awaitable[T]]) -> T:
+        """Return the result of `work`, started here or already under way."""
+        future = self._running.get(key)
+        if future is None:
+            future = asyncio.ensure_future(work())
+            self._running[key] = future
+            future.add_done_callback(lambda done: self._finish(key, done))
+        result: T = await asyncio.shield(future)
+        return result
+
+    def _finish(self, key: object, future: asyncio.Future[Any]) -> None:
+        del self._running[key]
+        if not future.cancelled():
+            future.exception()  # taken note of, for when every caller has gone
+
+
+class Classifiers:
+    """Keeps the Classifiers of recent plans, and the text banks under them.
+
+    Args:
+        banks: the cache of text banks, shared by the replicas where there is a Redis.
+        max_bytes: memory for Classifiers.
+    """
+
+    def __init__(self, banks: ArrayCache, max_bytes: int) -> None:
+        self._banks = banks
+        self._kept: LRUCache[bytes, Classifier] = LRUCache(max(max_bytes, 1), getsizeof=_size)
+        self._max_bytes = max_bytes
+        self._flight = SingleFlight()
+
+    async def get(self, plan: Plan) -> Classifier:
+        """The plan's Classifier.
+
+        Raises:
+            LabelError, TreeError, OptionError: as the library says.
+        """
+        kept = self._kept.get(plan.key)
+        if kept is not None:
+            return kept
+        return await self._flight.run(plan.key, lambda: self._make(plan))
+
+    async def _make(self, plan: Plan) -> Classifier:
+        encoder = plan.served.encoder
+        bank = await self._bank(plan.served, plan.label_set, plan.defence)
+        level_banks: dict[str, TextBank] = {}
+        if plan.tree is not None and plan.levels == "prompts":
+            for name, level_set in level_label_sets(plan.tree, plan.label_set).items():
+                level_banks[name] = await self._bank(plan.served, level_set.resolve(encoder), plan.defence)
+        classifier = await asyncio.to_thread(
+            Classifier,
+            encoder,
+            plan.label_set,
+            bank,
+            tree=plan.tree,
+            levels=plan.levels,
+            level_banks=level_banks,
+            defence=plan.defence,
+        )
+        if _size(classifier) <= self._max_bytes:
+            self._kept[plan.key] = classifier
+            telemetry.CACHE_BYTES.labels("classifiers").set(self._kept.currsize)
+        return classifier
+
+    async def _bank(self, served: ServedEncoder, label_set: LabelSet, defence: Defence) -> TextBank:
+        descriptions = bool(getattr(defence, "descriptions", False))
+        scope = KeyScope(
+            encoder=served.encoder.digest,
+            dtype=served.dtype,
+            preprocessing="",
+            operation="text-bank+descriptions" if descriptions else "text-bank",
+            label_set=label_set.digest,
+        )
+        key = scope.digest()
+        found = await self._banks.get(key, _BANK_SCHEMA)
+        if found is not None:
+            return _to_bank(label_set.digest, found)
+        return await self._flight.run(key, lambda: self._build(key, served, label_set, descriptions))
+
+    async def _build(self, key: bytes, served: ServedEncoder, label_set: LabelSet, descriptions: bool) -> TextBank:
+        bank = await served.text_bank(label_set, descriptions=descriptions)
+        self._banks.put(key, _from_bank(bank))
+        return bank
+
+
+def _to_bank(digest: str, arrays: Arrays) -> TextBank:
+    # Copied: what comes out of the cache is read-only memory, which torch tensors must not share.
+    tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+    return TextBank(digest, **tensors)
+
+
+def _from_bank(bank: TextBank) -> Arrays:
+    return {name: getattr(bank, name).cpu().numpy() for name in _BANK_SCHEMA}
+
+
+def _size(classifier: Classifier) -> int:
+    banks = [classifier.bank, *classifier.level_banks.values()]
+    return 4096 + sum(int(getattr(bank, name).nbytes) for bank in banks for name in _BANK_SCHEMA)

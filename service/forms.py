@@ -1,0 +1,246 @@
+"""One request in any of its three forms (JSON, multipart, the bare image) -> options and pictures.
+
+What is wrong with one picture stays with that picture; everything else is the request's own fault and is raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from ironclip.errors import ImageError, InputTooLarge, IronclipError
+from service.containers import ImageLimits, sniff
+from service.errors import BodyMalformed, MediaTypeUnsupported, RequestInvalid, from_validation
+from service.images import bytes_digest, check_declared_type, parse_data
+
+M = TypeVar("M", bound=BaseModel)
+
+_ACCEPTED = "application/json, multipart/form-data, image/jpeg, image/png and image/webp"
+# Bodies larger than this are taken apart in a thread: base64 and SHA-256 would hold up the event loop.
+_THREAD_BYTES = 1 << 20
+_MAX_FIELDS = 10_000
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as it came: its bytes and their digest (hex), or why it cannot be used.
+
+    `pointer` says where in the request it stood.
+    """
+
+    data: bytes = b""
+    digest: str = ""
+    declared: str | None = None
+    pointer: str = ""
+    error: IronclipError | None = None
+
+
+@dataclass(frozen=True)
+class Ask(Generic[M]):
+    """A request with its pictures taken out.
+
+    Attributes:
+        options: the checked fields.
+        pictures: in the caller's order.
+        single: one picture was sent as such, so the answer is one object and its fault is the request's.
+    """
+
+    options: M
+    pictures: list[Picture]
+    single: bool
+
+
+def media_type(request: Request) -> str:
+    """The request's Content-Type without its parameters, in lower case."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def read_json(request: Request, model: type[M]) -> M:
+    """Read a JSON body into a model.
+
+    Raises:
+        MediaTypeUnsupported: the body is not declared to be JSON.
+        BodyMalformed, RequestInvalid: as their names say.
+    """
+    kind = media_type(request)
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise MediaTypeUnsupported(f"Send application/json (Content-Type), not {_shown(kind)}.")
+    body = await request.body()
+    try:
+        # Strict: a number in quotes is a caller's mistake, better told than guessed at.
+        return model.model_validate_json(body, strict=True)
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+async def read_ask(request: Request, model: type[M], options: type[M], limits: ImageLimits, max_images: int) -> Ask[M]:
+    """Read a request for pictures in whichever form it came.
+
+    Args:
+        request: the request; its body is read here.
+        model: the JSON form, with `images` and perhaps `image`.
+        options: the same without the pictures, for form fields and query parameters.
+        limits: for each picture.
+        max_images: pictures in one request at most.
+
+    Raises:
+        IronclipError: the request as a whole cannot be read.
+    """
+    kind = media_type(request)
+    if request.query_params and not _is_raw(kind):
+        raise RequestInvalid("Put the options into the body; query parameters go with a bare image only.")
+    if kind == "multipart/form-data":
+        return await _read_multipart(request, options, limits, max_images)
+    if _is_raw(kind):
+        data = await request.body()
+        fields = _fields(list(request.query_params.multi_items()))
+        return Ask(_validate(options, fields), [await _run(len(data), _picture, data, kind, limits)], True)
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise MediaTypeUnsupported(f"Send {_ACCEPTED} (Content-Type), not {_shown(kind)}.")
+    asked = await read_json(request, model)
+    one: str | None = getattr(asked, "image", None)
+    texts: list[str] = [one] if one is not None else (getattr(asked, "images", None) or [])
+    pointer = "/image" if one is not None else "/images/{}"
+    return Ask(asked, await pictures_from_text(texts, limits, max_images, pointer), one is not None)
+
+
+async def pictures_from_text(
+    texts: Sequence[str], limits: ImageLimits, max_images: int, pointer: str = "/input/{}"
+) -> list[Picture]:
+    """Read pictures from base64 or `data:` URIs; `pointer` says where they stood, with `{}` for the index.
+
+    Raises:
+        InputTooLarge: more than `max_images`.
+    """
+    _check_count(len(texts), max_images)
+    pictures: list[Picture] = await _run(sum(map(len, texts)), _pictures_from_text, texts, limits, pointer)
+    return pictures
+
+
+async def _read_multipart(request: Request, options: type[M], limits: ImageLimits, max_images: int) -> Ask[M]:
+    parser = _InMemoryParser(
+        request.headers,
+        request.stream(),
+        max_files=max_images,
+        max_fields=_MAX_FIELDS,
+        max_part_size=1 << 22,
+    )
+    try:
+        items = (await parser.parse()).multi_items()
+    except (IronclipError, ClientDisconnect):
+        raise
+    except Exception as error:
+        # The form parser meets raw bytes and has no closed set of exceptions; whatever it raises, the form is bad.
+        if getattr(error, "message", "").startswith("Too many files"):
+            raise InputTooLarge(f"At most {max_images} images fit into one request.", limit=max_images) from None
+        raise BodyMalformed("The multipart form cannot be read.") from None
+    fields: list[tuple[str, str]] = []
+    pictures: list[Picture] = []
+    single = False
+    for name, value in items:
+        if name not in ("image", "images"):
+            if not isinstance(value, str):
+                raise RequestInvalid(f"The field {name[:60]!r} is a file; only image and images are files.")
+            fields.append((name, value))
+            continue
+        if name == "image" and pictures:
+            raise RequestInvalid("The field image came more than once, or beside images; send several as images.")
+        if single:
+            raise RequestInvalid("Give exactly one of image and images.")
+        single = name == "image"
+        pointer = "/image" if single else f"/images/{len(pictures)}"
+        if isinstance(value, UploadFile):
+            data = await value.read()
+            pictures.append(await _run(len(data), _picture, data, value.content_type, limits, pointer))
+        else:
+            pictures.append(_picture_from_text(value, limits, pointer))
+    if not pictures:
+        raise RequestInvalid("The form has no image: add a file field called image, or several called images.")
+    return Ask(_validate(options, _fields(fields)), pictures, single)
+
+
+class _InMemoryParser(MultiPartParser):
+    # The body is bounded, and what a caller sends does not belong on this machine's disk.
+    spool_max_size = 1 << 40
+
+
+def _fields(items: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Form fields or query parameters as the JSON form has them: lists where a field may repeat."""
+    fields: dict[str, Any] = {}
+    for name, value in items:
+        if name in ("labels", "templates", "texts"):
+            fields.setdefault(name, []).append(value)
+        elif name in fields:
+            raise RequestInvalid(f"The field {name[:60]!r} came more than once.")
+        else:
+            fields[name] = _object(name, value) if name in ("defence", "tree") else value
+    templates = fields.get("templates")
+    if templates is not None and len(templates) == 1 and "{}" not in templates[0]:
+        fields["templates"] = templates[0]  # the name of a list of templates
+    return fields
+
+
+def _object(name: str, value: str) -> object:
+    if not value.lstrip().startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise RequestInvalid(f"The field {name!r} looks like JSON and is not.") from None
+
+
+def _validate(model: type[M], fields: Mapping[str, Any]) -> M:
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+def _pictures_from_text(texts: Sequence[str], limits: ImageLimits, pointer: str) -> list[Picture]:
+    return [_picture_from_text(text, limits, pointer.format(i)) for i, text in enumerate(texts)]
+
+
+def _picture_from_text(text: str, limits: ImageLimits, pointer: str) -> Picture:
+    try:
+        data, declared = parse_data(text, limits)
+    except ImageError as error:
+        return Picture(error=error.at(pointer))
+    return _picture(data, declared, limits, pointer)
+
+
+def _picture(data: bytes, declared: str | None, limits: ImageLimits, pointer: str = "") -> Picture:
+    """Check what can be told from the first bytes: also for pictures that a cache knows."""
+    try:
+        limits.check_bytes(len(data))
+        check_declared_type(sniff(data), declared)
+    except ImageError as error:
+        return Picture(error=error.at(pointer))
+    return Picture(data, bytes_digest(data), declared, pointer)
+
+
+def _is_raw(kind: str) -> bool:
+    return kind.startswith("image/") or kind == "application/octet-stream"
+
+
+def _check_count(count: int, limit: int) -> None:
+    if count > limit:
+        raise InputTooLarge(
+            f"{count} images were sent; at most {limit} fit into one request.", pointer="/images", limit=limit
+        )
+
+
+async def _run(size: int, work: Any, *args: Any) -> Any:
+    return work(*args) if size < _THREAD_BYTES else await asyncio.to_thread(work, *args)
+
+
+def _shown(kind: str) -> str:
+    known = ("application/x-www-form-urlencoded", "text/plain")
+    return kind if kind in known else "another type" if kind else "no type at all"

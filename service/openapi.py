@@ -1,0 +1,269 @@
+"""The OpenAPI 3.1 document: what the routes read from raw bytes, said to people and to generators of clients.
+
+FastAPI contributes paths, summaries and path parameters; bodies, answers and problems are put in here, because
+the routes parse bodies themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from service import answer_schemas as answers
+from service import schemas
+from service.errors import PROBLEM_JSON, problem_types
+
+Json = dict[str, Any]
+
+_DESCRIPTION = """CLIP encoders that are hard to fool, over HTTP.
+
+Every error is an RFC 9457 problem (below `/v1`: OpenAI's error object) with a stable `code`, which
+`/problems/{code}` explains. Every answer carries `X-Request-Id` (yours, if it matches
+`^[A-Za-z0-9._-]{8,128}$`) and, where there was work, `Server-Timing`. A request may say how long it waits with
+`X-Request-Timeout-Ms`.
+"""
+_MODELS: tuple[type[BaseModel], ...] = (
+    schemas.ClassifyRequest,
+    schemas.Options,
+    schemas.EmbedRequest,
+    schemas.EmbedOptions,
+    schemas.LabelSetDocument,
+    answers.Problem,
+    answers.Classification,
+    answers.Failed,
+    answers.EmbedResponse,
+    answers.LabelSetList,
+    answers.LabelSetSummary,
+    answers.LabelSetStored,
+    answers.Status,
+    schemas.OpenAIEmbeddingRequest,
+    answers.OpenAIEmbeddingResponse,
+)
+_IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp", "application/octet-stream")
+_OBJECT: Json = {"type": "object", "additionalProperties": True}
+_READS = (400, 404, 413, 415, 422, 429, 500, 503, 504)
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """What FastAPI cannot know of one operation."""
+
+    answer: Json
+    problems: Iterable[int] = (500,)
+    body: str = ""
+    options: type[BaseModel] | None = None
+    created: bool = False
+    headers: Json = field(default_factory=dict)
+    parameters: list[Json] = field(default_factory=list)
+    openai: bool = False
+    answer_type: str = "application/json"
+
+
+def document(app: FastAPI) -> Json:
+    """Return the app's OpenAPI document, made once."""
+    if app.openapi_schema is None:
+        app.openapi_schema = _document(app)
+    return app.openapi_schema
+
+
+def _document(app: FastAPI) -> Json:
+    spec = get_openapi(
+        title=app.title,
+        version=app.version,
+        openapi_version="3.1.0",
+        description=_DESCRIPTION,
+        routes=app.routes,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+    )
+    _, schema = models_json_schema(
+        [(model, "validation") for model in _MODELS], ref_template="#/components/schemas/{model}"
+    )
+    definitions = schema["$defs"]
+    definitions["OpenAIError"] = _openai_error()
+    statuses = sorted({kind["status"] for kind in problem_types().values()})
+    spec["components"] = {
+        "schemas": definitions,
+        "responses": {f"Problem{status}": _problem_response(status) for status in statuses},
+    }
+    operations = _operations()
+    for path in spec["paths"].values():
+        for item in path.values():
+            _complete(item, operations[item["operationId"]], definitions)
+    return spec
+
+
+def _complete(item: Json, operation: _Operation, definitions: Json) -> None:
+    answer: Json = {"description": "The answer.", "headers": _headers(operation)}
+    if operation.answer:
+        answer["content"] = {operation.answer_type: {"schema": operation.answer}}
+    item["responses"] = {"200": answer}
+    if operation.created:
+        item["responses"]["201"] = {**answer, "description": "The name is new."}
+    if item["operationId"] == "getLabelSet":
+        item["responses"]["304"] = {"description": "Not changed since (If-None-Match)."}
+    if item["operationId"] == "deleteLabelSet":
+        item["responses"] = {"204": {"description": "It is gone."}}
+    if item["operationId"] == "readyz":
+        item["responses"]["503"] = {**answer, "description": "Not now; the reason is in the body."}
+    for status in operation.problems:
+        shape = {"$ref": f"#/components/responses/Problem{status}"}
+        item["responses"][str(status)] = _openai_response() if operation.openai else shape
+    if operation.body:
+        item["requestBody"] = _request_body(operation, definitions)
+    if operation.options is not None:
+        item["parameters"] = _query_parameters(operation.options, definitions)
+    if operation.parameters:
+        item.setdefault("parameters", []).extend(copy.deepcopy(operation.parameters))
+    for parameter in item.get("parameters", []):
+        if parameter["in"] == "path":
+            parameter["schema"] = {"type": "string", "minLength": 1}
+
+
+def _operations() -> dict[str, _Operation]:
+    one, failed = _ref("Classification"), _ref("Failed")
+    classified = {"anyOf": [one, {"type": "array", "items": {"anyOf": [one, failed]}}]}
+    etag = {"ETag": {"description": "The digest, in quotes.", "schema": {"type": "string"}}}
+    match = [_header("If-Match", "Only if the set is in this version."), _header("If-None-Match", "`*`: only if new.")]
+    cached = {"Cache-Status": {"description": "RFC 9211.", "schema": {"type": "string"}}}
+    timeout = [
+        _header("X-Request-Timeout-Ms", "Milliseconds that the caller waits.", {"type": "integer", "minimum": 1})
+    ]
+    return {
+        "classify": _Operation(
+            classified, _READS, "ClassifyRequest", schemas.Options, headers=cached, parameters=timeout
+        ),
+        "embed": _Operation(
+            _ref("EmbedResponse"), _READS, "EmbedRequest", schemas.EmbedOptions, headers=cached, parameters=timeout
+        ),
+        "listLabelSets": _Operation(_ref("LabelSetList"), (500, 503)),
+        "getLabelSet": _Operation(
+            _ref("LabelSetStored"), (404, 500, 503), headers=etag, parameters=[_header("If-None-Match", "ETags known.")]
+        ),
+        "putLabelSet": _Operation(
+            _ref("LabelSetSummary"),
+            (400, 409, 412, 413, 415, 422, 500, 503),
+            "LabelSetDocument",
+            created=True,
+            headers=etag,
+            parameters=match,
+        ),
+        "deleteLabelSet": _Operation({}, (404, 409, 412, 422, 500, 503), parameters=match),
+        "listModels": _Operation(_OBJECT),
+        "getModel": _Operation(_OBJECT, (404, 500, 503)),
+        "openaiEmbeddings": _Operation(
+            _ref("OpenAIEmbeddingResponse"), _READS, "OpenAIEmbeddingRequest", parameters=timeout, openai=True
+        ),
+        "openaiModels": _Operation(_OBJECT, openai=True),
+        "openaiModel": _Operation(_OBJECT, (404, 500, 503), openai=True),
+        "livez": _Operation(_ref("Status")),
+        "readyz": _Operation(_ref("Status")),
+        "metrics": _Operation({"type": "string"}, answer_type="text/plain"),
+        "getProblem": _Operation(_OBJECT, (404, 500)),
+    }
+
+
+def _request_body(operation: _Operation, definitions: Json) -> Json:
+    content: Json = {"application/json": {"schema": _ref(operation.body)}}
+    if operation.options is not None:
+        content["multipart/form-data"] = {"schema": _form(definitions[operation.options.__name__])}
+        for kind in _IMAGE_TYPES:
+            content[kind] = {"schema": {"type": "string", "format": "binary"}}
+    return {"required": True, "content": content}
+
+
+def _form(options: Json) -> Json:
+    file = {"type": "string", "format": "binary"}
+    return {
+        "type": "object",
+        "properties": {"image": file, "images": {"type": "array", "items": file}, **_flat(options)},
+        "additionalProperties": False,
+    }
+
+
+def _flat(options: Json) -> Json:
+    """The options as form fields and query parameters have them: texts, and lists of texts."""
+    flat = {}
+    for name, schema in options["properties"].items():
+        description = {"description": schema["description"]} if "description" in schema else {}
+        if name in ("labels", "templates"):
+            flat[name] = {"type": "array", "items": {"type": "string", "minLength": 1}, **description}
+        elif name in ("tree", "defence"):
+            flat[name] = {"type": "string", **description}
+        else:
+            flat[name] = {key: value for key, value in schema.items() if key != "title"}
+    return flat
+
+
+def _query_parameters(options: type[BaseModel], definitions: Json) -> list[Json]:
+    return [
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "description": "With a bare image only. " + schema.get("description", ""),
+            "schema": {key: value for key, value in schema.items() if key != "description"},
+        }
+        for name, schema in _flat(definitions[options.__name__]).items()
+    ]
+
+
+def _problem_response(status: int) -> Json:
+    kinds = [kind for kind in problem_types().values() if kind["status"] == status]
+    examples = {
+        kind["code"]: {
+            "summary": kind["title"],
+            "value": {
+                "type": f"/problems/{kind['code']}",
+                "title": kind["title"],
+                "status": status,
+                "detail": kind["description"],
+                "code": kind["code"],
+                "instance": "urn:request:0af7651916cd43dd8448eb211c80319c",
+            },
+        }
+        for kind in kinds
+    }
+    response: Json = {
+        "description": "; ".join(f"`{kind['code']}`" for kind in kinds),
+        "content": {PROBLEM_JSON: {"schema": _ref("Problem"), "examples": examples}},
+    }
+    if status in (429, 503):
+        response["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+    return response
+
+
+def _openai_response() -> Json:
+    return {"description": "OpenAI's error object.", "content": {"application/json": {"schema": _ref("OpenAIError")}}}
+
+
+def _openai_error() -> Json:
+    fields: Json = {"message": {"type": "string"}, "type": {"type": "string"}, "code": {"type": "string"}}
+    fields["param"] = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+    error = {"type": "object", "properties": fields, "required": sorted(fields), "additionalProperties": False}
+    return {"type": "object", "properties": {"error": error}, "required": ["error"], "additionalProperties": False}
+
+
+def _headers(operation: _Operation) -> Json:
+    request_id = {"description": "Names this request in the log and in problems.", "schema": {"type": "string"}}
+    return {"X-Request-Id": request_id, **operation.headers}
+
+
+def _header(name: str, description: str, schema: Json | None = None) -> Json:
+    return {
+        "name": name,
+        "in": "header",
+        "required": False,
+        "description": description,
+        "schema": schema or {"type": "string"},
+    }
+
+
+def _ref(name: str) -> Json:
+    return {"$ref": f"#/components/schemas/{name}"}

@@ -1,0 +1,142 @@
+"""`POST /classify`: which of the caller's labels fits the picture."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter
+from numpy.typing import NDArray
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ironclip.domain import Domain
+from ironclip.errors import OptionError
+from service.answers import Item
+from service.decisions import Plan
+from service.errors import problem
+from service.forms import read_ask
+from service.routes.common import allowed_seconds, json_response, service_of, stages_of, within
+from service.schemas import ClassifyRequest, Options
+
+router = APIRouter(tags=["inference"])
+
+DEFAULT_TOP_K = 100
+# A bound on the answer's size: predictions over all images of one request.
+_MAX_PREDICTIONS = 200_000
+
+
+@router.post("/classify", operation_id="classify", summary="Classify pictures among labels")
+async def classify(request: Request) -> Response:
+    """Zero-shot classification with the caller's own labels, or with a registered label set.
+
+    Send JSON, a multipart form (`image` as a file, `labels` repeated), or the bare image with the options as
+    query parameters. With `image` the answer is one object, with `images` a list of objects in the same order,
+    in which an image that cannot be used has `{"error": problem}` in its place.
+    """
+    service, stages = service_of(request), stages_of(request)
+    seconds = allowed_seconds(request)
+    with stages.time("receive"):
+        ask = await read_ask(request, ClassifyRequest, Options, service.image_limits, service.settings.max_images)
+    top_k = ask.options.top_k or DEFAULT_TOP_K
+    if top_k * len(ask.pictures) > _MAX_PREDICTIONS:
+        raise OptionError(
+            f"top_k times images is over {_MAX_PREDICTIONS}; ask for fewer.", pointer="/top_k", limit=_MAX_PREDICTIONS
+        )
+
+    async def work() -> tuple[Plan, list[Item]]:
+        plan = await service.plan(ask.options)
+        if ask.single and ask.pictures[0].error is not None:
+            raise ask.pictures[0].error
+        return plan, await service.answers.classify(plan, ask.pictures, stages)
+
+    plan, items = await within(request, work(), seconds)
+    request_id = request.state.request_id
+    if ask.single:
+        if items[0].error is not None:
+            raise items[0].error
+        content: Any = render(plan, items[0], top_k)
+    else:
+        content = [
+            {"error": problem(item.error, request_id)} if item.error is not None else render(plan, item, top_k)
+            for item in items
+        ]
+    return json_response(content, stages, headers={"Cache-Status": cache_status(items)})
+
+
+def render(plan: Plan, item: Item, top_k: int) -> dict[str, Any]:
+    """The answer for one picture."""
+    assert item.scores is not None
+    scores = item.scores
+    probabilities = softmax(scores["logits"])
+    names = plan.label_set.names
+    cosine = scores["cosine"]
+    answer: dict[str, Any] = {
+        "predictions": [
+            {"label": names[k], "score": _short(probabilities[k]), "cosine": _short(cosine[k])}
+            for k in best(probabilities, top_k)
+        ]
+    }
+    if plan.tree is not None:
+        answer["levels"] = {
+            name: _level(nodes, softmax(scores[f"level:{name}"]), top_k) for name, nodes in plan.level_nodes.items()
+        }
+    answer["encoder"] = plan.encoder_form
+    answer["label_set"] = plan.reference
+    answer["preprocessing"] = {"digest": plan.served.encoder.preprocessing.digest, "warnings": item.warnings}
+    answer["defence"] = plan.defence_form
+    if plan.domain is not None:
+        answer["domain"] = _domain(plan.domain, float(scores["domain"][0]))
+    return answer
+
+
+def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Softmax in float64: [K] -> [K]."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max())
+    result: NDArray[np.float64] = shifted / shifted.sum()
+    return result
+
+
+def best(scores: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """Indices of the highest scores, best first; equal scores keep the labels' order."""
+    if count < len(scores):
+        top = np.sort(np.argpartition(-scores, count - 1)[:count])
+        return top[np.argsort(-scores[top], kind="stable")]
+    return np.argsort(-scores, kind="stable")
+
+
+def cache_status(items: list[Item]) -> str:
+    """The `Cache-Status` value (RFC 9211): a hit if no picture needed the image tower."""
+    done = [item for item in items if item.error is None]
+    hits = sum(item.from_cache for item in done)
+    if done and hits == len(done):
+        return "ironclip; hit"
+    return f"ironclip; fwd=miss; detail={hits}-of-{len(done)}" if hits else "ironclip; fwd=miss"
+
+
+def _domain(domain: Domain, score: float) -> dict[str, Any]:
+    inside = score >= domain.threshold
+    form = {
+        "inside": inside,
+        "score": _short(score),
+        "threshold": domain.threshold,
+        "description": domain.description,
+    }
+    if not inside:
+        form["warning"] = (
+            f"This picture is unlike what the encoder was trained on ({domain.description}); do not trust the "
+            "predictions. Serve an encoder for such pictures, see IRONCLIP_ENCODERS."
+        )
+    return form
+
+
+def _level(nodes: tuple[str, ...], probabilities: NDArray[np.float64], top_k: int) -> list[dict[str, Any]]:
+    return [{"label": nodes[k], "score": _short(probabilities[k])} for k in best(probabilities, top_k)]
+
+
+def _short(value: float) -> float:
+    """Seven significant digits: what a float32 holds, without the tail that float64 would print."""
+    if value == 0 or not math.isfinite(value):
+        return 0.0
+    return float(f"{value:.7g}")

@@ -1,0 +1,81 @@
+"""`/label-sets`: register labels once, name them in every request."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.errors import RequestInvalid
+from service.forms import read_json
+from service.label_sets import Registered
+from service.label_stores import Expect
+from service.routes.common import json_response, service_of
+from service.schemas import LabelSetDocument
+
+router = APIRouter(tags=["label sets"])
+
+
+@router.get("/label-sets", operation_id="listLabelSets", summary="List the label sets")
+async def list_label_sets(request: Request) -> Response:
+    """Every registered label set, and those that ship with the service."""
+    sets = await service_of(request).label_sets.names()
+    rows = [{"name": name, "digest": digest, "read_only": fixed} for name, digest, fixed in sets]
+    return json_response({"label_sets": rows})
+
+
+@router.get("/label-sets/{name}", operation_id="getLabelSet", summary="Read a label set")
+async def get_label_set(request: Request, name: str) -> Response:
+    """The newest version of `name`, or the version `name@digest`, in canonical form; its ETag is its digest."""
+    entry = await service_of(request).label_sets.get(name, fresh=True)
+    if _etag_matches(request.headers.get("if-none-match", ""), entry.digest):
+        return Response(status_code=304, headers=_headers(entry))
+    return json_response({**_summary(entry), **entry.document()}, headers=_headers(entry))
+
+
+@router.put("/label-sets/{name}", operation_id="putLabelSet", summary="Register a label set")
+async def put_label_set(request: Request, name: str) -> Response:
+    """Make this the newest version of `name`.
+
+    201 if the name is new, else 200. `If-None-Match: *` keeps from replacing a set, `If-Match: "digest"` from
+    replacing one that somebody else has changed.
+    """
+    document = await read_json(request, LabelSetDocument)
+    content = document.model_dump(exclude_none=True)
+    entry, created = await service_of(request).label_sets.put(name, content, _expect(request))
+    return json_response(_summary(entry), status=201 if created else 200, headers=_headers(entry))
+
+
+@router.delete("/label-sets/{name}", operation_id="deleteLabelSet", summary="Delete a label set")
+async def delete_label_set(request: Request, name: str) -> Response:
+    """Remove `name` with all its versions; takes the same preconditions as PUT."""
+    await service_of(request).label_sets.delete(name, _expect(request))
+    return Response(status_code=204)
+
+
+def _summary(entry: Registered) -> dict[str, object]:
+    return {"name": entry.name, "digest": entry.digest, "read_only": entry.read_only}
+
+
+def _headers(entry: Registered) -> dict[str, str]:
+    return {"ETag": f'"{entry.digest}"', "Cache-Control": "no-cache"}
+
+
+def _expect(request: Request) -> Expect:
+    return Expect(_etags(request, "if-match"), _etags(request, "if-none-match"))
+
+
+def _etags(request: Request, header: str) -> tuple[str, ...]:
+    tags = tuple(_split(request.headers.get(header, "")))
+    if header in request.headers and not tags:
+        raise RequestInvalid('A precondition is "*" or a list of quoted ETags.')
+    return tags
+
+
+def _split(value: str) -> list[str]:
+    tags = (tag.strip().removeprefix("W/").strip('"') for tag in value.split(","))
+    return [tag for tag in tags if tag]
+
+
+def _etag_matches(value: str, digest: str) -> bool:
+    return any(tag in ("*", digest) for tag in _split(value))

@@ -1,0 +1,178 @@
+"""Requests as pydantic reads them, and as the OpenAPI document shows them.
+
+Label sets, trees and defences are checked by the library, which knows their rules; here they only have a JSON
+schema.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic.json_schema import SkipJsonSchema
+
+_TEXTS = {"type": "array", "items": {"type": "string"}}
+_LABEL = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {
+            "type": "object",
+            "properties": {"name": {"type": "string", "minLength": 1}, "prompts": _TEXTS, "descriptions": _TEXTS},
+            "required": ["name"],
+            "additionalProperties": False,
+        },
+    ]
+}
+_TREE = {
+    "type": "object",
+    "properties": {
+        "levels": {**_TEXTS, "description": "Names of the levels, the labels' own level first."},
+        "parents": {"type": "object", "additionalProperties": {"type": "string"}},
+        "prompts": {"type": "object", "additionalProperties": _TEXTS},
+    },
+    "required": ["parents"],
+    "additionalProperties": False,
+}
+
+Labels = Annotated[list[Any], WithJsonSchema({"type": "array", "items": _LABEL, "minItems": 1})]
+Templates = Annotated[
+    list[Any] | str,
+    WithJsonSchema({"anyOf": [{"type": "string"}, {**_TEXTS, "minItems": 1}]}),
+]
+Tree = Annotated[
+    dict[str, Any] | str,
+    WithJsonSchema({"anyOf": [{"type": "string"}, _TREE, {"type": "object", "additionalProperties": _TREE}]}),
+]
+Defence = Annotated[
+    dict[str, Any] | str,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "object",
+                    "properties": {"name": {"type": "string"}},
+                    "required": ["name"],
+                    "additionalProperties": True,
+                },
+            ]
+        }
+    ),
+]
+ImageText = Annotated[str, Field(description="JPEG, PNG or WebP as base64, or as a base64 `data:` URI.")]
+LevelMode = Literal["rollup", "prompts"]
+EncodingFormat = Literal["float", "base64"]
+
+
+class Closed(BaseModel):
+    """A model that refuses fields it does not know."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Options(Closed):
+    """What a classification can be asked for, in every input form."""
+
+    labels: Labels | SkipJsonSchema[None] = Field(
+        default=None, description='The labels to choose from: names, or `{"name", "prompts"?, "descriptions"?}`.'
+    )
+    label_set: str | SkipJsonSchema[None] = Field(
+        default=None, description="A registered label set: `name`, or `name@digest` for one version."
+    )
+    encoder: str = Field(default="default", description="An encoder of `GET /models`.")
+    defence: Defence = Field(default="none", description='`{"name": ..., option: ...}`, or the bare name.')
+    templates: Templates | SkipJsonSchema[None] = Field(
+        default=None, description="Prompt templates with `{}` for the name, or the name of a known list of them."
+    )
+    tree: Tree | SkipJsonSchema[None] = Field(
+        default=None, description="A label tree over the labels, lines of `child parent`, or several trees by name."
+    )
+    levels: LevelMode | SkipJsonSchema[None] = Field(
+        default=None,
+        description="How upper levels are scored: the sum of their labels' probabilities, or their own prompts. "
+        "Without `tree`, the tree registered with the label set is used.",
+    )
+    top_k: int | SkipJsonSchema[None] = Field(
+        default=None, ge=1, le=1_000_000, description="Predictions in each answer at most; 100 if not given."
+    )
+
+
+class ClassifyRequest(Options):
+    """`POST /classify` as JSON."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"image": "iVBORw0KGgo...", "labels": ["carrot", "rocket", "cat face"], "top_k": 2}]
+        }
+    )
+
+    image: ImageText | SkipJsonSchema[None] = Field(default=None, description="One image; the answer is one object.")
+    images: list[ImageText] | SkipJsonSchema[None] = Field(
+        default=None, description="Several images (64 if not set otherwise); the answer is a list, in order."
+    )
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> ClassifyRequest:
+        if (self.image is None) == (self.images is None):
+            raise ValueError("give exactly one of image and images")
+        return self
+
+
+class EmbedOptions(Closed):
+    """What an embedding can be asked for, in every input form."""
+
+    encoder: str = Field(default="default", description="An encoder of `GET /models`.")
+    encoding_format: EncodingFormat = Field(default="float", description="Numbers, or base64 of little-endian float32.")
+    truncate: bool = Field(
+        default=False, description="Cut texts longer than the encoder reads instead of refusing them."
+    )
+
+
+class EmbedRequest(EmbedOptions):
+    """`POST /embed` as JSON."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"texts": ["a photo of a cat"], "images": []}]})
+
+    images: list[ImageText] = Field(default_factory=list)
+    texts: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _something(self) -> EmbedRequest:
+        if not self.images and not self.texts:
+            raise ValueError("give images, texts, or both")
+        return self
+
+
+class LabelSetDocument(Closed):
+    """A label set as it is registered."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"labels": ["cat", "dog"]}]})
+
+    labels: Labels
+    templates: Templates | SkipJsonSchema[None] = None
+    tree: Tree | SkipJsonSchema[None] = None
+
+
+class OpenAIEmbeddingRequest(BaseModel):
+    """`POST /v1/embeddings`; fields of OpenAI's that mean nothing here are passed over."""
+
+    model_config = ConfigDict(
+        extra="ignore", json_schema_extra={"examples": [{"model": "default", "input": ["a photo of a cat"]}]}
+    )
+
+    input: Annotated[
+        Any,
+        WithJsonSchema(
+            {
+                "description": "A text, an image as a `data:` URI, or a list of them; also OpenAI's "
+                "`text` and `image_url` parts.",
+                "anyOf": [
+                    {"type": "string"},
+                    {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "object"}]}, "minItems": 1},
+                ],
+            }
+        ),
+    ]
+    model: str = "default"
+    encoding_format: EncodingFormat = "float"
+    dimensions: int | SkipJsonSchema[None] = Field(default=None, ge=1)
