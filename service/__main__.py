@@ -8,6 +8,7 @@ import json
 import signal
 import sys
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -15,6 +16,9 @@ from ironclip import __version__
 from ironclip.errors import IronclipError
 from service import telemetry
 from service.settings import CONFIG_VARIABLE, Settings, SettingsInvalid, load_settings, settings_markdown
+
+if TYPE_CHECKING:
+    from service.core import Service
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,21 +75,24 @@ def serve(settings: Settings) -> int:
 class _Server(uvicorn.Server):
     """A server that says no on /readyz first and stops listening a moment later, for balancers to notice."""
 
-    def __init__(self, config: uvicorn.Config, service: object, settings: Settings) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, settings: Settings) -> None:
         super().__init__(config)
         self._service = service
-        self._settings = settings
+        self._delay = settings.drain_delay_seconds
+        self._draining = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain on the first signal; a second one ends at once."""
-        drain = getattr(self._service, "drain")  # noqa: B009
-        drain()
-        delay = self._settings.drain_delay_seconds
-        if delay > 0 and sig == signal.SIGTERM and not self.should_exit and not getattr(self, "_draining", False):
-            self._draining = True
-            asyncio.get_event_loop().call_later(delay, super().handle_exit, sig, frame)
+        """Drain on the first signal; a second one ends the waiting. Both end with status 0."""
+        if self._draining:
+            self.should_exit = True
+            self.force_exit = sig == signal.SIGINT
             return
-        super().handle_exit(sig, frame)
+        self._draining = True
+        self._service.drain()
+        if self._delay > 0 and sig == signal.SIGTERM:
+            asyncio.get_event_loop().call_later(self._delay, setattr, self, "should_exit", True)
+        else:
+            self.should_exit = True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,7 +103,13 @@ def _parser() -> argparse.ArgumentParser:
         "`python -m service settings` lists them. Exit status: 2 the settings cannot be used, 3 an encoder cannot "
         "be loaded.",
     )
-    parser.add_argument("command", nargs="?", choices=["serve", "settings", "openapi"], default="serve")
+    parser.add_argument(
+        "command",
+        nargs="?",
+        choices=["serve", "settings", "openapi"],
+        default="serve",
+        help="serve (if none is given), list the settings, or print the OpenAPI document",
+    )
     parser.add_argument("--host", help="over IRONCLIP_HOST")
     parser.add_argument("--port", type=int, help="over IRONCLIP_PORT")
     parser.add_argument("--encoders", help="over IRONCLIP_ENCODERS: name=spec with commas between")

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import ConfigDict, Field
-from pydantic.json_schema import SkipJsonSchema
 
 from service.schemas import Closed, Labels, Templates, Tree
 
@@ -45,10 +44,10 @@ class Problem(Closed):
     status: int
     detail: str
     code: str = Field(description="Stable name of the error.")
-    instance: str | SkipJsonSchema[None] = None
-    errors: list[Fault] | SkipJsonSchema[None] = None
-    limit: float | SkipJsonSchema[None] = None
-    retry_after_ms: int | SkipJsonSchema[None] = None
+    instance: str | None = None
+    errors: list[Fault] | None = None
+    limit: float | None = None
+    retry_after_ms: int | None = None
 
 
 class Prediction(Closed):
@@ -79,7 +78,7 @@ class LabelSetRef(Closed):
     """Which labels were used, exactly."""
 
     digest: str
-    name: str | SkipJsonSchema[None] = None
+    name: str | None = None
 
 
 class PreprocessingRef(Closed):
@@ -104,19 +103,19 @@ class DomainRef(Closed):
     score: float = Field(description="Mean cosine with the nearest pictures of the training art.")
     threshold: float = Field(description="Scores below it are outside.")
     description: str = Field(description="What the encoder was trained on.")
-    warning: str | SkipJsonSchema[None] = None
+    warning: str | None = None
 
 
 class Classification(Closed):
     """The answer for one image."""
 
     predictions: list[Prediction]
-    levels: dict[str, list[LevelPrediction]] | SkipJsonSchema[None] = None
+    levels: dict[str, list[LevelPrediction]] | None = None
     encoder: EncoderRef
     label_set: LabelSetRef
     preprocessing: PreprocessingRef
     defence: DefenceRef
-    domain: DomainRef | SkipJsonSchema[None] = None
+    domain: DomainRef | None = None
 
 
 class Failed(Closed):
@@ -166,15 +165,15 @@ class LabelSetStored(LabelSetSummary):
     """One label set with its content in canonical form."""
 
     labels: Labels
-    templates: Templates | SkipJsonSchema[None] = None
-    tree: Tree | SkipJsonSchema[None] = None
+    templates: Templates | None = None
+    tree: Tree | None = None
 
 
 class Status(Closed):
     """The answer of a health check."""
 
     status: str
-    reason: str | SkipJsonSchema[None] = None
+    reason: str | None = None
 
 
 class OpenAIEmbedding(Closed):

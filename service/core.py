@@ -232,8 +232,8 @@ class Service:
             self._log.info("ready", encoders=list(self.served), default=self.settings.default_name)
 
     def _fail(self, name: str, error: IronclipError) -> None:
-        self.state, self._failure = "failed", f"the encoder {name!r} cannot be loaded: {error.detail}"
-        self._log.error("encoder failed", encoder=name, code=error.code, detail=error.detail)
+        self.state, self._failure = "failed", f"the encoder {name!r} cannot be loaded ({error.code})"
+        self._log.error("encoder failed", encoder=name, code=error.code)
         if self._on_fatal is not None:
             self._on_fatal(error)
 

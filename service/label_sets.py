@@ -193,7 +193,7 @@ class LabelSets:
             raise _unavailable(error) from error
         self._forget(name)
         if not found:
-            raise _missing(name)
+            raise _missing()
 
     async def names(self) -> list[tuple[str, str, bool]]:
         """(name, digest, read-only) of every set, sorted by name.
@@ -221,7 +221,7 @@ class LabelSets:
             raise _unavailable(error) from error
         if digest is None:
             self._forget(name)
-            raise _missing(name)
+            raise _missing()
         self._heads[name] = (now, digest)
         return digest
 
@@ -234,9 +234,9 @@ class LabelSets:
             self._parsed.pop((name, digest), None)
             if pinned:
                 raise LabelSetNotFound(
-                    f"The label set {name!r} is not, or no longer, kept in this version; its newest versions are."
+                    "This label set is not, or no longer, kept in this version; its newest versions are."
                 )
-            raise _missing(name)
+            raise _missing()
         try:
             entry = await asyncio.to_thread(_parse_stored, name, document, self.limits)
         except (ValueError, LabelError, TreeError) as error:
@@ -262,8 +262,8 @@ def _parse_stored(name: str, document: bytes, limits: LabelLimits) -> Registered
     return parse_document(name, json.loads(document), limits)
 
 
-def _missing(name: str) -> LabelSetNotFound:
-    return LabelSetNotFound(f"No label set is registered as {name!r}; GET /label-sets lists them.")
+def _missing() -> LabelSetNotFound:
+    return LabelSetNotFound("No label set is registered under this name; GET /label-sets lists them.")
 
 
 def _unavailable(error: StoreDown) -> Unavailable:

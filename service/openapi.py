@@ -14,7 +14,8 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
+from pydantic_core import core_schema
 
 from service import answer_schemas as answers
 from service import schemas
@@ -51,6 +52,18 @@ _OBJECT: Json = {"type": "object", "additionalProperties": True}
 _READS = (400, 404, 413, 415, 422, 429, 500, 503, 504)
 
 
+class _WithoutNull(GenerateJsonSchema):
+    """What may be left out is left out here, not sent as null."""
+
+    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        if schema.get("default", 0) is None:
+            return self.generate_inner(schema["schema"])
+        return super().default_schema(schema)
+
+
 @dataclass(frozen=True)
 class _Operation:
     """What FastAPI cannot know of one operation."""
@@ -83,7 +96,9 @@ def _document(app: FastAPI) -> Json:
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     _, schema = models_json_schema(
-        [(model, "validation") for model in _MODELS], ref_template="#/components/schemas/{model}"
+        [(model, "validation") for model in _MODELS],
+        ref_template="#/components/schemas/{model}",
+        schema_generator=_WithoutNull,
     )
     definitions = schema["$defs"]
     definitions["OpenAIError"] = _openai_error()

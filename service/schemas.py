@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
-from pydantic.json_schema import SkipJsonSchema
 
 _TEXTS = {"type": "array", "items": {"type": "string"}}
 _LABEL = {
@@ -73,26 +72,26 @@ class Closed(BaseModel):
 class Options(Closed):
     """What a classification can be asked for, in every input form."""
 
-    labels: Labels | SkipJsonSchema[None] = Field(
+    labels: Labels | None = Field(
         default=None, description='The labels to choose from: names, or `{"name", "prompts"?, "descriptions"?}`.'
     )
-    label_set: str | SkipJsonSchema[None] = Field(
+    label_set: str | None = Field(
         default=None, description="A registered label set: `name`, or `name@digest` for one version."
     )
     encoder: str = Field(default="default", description="An encoder of `GET /models`.")
     defence: Defence = Field(default="none", description='`{"name": ..., option: ...}`, or the bare name.')
-    templates: Templates | SkipJsonSchema[None] = Field(
+    templates: Templates | None = Field(
         default=None, description="Prompt templates with `{}` for the name, or the name of a known list of them."
     )
-    tree: Tree | SkipJsonSchema[None] = Field(
+    tree: Tree | None = Field(
         default=None, description="A label tree over the labels, lines of `child parent`, or several trees by name."
     )
-    levels: LevelMode | SkipJsonSchema[None] = Field(
+    levels: LevelMode | None = Field(
         default=None,
         description="How upper levels are scored: the sum of their labels' probabilities, or their own prompts. "
         "Without `tree`, the tree registered with the label set is used.",
     )
-    top_k: int | SkipJsonSchema[None] = Field(
+    top_k: int | None = Field(
         default=None, ge=1, le=1_000_000, description="Predictions in each answer at most; 100 if not given."
     )
 
@@ -106,8 +105,8 @@ class ClassifyRequest(Options):
         }
     )
 
-    image: ImageText | SkipJsonSchema[None] = Field(default=None, description="One image; the answer is one object.")
-    images: list[ImageText] | SkipJsonSchema[None] = Field(
+    image: ImageText | None = Field(default=None, description="One image; the answer is one object.")
+    images: list[ImageText] | None = Field(
         default=None, description="Several images (64 if not set otherwise); the answer is a list, in order."
     )
 
@@ -149,8 +148,8 @@ class LabelSetDocument(Closed):
     model_config = ConfigDict(json_schema_extra={"examples": [{"labels": ["cat", "dog"]}]})
 
     labels: Labels
-    templates: Templates | SkipJsonSchema[None] = None
-    tree: Tree | SkipJsonSchema[None] = None
+    templates: Templates | None = None
+    tree: Tree | None = None
 
 
 class OpenAIEmbeddingRequest(BaseModel):
@@ -175,4 +174,4 @@ class OpenAIEmbeddingRequest(BaseModel):
     ]
     model: str = "default"
     encoding_format: EncodingFormat = "float"
-    dimensions: int | SkipJsonSchema[None] = Field(default=None, ge=1)
+    dimensions: int | None = Field(default=None, ge=1)

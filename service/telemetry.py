@@ -7,6 +7,7 @@ not a path as it was typed): both would grow without bound, and both outlive the
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -15,13 +16,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
 from ironclip import __version__
 
 if TYPE_CHECKING:
     from service.runtime import ServedEncoder
 
+disable_created_metrics()  # type: ignore[no-untyped-call]
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 # The stages of a request, in the order in which it passes through them; the labels of `ironclip_stage_seconds`.
 STAGES = ("receive", "cache", "decode", "labels", "model", "decide", "serialise")
@@ -37,7 +39,10 @@ DROPPED = Counter("ironclip_dropped", "Requests given up before an answer.", ["r
 DECODE_REJECTS = Counter("ironclip_decode_rejects", "Images refused, by the problem's code.", ["reason"])
 CACHE = Counter("ironclip_cache", "Look-ups in the caches.", ["cache", "result"])
 CACHE_BYTES = Gauge("ironclip_cache_bytes", "Bytes held in this process.", ["cache"])
-REDIS_UP = Gauge("ironclip_redis_up", "1 while Redis answers, 0 while it is left alone (circuit open).")
+REDIS_UP = Gauge(
+    "ironclip_redis_up", "1 while Redis answers, 0 while it is left alone (circuit open), NaN where there is none."
+)
+REDIS_UP.set(math.nan)
 REDIS_ERRORS = Counter("ironclip_redis_errors", "Calls to Redis that failed.", ["reason"])
 BATCH_SIZE = Histogram(
     "ironclip_batch_size", "Items in one forward pass.", ["tower"], buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -120,20 +120,29 @@ def service_environment(**settings: object) -> dict[str, str]:
     return environment | {f"IRONCLIP_{name.upper()}": str(value) for name, value in settings.items()}
 
 
+def launch_service(folder: Path, **settings: object) -> ServiceProcess:
+    """Start a service that keeps its log and its state in the folder."""
+    port = free_port()
+    log = folder / f"service-{port}.log"
+    defaults = {"port": port, "dtype": "float32", "threads": 1, "state_dir": folder / "state"}
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service"],
+            cwd=ROOT,
+            env=service_environment(**{**defaults, **settings}),
+            stdout=file,
+            stderr=file,
+        )
+    return ServiceProcess(port, process, log)
+
+
 @pytest.fixture
 def start_service(tmp_path: Path) -> Iterator[Callable[..., ServiceProcess]]:
     """Start services with the given settings; they are stopped at the end of the test."""
     started: list[ServiceProcess] = []
 
     def start(*, wait: bool = True, **settings: object) -> ServiceProcess:
-        port = free_port()
-        log = tmp_path / f"service-{len(started)}.log"
-        environment = service_environment(**{"port": port, "dtype": "float32", "threads": 1, **settings})
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "service"], cwd=ROOT, env=environment, stdout=file, stderr=file
-            )
-        service = ServiceProcess(port, process, log)
+        service = launch_service(tmp_path, **settings)
         started.append(service)
         if wait:
             service.wait_ready()
@@ -142,6 +151,26 @@ def start_service(tmp_path: Path) -> Iterator[Callable[..., ServiceProcess]]:
     yield start
     for service in started:
         service.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_service(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+    """One service with a tiny encoder, for all tests that change nothing in it but label sets of their own."""
+    service = launch_service(
+        tmp_path_factory.mktemp("service"), encoders=f"tiny={tiny_artifact}", request_timeout_ms=10_000
+    )
+    try:
+        service.wait_ready()
+        yield service
+    finally:
+        service.stop()
+
+
+@pytest.fixture(scope="session")
+def client(tiny_service: ServiceProcess) -> Iterator[httpx.Client]:
+    """An HTTP client of `tiny_service`."""
+    with httpx.Client(base_url=tiny_service.url, timeout=30) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,343 @@
+"""Every error has its place in the table, its form on the wire, and a request that provokes it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+from pydantic import SecretStr
+from starlette.testclient import TestClient
+
+import ironclip.errors as lib
+from service.app import create_app
+from service.errors import STATUS, error_classes, error_response, problem, problem_types, status_of
+from service.settings import Settings
+
+LABELS = ["a", "b"]
+# Raised while loading, before there is anybody to answer; or only ever as one of their subclasses.
+NEVER_ANSWERED = {
+    "ironclip-error",
+    "input-invalid",
+    "image-error",
+    "encoder-load-failed",
+    "encoder-unknown",
+    "weights-unavailable",
+    "checksum-mismatch",
+    "architecture-mismatch",
+    "artifact-invalid",
+    "settings-invalid",
+}
+PROVOKED: set[str] = set()
+
+
+def png(width: int = 8, height: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (9, 80, 200)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+GOOD = base64.b64encode(png()).decode()
+
+
+def test_every_error_class_has_a_status_and_a_code_of_its_own() -> None:
+    classes = list(error_classes())
+    assert set(classes) == set(STATUS)
+    codes = [kind.code for kind in classes]
+    assert len(codes) == len(set(codes))
+    assert all(kind.__doc__ for kind in classes)
+
+
+def test_a_problem_carries_what_a_client_can_act_on() -> None:
+    error = lib.Overloaded("The queue is full.", retry_after=1.2, limit=512)
+    form = problem(error, "request-1")
+    assert form == {
+        "type": "/problems/overloaded",
+        "title": "The service is overloaded",
+        "status": 429,
+        "detail": "The queue is full.",
+        "code": "overloaded",
+        "instance": "urn:request:request-1",
+        "limit": 512,
+        "retry_after_ms": 1200,
+    }
+    assert error_response(error, "/classify", None).headers["retry-after"] == "2"
+    openai = json.loads(bytes(error_response(error, "/v1/embeddings", None).body))
+    assert openai["error"]["type"] == "rate_limit_error"
+
+
+def test_an_unlisted_subclass_has_the_status_of_the_class_above() -> None:
+    class Odd(lib.ImageInvalid):
+        code = "odd"
+
+    try:
+        assert status_of(Odd("x")) == 422
+    finally:
+        del Odd
+
+
+@pytest.fixture(scope="module")
+def small(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """An app with narrow limits, in this process."""
+    folder = tmp_path_factory.mktemp("small")
+    settings = Settings(
+        encoders={"tiny": str(tiny_artifact)},
+        dtype="float32",
+        state_dir=folder / "state",
+        max_queue=1,
+        max_images=1,
+        decode_workers=1,
+        max_labels=4,
+        max_body_bytes=300_000,
+        max_image_bytes=100_000,
+        max_side=5000,
+        cache_bytes=0,
+    )
+    app = create_app(settings)
+
+    @app.get("/broken")
+    async def broken() -> None:
+        raise ZeroDivisionError("the caller's secret")
+
+    with TestClient(app) as client:
+        deadline = time.monotonic() + 60
+        assert client.post("/classify", json={"image": GOOD, "labels": LABELS}).status_code in (200, 503)
+        while client.get("/readyz").status_code != 200 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        yield client
+
+
+def check(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    PROVOKED.add(code)
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = response.json()
+    assert body["code"] == code
+    assert body["status"] == status
+    assert body["instance"] == f"urn:request:{response.headers['x-request-id']}"
+    assert set(body) <= {
+        *["type", "title", "status", "detail", "code", "instance", "errors", "limit", "retry_after_ms"]
+    }
+    return body
+
+
+def classify(small: TestClient, **change: Any) -> httpx.Response:
+    asked = {"image": GOOD, "labels": LABELS, **change}
+    return small.post("/classify", json={key: value for key, value in asked.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code", "pointer"),
+    [
+        ({"image": "####"}, 422, "image-invalid", "/image"),
+        ({"image": base64.b64encode(b"GIF89a" + b"\0" * 40).decode()}, 422, "image-unsupported", "/image"),
+        ({"image": "https://example.com/a.png"}, 422, "image-unsupported", "/image"),
+        ({"image": base64.b64encode(png(5001, 1)).decode()}, 413, "image-too-large", "/image"),
+        ({"image": "A" * 200_000}, 413, "image-too-large", "/image"),
+        ({"labels": ["a", "a"]}, 422, "labels-invalid", "/labels/1"),
+        ({"labels": []}, 422, "labels-invalid", "/labels"),
+        ({"labels": [""]}, 422, "labels-invalid", "/labels/0"),
+        ({"labels": [{"nom": "a"}]}, 422, "labels-invalid", "/labels/0"),
+        ({"labels": ["word " * 40, "b"]}, 422, "labels-invalid", None),
+        ({"templates": ["no place"]}, 422, "labels-invalid", "/templates/0"),
+        ({"labels": list("abcde")}, 422, "labels-too-many", "/labels"),
+        ({"tree": {"parents": {"a": "b", "b": "a"}}}, 422, "tree-invalid", None),
+        ({"tree": {"parents": {"a": "x"}}}, 422, "tree-invalid", None),
+        ({"tree": "a b c d"}, 422, "tree-invalid", None),
+        ({"levels": "rollup"}, 422, "option-invalid", "/levels"),
+        ({"defence": "armour"}, 422, "option-invalid", "/defence/name"),
+        ({"defence": {"name": "none", "n": 3}}, 422, "option-invalid", "/defence"),
+        ({"defence": {}}, 422, "option-invalid", "/defence/name"),
+        ({"images": [GOOD]}, 422, "request-invalid", ""),
+        ({"image": None}, 422, "request-invalid", ""),
+        ({"labels": None}, 422, "request-invalid", None),
+        ({"label_set": "emoji"}, 422, "request-invalid", None),
+        ({"top_k": 0}, 422, "request-invalid", "/top_k"),
+        ({"top_k": "3"}, 422, "request-invalid", "/top_k"),
+        ({"levels": "sideways"}, 422, "request-invalid", "/levels"),
+        ({"lables": ["a"]}, 422, "request-invalid", "/lables"),
+        ({"image": None, "images": [GOOD, GOOD]}, 413, "input-too-large", "/images"),
+        ({"encoder": "../../etc/passwd"}, 404, "encoder-not-found", None),
+        ({"labels": None, "label_set": "nope"}, 404, "label-set-not-found", None),
+        ({"labels": None, "label_set": "../x"}, 404, "label-set-not-found", None),
+        ({"labels": None, "label_set": "emoji@" + "0" * 64}, 404, "label-set-not-found", None),
+    ],
+)
+def test_what_a_caller_can_get_wrong(
+    small: TestClient, change: dict[str, Any], status: int, code: str, pointer: str | None
+) -> None:
+    body = check(classify(small, **change), status, code)
+    if pointer is not None:
+        assert body["errors"][0]["pointer"] == pointer
+    assert classify(small).status_code == 200
+
+
+def test_an_unknown_defence_is_answered_with_those_there_are(small: TestClient) -> None:
+    assert "there are: none" in classify(small, defence="armour").json()["detail"]
+
+
+def test_a_refusal_does_not_repeat_what_was_sent(small: TestClient) -> None:
+    secret = "patient-4711"
+    for change in ({"top_k": secret}, {"encoder": secret}, {"label_set": secret, "labels": None}, {"image": secret}):
+        assert secret not in classify(small, **change).text
+
+
+def test_bodies_that_cannot_be_read(small: TestClient) -> None:
+    json_type = {"content-type": "application/json"}
+    for body in (b"{", b"", b"\xff\xfe", b'{"image": "\\ud800"}', b"[" * 100_000):
+        assert small.post("/classify", content=body, headers=json_type).json()["code"] == "body-malformed"
+    check(small.post("/classify", content=b"{", headers=json_type), 400, "body-malformed")
+    for kind in (
+        "multipart/form-data",
+        "multipart/form-data; boundary=x",
+        "multipart/form-data; charset=idna; boundary=x",
+    ):
+        check(small.post("/classify", content=b"--x\r\n\xff", headers={"content-type": kind}), 400, "body-malformed")
+    check(
+        small.post("/classify", content=b"a=b", headers={"content-type": "text/plain"}), 415, "media-type-unsupported"
+    )
+    check(small.post("/classify", content=b"x"), 415, "media-type-unsupported")
+    check(
+        small.post("/classify?labels=a", content=png(), headers={"content-type": "image/gif"}), 422, "image-unsupported"
+    )
+    packed = {"content-type": "application/json", "content-encoding": "gzip"}
+    check(small.post("/classify", content=b"x", headers=packed), 415, "content-encoding-unsupported")
+    check(small.post("/classify?top_k=1", json={"image": GOOD, "labels": LABELS}), 422, "request-invalid")
+    check(
+        small.post("/classify?labels=a&frobnicate=1", content=png(), headers={"content-type": "image/png"}),
+        422,
+        "request-invalid",
+    )
+
+
+def test_forms_that_say_things_twice_or_not_at_all(small: TestClient) -> None:
+    image = ("x.png", png(), "image/png")
+    for files, data in (
+        ([("image", image)], {"labels": LABELS, "encoder": ["tiny", "tiny"]}),
+        ([("image", image)], {"labels": LABELS, "tree": "{not json"}),
+        ([("labels", image)], {}),
+        ([("x", ("", b"", "text/plain"))], {"labels": LABELS}),
+    ):
+        check(small.post("/classify", files=files, data=data), 422, "request-invalid")
+
+
+def test_bytes_are_counted_as_they_arrive(small: TestClient) -> None:
+    def forever() -> Iterator[bytes]:
+        for _ in range(1000):
+            yield b" " * 10_000
+
+    json_type = {"content-type": "application/json"}
+    body = check(small.post("/classify", content=b" " * 300_001, headers=json_type), 413, "input-too-large")
+    assert body["limit"] == 300_000
+    check(small.post("/classify", content=forever(), headers=json_type), 413, "input-too-large")
+    check(
+        small.post("/classify?labels=a", content=forever(), headers={"content-type": "image/png"}),
+        413,
+        "input-too-large",
+    )
+    openai = small.post("/v1/embeddings", content=b" " * 300_001, headers=json_type)
+    assert openai.status_code == 413
+    assert openai.json()["error"]["code"] == "input-too-large"
+
+
+def test_paths_and_methods(small: TestClient) -> None:
+    check(small.get("/nowhere"), 404, "route-not-found")
+    response = small.get("/classify")
+    check(response, 405, "method-not-allowed")
+    assert response.headers["allow"] == "POST"
+    check(small.get("/problems/nonsense"), 404, "not-found")
+    check(small.get("/models/nope"), 404, "encoder-not-found")
+    assert small.get("/v1/models/nope").json()["error"]["code"] == "encoder-not-found"
+    assert small.get("/v1/nowhere").json()["error"]["code"] == "route-not-found"
+
+
+def test_label_set_preconditions(small: TestClient) -> None:
+    url, document = "/label-sets/errors", {"labels": LABELS}
+    check(small.put(url, json=document, headers={"if-match": '"nothing"'}), 412, "precondition-failed")
+    check(small.put("/label-sets/emoji", json=document), 409, "label-set-read-only")
+    check(small.put("/label-sets/Not-A-Name", json=document), 422, "labels-invalid")
+    check(small.get(url), 404, "label-set-not-found")
+    check(small.put(url, json=document, headers={"if-match": ""}), 422, "request-invalid")
+
+
+def test_a_fault_of_ours_is_a_problem_without_details(small: TestClient) -> None:
+    response = small.get("/broken")
+    body = check(response, 500, "internal-error")
+    assert "secret" not in json.dumps(body)
+
+
+def test_a_full_queue_says_when_to_come_back(small: TestClient) -> None:
+    big = base64.b64encode(png(4900, 4900)).decode()
+    assert len(big) < 133_000
+    with ThreadPoolExecutor(8) as pool:
+        responses = list(pool.map(lambda _: classify(small, image=big), range(8)))
+    refused = [response for response in responses if response.status_code != 200]
+    assert refused
+    assert len(refused) < 8
+    for response in refused:
+        body = check(response, 429, "overloaded")
+        assert int(response.headers["retry-after"]) >= 1
+        assert body["retry_after_ms"] >= 0
+
+
+def test_a_deadline_is_kept(small: TestClient) -> None:
+    image = base64.b64encode(png(4900, 4900)).decode()
+    asked = {"image": image, "labels": LABELS}
+    start = time.perf_counter()
+    response = small.post("/classify", json=asked, headers={"x-request-timeout-ms": "5"})
+    assert check(response, 504, "deadline-exceeded")["limit"] == 5
+    assert time.perf_counter() - start < 2
+    for wrong in ("0", "-1", "soon", "1.5", "9" * 30, "١"):
+        headers = [(b"x-request-timeout-ms", wrong.encode())]
+        check(small.post("/classify", json=asked, headers=headers), 422, "request-invalid")
+
+
+def test_before_the_encoders_are_loaded(tiny_artifact: Path, tmp_path: Path) -> None:
+    settings = Settings(encoders={"tiny": str(tiny_artifact)}, dtype="float32", state_dir=tmp_path)
+    with TestClient(create_app(settings)) as client:
+        response = client.post("/classify", json={"image": GOOD, "labels": LABELS})
+        check(response, 503, "not-ready")
+        assert response.headers["retry-after"] == "1"
+        assert client.get("/livez").status_code == 200
+        assert client.get("/readyz").json() == {"status": "unavailable", "reason": "loading"}
+
+
+def test_an_encoder_that_cannot_be_loaded_ends_in_a_reason(tmp_path: Path) -> None:
+    failures: list[lib.IronclipError] = []
+    settings = Settings(encoders={"x": str(tmp_path / "nothing")}, state_dir=tmp_path)
+    with TestClient(create_app(settings, on_fatal=failures.append)) as client:
+        deadline = time.monotonic() + 20
+        while not failures and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert [error.code for error in failures] == ["encoder-unknown"]
+        assert client.get("/readyz").json()["reason"] == "the encoder 'x' cannot be loaded (encoder-unknown)"
+
+
+def test_a_store_that_is_away(tiny_artifact: Path, tmp_path: Path) -> None:
+    settings = Settings(
+        encoders={"tiny": str(tiny_artifact)}, state_dir=tmp_path, redis_url=SecretStr("redis://127.0.0.1:1/0")
+    )
+    with TestClient(create_app(settings)) as client:
+        response = client.put("/label-sets/x", json={"labels": LABELS})
+        check(response, 503, "unavailable")
+        assert response.headers["retry-after"] == "1"
+        assert client.get("/label-sets/emoji-groups").status_code == 200
+
+
+def test_every_code_can_be_looked_up(small: TestClient) -> None:
+    for code, known in problem_types().items():
+        assert small.get(f"/problems/{code}").json() == known
+        assert known["description"]
+
+
+def test_every_code_was_provoked() -> None:
+    """Last in this file: the tests above have asked for each error that a caller can see."""
+    assert set(problem_types()) - NEVER_ANSWERED - PROVOKED == set()
