@@ -1,10 +1,10 @@
-"""`python -m training COMMAND`: build-data, pretrain, evaluate, demo, figure."""
+"""`python -m training COMMAND`: build-data, pretrain, export, evaluate, domain, demo, figure."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ironclip.errors import IronclipError
@@ -21,23 +21,104 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", required=True, help="a name in training/configs, or a .toml file")
     train.add_argument("--run", type=Path, default=None, help="run folder (default runs/NAME)")
     train.add_argument("overrides", nargs="*", metavar="key=value")
+    export = commands.add_parser("export", help="write the artifact of a pre-training run as far as it has got")
+    export.add_argument("--run", type=Path, required=True)
+    export.add_argument("--out", type=Path, required=True)
+    score = commands.add_parser("evaluate", help="score an encoder on the demo data set's vendors")
+    score.add_argument("--encoder", required=True, help="an encoder spec: demo, a folder, ...")
+    score.add_argument("--data", type=Path, default=Path("data/demo"))
+    score.add_argument("--vendors", nargs="*", default=[], help="default: the test vendors")
+    score.add_argument("--json", type=Path, default=None, help="write the scores here")
+    score.add_argument("--into-artifact", action="store_true", help="write the scores into the folder's ironclip.json")
+    domain = commands.add_parser("domain", help="measure and store the domain threshold of an artifact")
+    domain.add_argument("--artifact", type=Path, required=True)
+    domain.add_argument("--data", type=Path, default=Path("data/demo"))
+    domain.add_argument("--photos", type=Path, required=True, help="a folder of photographs, searched in depth")
+    demo = commands.add_parser("demo", help="write label sets, tree and sample pictures of the demo")
+    demo.add_argument("--data", type=Path, default=Path("data/demo"))
+    demo.add_argument("--out", type=Path, default=Path("ironclip/demo"))
+    figure = commands.add_parser("figure", help="draw the README's picture of test-vendor predictions")
+    figure.add_argument("--encoder", default="demo")
+    figure.add_argument("--data", type=Path, default=Path("data/demo"))
+    figure.add_argument("--out", type=Path, default=Path("docs/predictions.png"))
     return parser
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    from training.emoji.build import build_data
+
+    build_data(arguments.out, arguments.size)
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from training.config import load_config
+    from training.pretrain import PretrainConfig, pretrain
+
+    config = load_config(PretrainConfig, arguments.config, arguments.overrides)
+    print(pretrain(config, arguments.run or Path("runs") / config.name))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    import json
+
+    from training.config import from_mapping
+    from training.pretrain import PretrainConfig, export_run, start
+
+    content = json.loads((arguments.run / "config.json").read_text(encoding="utf-8"))
+    print(export_run(start(from_mapping(PretrainConfig, content), arguments.run), arguments.out))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from ironclip.artifact import update_meta
+    from ironclip.loading import load_encoder
+    from training.evaluate import evaluate_emoji, summary, write_json
+
+    encoder = load_encoder(arguments.encoder)
+    results = evaluate_emoji(encoder, arguments.data, arguments.vendors)
+    print(summary(results))
+    if arguments.json:
+        write_json(
+            arguments.json, {"encoder": {"spec": arguments.encoder, "digest": encoder.digest}, "scores": results}
+        )
+    if arguments.into_artifact:
+        update_meta(arguments.encoder, scores=results)
+
+
+def _domain(arguments: argparse.Namespace) -> None:
+    from training.domain import measure_domain
+
+    print(measure_domain(arguments.artifact, arguments.data, arguments.photos))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from training.demo_files import write_demo_files
+
+    write_demo_files(arguments.data, arguments.out)
+
+
+def _figure(arguments: argparse.Namespace) -> None:
+    from training.figure import draw_predictions
+
+    draw_predictions(arguments.encoder, arguments.data, arguments.out)
+
+
+# Each command imports its own parts, so that `--help` is quick and training needs no plotting library.
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "build-data": _build,
+    "pretrain": _pretrain,
+    "export": _export,
+    "evaluate": _evaluate,
+    "domain": _domain,
+    "demo": _demo,
+    "figure": _figure,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors raised on purpose are printed in one line and give exit status 1."""
     arguments = _parser().parse_args(argv)
     try:
-        if arguments.command == "build-data":
-            from training.emoji.build import build_data
-
-            build_data(arguments.out, arguments.size)
-        elif arguments.command == "pretrain":
-            from training.config import load_config
-            from training.pretrain import PretrainConfig, pretrain
-
-            config = load_config(PretrainConfig, arguments.config, arguments.overrides)
-            print(pretrain(config, arguments.run or Path("runs") / config.name))
+        COMMANDS[arguments.command](arguments)
     except IronclipError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -95,7 +95,9 @@ class CaptionTable:
 
         A name without aliases or keywords is captioned by its label instead.
         """
-        kinds = torch.multinomial(torch.tensor(weights), len(names), replacement=True, generator=generator).tolist()
+        kinds = torch.multinomial(
+            torch.tensor(weights, dtype=torch.float32), len(names), replacement=True, generator=generator
+        ).tolist()
         picks = torch.rand(len(names), 2, generator=generator, dtype=torch.float64).tolist()
         captions = []
         for name, kind, (which, template) in zip(names.tolist(), kinds, picks, strict=True):

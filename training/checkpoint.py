@@ -17,6 +17,12 @@ class CheckpointError(IronclipError):
     code = "checkpoint-error"
 
 
+class NonFiniteLoss(IronclipError):
+    """The loss or a gradient became infinite or not a number; the last checkpoint is still good."""
+
+    code = "non-finite-loss"
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write ``state`` (tensors and plain values) beside ``path`` and move it in place in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pyvips
 from PIL import Image
+from safetensors import safe_open
 
 from training.emoji.build import iconify_bodies
 from training.emoji.packages import Package, fetch
@@ -18,19 +20,19 @@ from training.evaluate import write_json
 
 TEMPLATES = ["an emoji of {}"]
 
-# file name -> (vendor, icon). Noto is Apache-2.0, Fluent is MIT; subjects a stranger knows at a glance.
+# file name -> (vendor, icon). Noto is Apache-2.0, Twemoji is CC BY 4.0; subjects a stranger knows at a glance.
 SAMPLES = {
     "carrot.png": ("noto", "carrot"),
     "cat-face.png": ("noto", "cat-face"),
     "pizza.jpg": ("noto", "pizza"),
     "bicycle.png": ("noto", "bicycle"),
-    "guitar.png": ("fluent-flat", "guitar"),
+    "guitar.png": ("twemoji", "guitar"),
     "rocket.webp": ("noto", "rocket"),
     "octopus.png": ("noto", "octopus"),
-    "strawberry.jpg": ("fluent-flat", "strawberry"),
+    "strawberry.jpg": ("twemoji", "strawberry"),
     "penguin.png": ("noto", "penguin"),
     "umbrella.webp": ("noto", "umbrella"),
-    "hamburger.png": ("fluent-flat", "hamburger"),
+    "hamburger.png": ("twemoji", "hamburger"),
     "sailboat.png": ("noto", "sailboat"),
 }
 
@@ -62,6 +64,14 @@ def tree(names: list[Name]) -> dict[str, Any]:
         raise ValueError(f"these are labels and levels at once: {sorted(shared)}")
     parents = {name.label: name.subgroup for name in names} | {name.subgroup: name.group for name in names}
     return {"levels": ["name", "subgroup", "group"], "parents": parents}
+
+
+def draw_icon(data: Path, vendor: str, index: int, size: int) -> Image.Image:
+    """Draw picture number ``index`` of a vendor in a built data set afresh at ``size`` pixels, as RGBA."""
+    manifest = read_manifest(data)
+    with safe_open(data / manifest["vendors"][vendor]["file"], "np") as tensors:
+        icon = json.loads(tensors.metadata()["icons"])[index]
+    return _draw_sample(vendor, icon, data / "packages", size)
 
 
 def _draw_sample(vendor: str, icon: str, packages: Path, size: int) -> Image.Image:

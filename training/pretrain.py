@@ -22,25 +22,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ironclip.encoder import Encoder
-from ironclip.errors import IronclipError
 from training.augment import AugmentConfig, augment
 from training.captions import TEMPLATES, CaptionTable
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import NonFiniteLoss, load_checkpoint, save_checkpoint
 from training.emoji.pictures import load_vendor, manifest_names, read_manifest, training_vendors
 from training.export import export
 from training.sampling import Sampler
-from training.towers import ImageTower, build_encoder, fastest_dtype, parameter_groups, update_average
+from training.towers import ImageTower, build_encoder, fast_products, fastest_dtype, parameter_groups, update_average
 
 LEVELS = ("name", "subgroup", "group")
-
-
-class NonFiniteLoss(IronclipError):
-    """The loss or a gradient became infinite or not a number."""
-
-    code = "non-finite-loss"
 
 
 @dataclass(frozen=True)
@@ -195,7 +187,7 @@ def train_step(run: Run) -> dict[str, float]:
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + run.step)
     run.encoder.model.train()
     run.optimiser.zero_grad(set_to_none=True)
-    with sdpa_kernel(SDPBackend.MATH):  # the CPU's fused kernel is several times slower on short sequences
+    with fast_products():
         loss, parts = compute_loss(run, generator)
         torch.autograd.backward(loss)
     norm = torch.nn.utils.clip_grad_norm_(run.encoder.model.parameters(), config.clip_norm)
@@ -213,8 +205,6 @@ def train_step(run: Run) -> dict[str, float]:
 
 def start(config: PretrainConfig, folder: Path) -> Run:
     """Set everything up, from the folder's checkpoint if it has one."""
-    torch.set_num_threads(config.threads)
-    torch.set_float32_matmul_precision("medium")  # the text tower stays float32, its products may be bfloat16
     data = Path(config.data)
     manifest = read_manifest(data)
     names = manifest_names(manifest)
@@ -266,6 +256,8 @@ def pretrain(config: PretrainConfig, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
     run = start(config, folder)
     print(f"{len(run.sampler)} pictures, {len(run.captions.labels)} names, {config.steps} steps", flush=True)
     stop = []
@@ -290,10 +282,14 @@ def pretrain(config: PretrainConfig, folder: Path) -> Path:
                     save_checkpoint(folder / "checkpoint.pt", run.state())
     finally:
         signal.signal(signal.SIGTERM, previous)
+        torch.set_num_threads(threads)
     save_checkpoint(folder / "checkpoint.pt", run.state())
-    if run.step < config.steps:
-        return folder
-    settings = asdict(config)
+    return export_run(run, folder / "artifact") if run.step >= config.steps else folder
+
+
+def export_run(run: Run, folder: Path) -> Path:
+    """Write the run's averaged weights as an artifact, finished or not; the config says how far it got."""
+    settings = asdict(run.config) | {"steps_done": run.step}
     if len(run.lengths) > 1:
         settings["steps_from_step"] = run.lengths
-    return export(run.average, run.captions, settings, folder / "artifact")
+    return export(run.average, run.captions, settings, folder)

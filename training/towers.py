@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import open_clip
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ironclip.encoder import Encoder
 
@@ -98,3 +101,19 @@ def update_average(average: Encoder, encoder: Encoder, decay: float) -> None:
                 value.lerp_(current[key], 1 - decay)
             else:
                 value.copy_(current[key])
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Settings for a training step, undone after it.
+
+    float32 matrix products may be computed in bfloat16 (the text tower's, whose weights stay float32), and attention
+    goes the plain way: the CPU's fused kernel is several times slower on short sequences.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

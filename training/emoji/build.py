@@ -15,7 +15,7 @@ import pyvips
 from safetensors.numpy import save_file
 
 from training.emoji.matching import match_icons
-from training.emoji.packages import Package, PackageError, check_licence, fetch
+from training.emoji.packages import Package, PackageError, Pin, check_licence, fetch
 from training.emoji.render import RgbaImage, render, svg_document
 from training.emoji.taxonomy import Name, code_points, read_names
 from training.emoji.vendors import EMOJIBASE, EMOJIBASE_LICENCE, VENDORS, Vendor
@@ -105,27 +105,30 @@ def _build_vendor(vendor: Vendor, names: list[Name], size: int, out: Path, packa
     }
 
 
-def build_data(out: Path, size: int = 96, vendors: list[Vendor] | None = None) -> dict[str, Any]:
+def build_data(
+    out: Path, size: int = 96, vendors: list[Vendor] | None = None, names_from: Pin = EMOJIBASE
+) -> dict[str, Any]:
     """Build the demo data set in ``out`` and return its manifest.
 
     Args:
         out: folder to write; packages are kept in ``out/packages`` and reused, so a second build needs no network.
         size: side of the stored pictures in pixels.
         vendors: which vendors to build; all of `VENDORS` if None.
+        names_from: the package that holds names, keywords and tree.
 
     Raises:
         PackageError: a package cannot be had, was altered, or states another licence.
     """
     packages = out / "packages"
-    taxonomy = Package(fetch(EMOJIBASE, packages))
+    taxonomy = Package(fetch(names_from, packages))
     names = read_names(taxonomy)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "size": size,
         "taxonomy": {
-            "package": EMOJIBASE.name,
-            "version": EMOJIBASE.version,
-            "integrity": EMOJIBASE.integrity,
+            "package": names_from.name,
+            "version": names_from.version,
+            "integrity": names_from.integrity,
             "licence": EMOJIBASE_LICENCE,
             "licence_found": check_licence(taxonomy, EMOJIBASE_LICENCE),
             "credit": "Emojibase by Miles Johnson; names and keywords from Unicode CLDR",
