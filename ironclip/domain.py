@@ -1,50 +1,54 @@
 """Is a picture of the kind that an encoder was trained on? A measured threshold on its features.
 
-An artifact may hold `domain.safetensors` (prototypes) and a `domain` entry in `ironclip.json` (threshold and the rates
-measured with it). The score of a picture is the mean cosine of its features with the k nearest prototypes; below the
-threshold the picture lies outside. Deep nearest neighbours: Sun et al. 2022, arXiv 2204.06507.
+An artifact may hold `domain.safetensors` and a `domain` entry in `ironclip.json` (threshold, and the rates measured
+with it). The score is sqrt(dim) / d, where d is the Mahalanobis distance from a picture's features to the nearest
+class mean under one covariance for all classes (Lee et al. 2018, arXiv 1807.03888): about 1 for a typical training
+picture, towards 0 far away. Below the threshold the picture lies outside.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ironclip.artifact import read_meta
 from ironclip.errors import ArtifactError
 
 DOMAIN_FILE = "domain.safetensors"
-METHOD = "knn-cosine"
+METHOD = "mahalanobis"
+_ENTRY = frozenset({"description", "method", "threshold"})
 
 
 @dataclass(frozen=True)
 class Domain:
-    """What an encoder was trained on, as prototypes in its feature space.
+    """What an encoder was trained on, as class means in its feature space.
 
     Attributes:
         description: in words, for the warning: "emoji and icon art".
-        prototypes: float32 [P, dim], unit length.
-        neighbours: k, how many nearest prototypes the score is a mean over.
+        means: float32 [C, dim], class means, whitened.
+        whitening: float32 [dim, dim]; features @ whitening have unit covariance within a class.
         threshold: scores below it are outside.
-        measured: the rates measured with this threshold, and on what.
+        measured: how the threshold was chosen, and the rates measured with it.
     """
 
     description: str
-    prototypes: Tensor
-    neighbours: int
-    threshold: float
-    measured: dict[str, Any]
+    means: Tensor
+    whitening: Tensor
+    threshold: float = 0.0
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
     def score(self, features: Tensor) -> Tensor:
-        """Mean cosine with the k nearest prototypes: features [N, dim] (any length) -> float32 [N]."""
-        prototypes = self.prototypes.to(features.device)
-        cosines = normalize(features.float(), dim=-1) @ prototypes.T
-        return cosines.topk(self.neighbours, dim=-1).values.mean(dim=-1)
+        """Features as `Encoder.encode_image` gives them (not normalised) [N, dim] -> float32 [N], in (0, inf)."""
+        white = features.float() @ self.whitening.to(features.device)
+        distance = torch.cdist(white, self.means.to(features.device)).amin(dim=-1)
+        root: float = self.means.shape[-1] ** 0.5
+        return torch.full_like(distance, root) / distance.clamp_min(1e-6)
 
     def inside(self, features: Tensor) -> Tensor:
         """bool [N]: the score reaches the threshold."""
@@ -55,45 +59,51 @@ class Domain:
         return {
             "description": self.description,
             "method": METHOD,
-            "neighbours": self.neighbours,
             "threshold": self.threshold,
             **self.measured,
         }
 
+    def save(self, folder: Path | str) -> None:
+        """Write means and whitening, as float16 and float32, into an artifact's folder."""
+        tensors = {"means": self.means.half().contiguous(), "whitening": self.whitening.contiguous()}
+        save_file(tensors, Path(folder) / DOMAIN_FILE)
 
-def save_prototypes(folder: Path | str, prototypes: Tensor) -> None:
-    """Write unit prototypes [P, dim] as float16 into an artifact's folder."""
-    save_file({"prototypes": prototypes.half().contiguous()}, Path(folder) / DOMAIN_FILE)
+
+def fit_domain(features: Tensor, labels: Tensor, description: str, shrinkage: float = 0.1) -> Domain:
+    """A domain without a threshold, from the features [N, dim] of training pictures and their classes int64 [N].
+
+    The covariance within classes is shrunk towards a multiple of the identity by `shrinkage`.
+    """
+    features = features.double()
+    classes, labels = torch.unique(labels, return_inverse=True)
+    count = torch.bincount(labels).unsqueeze(1)
+    means = torch.zeros(len(classes), features.shape[1], dtype=torch.float64).index_add_(0, labels, features) / count
+    inner = features - means[labels]
+    covariance = inner.T @ inner / len(inner)
+    covariance += (shrinkage * covariance.diagonal().mean() + 1e-12) * torch.eye(len(covariance), dtype=torch.float64)
+    whitening = torch.linalg.cholesky(torch.linalg.inv(covariance))
+    return Domain(description, (means @ whitening).half().float(), whitening.float())
 
 
 def load_domain(folder: Path | str) -> Domain | None:
     """The domain of an artifact; None where it has none.
 
     Raises:
-        ArtifactError: the entry or the prototypes cannot be read, or are of a method this version does not have.
+        ArtifactError: the entry or its tensors cannot be read, or are of a method this version does not have.
     """
-    path = Path(folder) / DOMAIN_FILE
     entry = read_meta(folder).get("domain")
     if entry is None:
         return None
     try:
         if entry["method"] != METHOD:
             raise ArtifactError(f"{folder}: domain method {entry['method']!r}; this version knows {METHOD}.")
-        measured = {key: value for key, value in entry.items() if key not in ("description", "method")}
+        tensors = load_file(Path(folder) / DOMAIN_FILE)
         return Domain(
             description=str(entry["description"]),
-            prototypes=normalize(load_file(path)["prototypes"].float(), dim=-1),
-            neighbours=int(measured.pop("neighbours")),
-            threshold=float(measured.pop("threshold")),
-            measured=measured,
+            means=tensors["means"].float(),
+            whitening=tensors["whitening"].float(),
+            threshold=float(entry["threshold"]),
+            measured={key: value for key, value in entry.items() if key not in _ENTRY},
         )
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{folder}: its domain cannot be read: {error!r}.") from error
-
-
-def nearest(features: Tensor, prototypes: Tensor, neighbours: int) -> Tensor:
-    """The score itself, for choosing a threshold: see `Domain.score`."""
-    return Domain("", normalize(prototypes.float(), dim=-1), neighbours, 0.0, {}).score(features)
-
-
-__all__ = ["DOMAIN_FILE", "Domain", "load_domain", "nearest", "save_prototypes"]

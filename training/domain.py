@@ -1,32 +1,29 @@
-"""`domain`: prototypes of the training art in feature space, and a threshold measured, not guessed.
+"""`domain`: the encoder's training domain in feature space, and a threshold measured, not guessed.
 
-Prototypes are the mean features of each name's training pictures, one for plain art and one for line styles. The
-threshold is where `QUANTILE` of augmented training pictures (not used for prototypes as drawn) would be called outside.
-Test vendors only measure how often it is wrong; they choose nothing.
+Class means and covariance come from all training pictures; the threshold is where `QUANTILE` of them would be called
+outside. Test vendors and photographs only measure how often that is wrong; they choose nothing.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ironclip.artifact import update_meta
-from ironclip.domain import Domain, save_prototypes
+from ironclip.domain import fit_domain
 from ironclip.encoder import Encoder
 from ironclip.errors import InputError
 from ironclip.loading import load_encoder
 from ironclip.preprocessing import load_image
-from training.augment import AugmentConfig, augment
 from training.data import SUFFIXES
 from training.emoji.pictures import Source, VendorImages, load_vendor, manifest_names, read_manifest, training_vendors
 
 DESCRIPTION = "emoji and icon art"
-NEIGHBOURS = 3
 QUANTILE = 0.02
 CROPS = 40
 
@@ -40,13 +37,6 @@ def _source_features(encoder: Encoder, source: Source, names: Any) -> Tensor:
     images = VendorImages(source, names, encoder.preprocessing)
     parts = torch.split(torch.arange(len(images)), 256)
     return torch.cat([_features(encoder, images.images(part.tolist())) for part in parts])
-
-
-def class_prototypes(features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Mean unit feature of each class that has pictures: [<= classes, dim], unit length."""
-    unit = normalize(features, dim=-1)
-    sums = torch.zeros(classes, unit.shape[1]).index_add_(0, labels, unit)
-    return normalize(sums[torch.bincount(labels, minlength=classes) > 0], dim=-1)
 
 
 def photo_crops(folder: Path, encoder: Encoder, crops: int = CROPS, seed: int = 0) -> tuple[Tensor, list[str]]:
@@ -73,7 +63,7 @@ def photo_crops(folder: Path, encoder: Encoder, crops: int = CROPS, seed: int = 
 
 
 def measure_domain(artifact: Path, data: Path, photos: Path) -> dict[str, Any]:
-    """Compute prototypes and threshold, measure both error rates, and store all in the artifact's folder.
+    """Fit the domain, choose its threshold, measure both error rates, and store all in the artifact's folder.
 
     Args:
         artifact: the folder to extend.
@@ -86,48 +76,29 @@ def measure_domain(artifact: Path, data: Path, photos: Path) -> dict[str, Any]:
     encoder = load_encoder(str(artifact))
     manifest = read_manifest(data)
     names = manifest_names(manifest)
-    generator = torch.Generator().manual_seed(0)
-    features: dict[str, list[Tensor]] = {"plain": [], "redrawn": []}
-    labels: dict[str, list[Tensor]] = {"plain": [], "redrawn": []}
-    views = []
+    everything, plain, labels = [], [], []
     for vendor in training_vendors(manifest):
         for source in load_vendor(data, manifest, vendor):
-            kind = "plain" if source.style == "plain" else "redrawn"
-            features[kind].append(_source_features(encoder, source, names))
-            labels[kind].append(source.names)
-            if kind == "plain":
-                chosen = torch.randperm(len(source.names), generator=generator)[:200]
-                views.append(augment(source.images[chosen], encoder.resolution, AugmentConfig(erase=0.0), generator))
-    kinds = [kind for kind in features if features[kind]]
-    prototypes = torch.cat(
-        [class_prototypes(torch.cat(features[kind]), torch.cat(labels[kind]), len(names)) for kind in kinds]
-    )
-    prototypes = normalize(prototypes.half().float(), dim=-1)
-    save_prototypes(artifact, prototypes)
-    domain = Domain(DESCRIPTION, prototypes, NEIGHBOURS, 0.0, {})
-    threshold = round(domain.score(_features(encoder, torch.cat(views))).quantile(QUANTILE).item(), 4)
+            features = _source_features(encoder, source, names)
+            everything.append(features)
+            labels.append(source.names)
+            if source.style == "plain":
+                plain.append(features)
+    fitted = fit_domain(torch.cat(everything), torch.cat(labels), DESCRIPTION)
+    threshold = round(fitted.score(torch.cat(plain)).quantile(QUANTILE).item(), 4)
 
-    def outside(scores: Tensor) -> float:
-        return round(100 * (scores < threshold).float().mean().item(), 2)
+    def outside(features: Tensor) -> float:
+        return round(100 * (fitted.score(features) < threshold).float().mean().item(), 2)
 
     crops, files = photo_crops(photos, encoder)
     tests = [key for key, entry in manifest["vendors"].items() if entry["role"] == "test"]
-    entry = Domain(
-        DESCRIPTION,
-        prototypes,
-        NEIGHBOURS,
-        threshold,
-        {
-            "chosen": f"{100 * QUANTILE:g} % of augmented training pictures fall below it",
-            "called_outside_percent": {
-                **{
-                    key: outside(domain.score(_source_features(encoder, load_vendor(data, manifest, key)[0], names)))
-                    for key in tests
-                },
-                "photos": outside(domain.score(_features(encoder, crops))),
-            },
-            "photos": {"files": files, "crops_each": CROPS},
-        },
-    ).to_json()
-    update_meta(artifact, domain=entry)
-    return entry
+    rates = {key: outside(_source_features(encoder, load_vendor(data, manifest, key)[0], names)) for key in tests}
+    measured = {
+        "chosen": f"{100 * QUANTILE:g} % of the training pictures (as drawn, not redrawn) fall below the threshold",
+        "called_outside_percent": {**rates, "photos": outside(_features(encoder, crops))},
+        "photos": {"files": files, "crops_each": CROPS},
+    }
+    domain = replace(fitted, threshold=threshold, measured=measured)
+    domain.save(artifact)
+    update_meta(artifact, domain=domain.to_json())
+    return domain.to_json()

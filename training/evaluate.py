@@ -13,7 +13,8 @@ from torch import Tensor
 from ironclip.classifier import Classifier, LevelMode, predict
 from ironclip.encoder import Encoder
 from ironclip.hierarchy import LabelTree
-from ironclip.labels import LabelSet, build_text_bank
+from ironclip.labels import LabelSet
+from ironclip.textbank import build_text_bank
 from training.data import LabelledImages
 from training.emoji.pictures import VendorImages, load_vendor, manifest_names, read_manifest
 from training.emoji.taxonomy import Name

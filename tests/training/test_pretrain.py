@@ -95,7 +95,8 @@ def test_evaluation_and_domain_are_written_into_the_artifact(
 
 
 def test_training_lowers_the_loss(tiny_config: Path, tmp_path: Path) -> None:
-    config = load_config(PretrainConfig, str(tiny_config), ["steps=40", "learning_rate=4e-3", "batch_size=12", "augment.erase=0.0"])
+    overrides = ["steps=40", "learning_rate=4e-3", "batch_size=12", "augment.erase=0.0"]
+    config = load_config(PretrainConfig, str(tiny_config), overrides)
     pretrain(config, tmp_path / "run")
     lines = (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
