@@ -24,7 +24,7 @@ from service import telemetry
 from service.cache import ArrayCache, KeyScope, image_key
 from service.decisions import Classifiers, Plan
 from service.forms import Picture
-from service.images import ImageDecoder, pixels_digest
+from service.images import ImageDecoder
 from service.runtime import ServedEncoder
 from service.telemetry import Stages
 from service.vectors import Arrays, Schema
@@ -150,7 +150,7 @@ class Answers:
             return
         item.pixels = decoded.pixels
         item.warnings = list(decoded.warnings)
-        item.pixels_digest = bytes.fromhex(pixels_digest(decoded.pixels))
+        item.pixels_digest = bytes.fromhex(decoded.digest)
 
     async def _encode(
         self, served: ServedEncoder, defence: Defence, key: bytes, items: list[Item], stages: Stages

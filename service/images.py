@@ -58,6 +58,7 @@ class DecodedImage:
 
     Attributes:
         pixels: uint8 [3, R, R].
+        digest: `pixels_digest(pixels)`, taken in the decoding thread.
         warnings: codes of `ironclip.preprocessing.WARNINGS`.
         format: 'JPEG', 'PNG' or 'WEBP'.
         source_mode: Pillow's name of the stored pixel mode (RGB, CMYK, P, I;16, ...).
@@ -65,6 +66,7 @@ class DecodedImage:
     """
 
     pixels: torch.Tensor
+    digest: str
     warnings: tuple[str, ...]
     format: str
     source_mode: str
@@ -113,7 +115,8 @@ def _decode_checked(container: Container, preprocessing: Preprocessing) -> Decod
         image.info.update(container.info)
         pixels, warnings = preprocessing(image)
     codes = dict.fromkeys((*container.warnings, *warnings))
-    return DecodedImage(pixels, tuple(codes), container.format, mode, (container.width, container.height))
+    size = (container.width, container.height)
+    return DecodedImage(pixels, pixels_digest(pixels), tuple(codes), container.format, mode, size)
 
 
 def check_declared_type(actual: str, declared_type: str | None) -> None:
@@ -166,7 +169,9 @@ def bytes_digest(data: bytes) -> str:
 def pixels_digest(pixels: torch.Tensor) -> str:
     """SHA-256 (hex) of uint8 pixels and their shape."""
     shape = ",".join(map(str, pixels.shape))
-    return hashlib.sha256(f"{shape};".encode() + pixels.contiguous().numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{shape};".encode())
+    digest.update(pixels.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 class ImageDecoder:

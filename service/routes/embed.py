@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from service.decisions import encoder_reference, feature_scope
 from service.errors import problem
 from service.forms import Picture, read_ask
 from service.routes.classify import cache_status
-from service.routes.common import allowed_seconds, json_response, service_of, stages_of, within
+from service.routes.common import Deadline, json_response, service_of, stages_of
 from service.runtime import ServedEncoder
 from service.schemas import EmbedOptions, EmbedRequest
 from service.telemetry import Stages
@@ -31,6 +32,14 @@ Floats = NDArray[np.float32]
 TextOutcome = Floats | IronclipError
 
 
+_NO_DEFENCE = make_defence()
+
+
+@lru_cache(maxsize=64)
+def _plain_key(served: ServedEncoder) -> bytes:
+    return feature_scope(served, {"name": _NO_DEFENCE.name, **_NO_DEFENCE.options()})
+
+
 @router.post("/embed", operation_id="embed", summary="Embed pictures and texts")
 async def embed(request: Request) -> Response:
     """Vectors of length 1 for `images` and `texts`, in the same order; their dot product is the cosine.
@@ -39,8 +48,8 @@ async def embed(request: Request) -> Response:
     item that cannot be used has `{"error": problem}` in its place.
     """
     service, stages = service_of(request), stages_of(request)
-    seconds = allowed_seconds(request)
-    with stages.time("receive"):
+    deadline = Deadline(request)
+    with deadline.receiving():
         ask = await read_ask(request, EmbedRequest, EmbedOptions, service.image_limits, service.settings.max_images)
     options = ask.options
     texts = options.texts if isinstance(options, EmbedRequest) else []
@@ -55,7 +64,7 @@ async def embed(request: Request) -> Response:
         found, read = await asyncio.gather(images, vectors)
         return found, read
 
-    items, vectors = await within(request, work(), seconds)
+    items, vectors = await deadline.within(work())
     if ask.single and items[0].error is not None:
         raise items[0].error
     request_id, encoding = request.state.request_id, options.encoding_format
@@ -86,9 +95,7 @@ async def embed_images(
     """Features of pictures, without a defence."""
     if not pictures:
         return []
-    defence = make_defence()
-    key = feature_scope(served, {"name": defence.name, **defence.options()})
-    return await service_of(request).answers.embed(served, defence, key, pictures, stages)
+    return await service_of(request).answers.embed(served, _NO_DEFENCE, _plain_key(served), pictures, stages)
 
 
 async def embed_texts(
