@@ -1,0 +1,255 @@
+"""How close the service comes to what the machine can do: `python -m loadtests.bench_floor`.
+
+Starts a service of its own on a free loopback port with random weights of a real architecture (same arithmetic as
+the trained one), and measures in turns, several rounds: the bare tower (batch 32 and batch 1, in the dtype that the
+service chose), decoding with open_clip's own transform, and `POST /embed` at several concurrencies with distinct
+JPEGs. The floor is (cores - the client's own share) / (decode core-seconds + tower core-seconds) images a second;
+latency at concurrency 1 is held against decode + one forward. Writes JSON to loadtests/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import io
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+
+from loadtests.client import Load, Refused, closed_loop, cycle, fetch, post
+from loadtests.machine import describe_commit, describe_machine, process_seconds, resident_mib
+
+RESULTS = Path(__file__).parent / "results"
+# So small that a cycle through the distinct pictures never meets one that is still cached; the cache still works.
+_CACHE_BYTES = 100_000
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def make_pictures(size: tuple[int, int], count: int, seed: int) -> list[bytes]:
+    """Distinct JPEGs (quality 85) of synthetic texture, about as many bytes a pixel as photographs have."""
+    generator = np.random.default_rng(seed)
+    width, height = size
+    pictures = []
+    for _ in range(count):
+        coarse = generator.integers(0, 256, (max(2, height // 8), max(2, width // 8), 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=85)
+        pictures.append(buffer.getvalue())
+    return pictures
+
+
+class Raw:
+    """The bare costs: open_clip's tower and open_clip's own picture transform, nothing of ours."""
+
+    def __init__(self, model_name: str, dtype: str, cores: int) -> None:
+        torch.set_num_threads(cores)
+        self.cores = cores
+        self.model = open_clip.create_model(model_name).eval().to(_DTYPES[dtype])
+        config = open_clip.get_model_preprocess_cfg(self.model)
+        self.transform = open_clip.image_transform(config["size"], is_train=False)
+        side = config["size"][0] if isinstance(config["size"], (tuple, list)) else config["size"]
+        self.pixels = torch.randn(32, 3, side, side, generator=torch.Generator().manual_seed(0)).to(_DTYPES[dtype])
+
+    @torch.inference_mode()
+    def tower_seconds(self, batch: int, seconds: float) -> list[float]:
+        """Wall seconds of each forward of one batch, run back to back for some seconds."""
+        pixels = self.pixels[:batch]
+        return _repeat(lambda: self.model.encode_image(pixels), seconds)
+
+    def decode_seconds(self, pictures: Sequence[bytes], seconds: float) -> list[float]:
+        """Wall seconds of decoding each picture on one core."""
+        following = cycle(pictures)
+        return _repeat(lambda: self.transform(Image.open(io.BytesIO(following()))), seconds)
+
+
+def _repeat(work: Callable[[], object], seconds: float) -> list[float]:
+    work()
+    times: list[float] = []
+    stop = time.perf_counter() + seconds
+    while not times or time.perf_counter() < stop:
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return times
+
+
+@contextlib.contextmanager
+def service(model_name: str, options: argparse.Namespace) -> Iterator[tuple[int, int]]:
+    """Run a service process; yields its port and process id once it is ready."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as state:
+        environment = {
+            **os.environ,
+            "IRONCLIP_CACHE_BYTES": str(_CACHE_BYTES),
+            "IRONCLIP_STATE_DIR": state,
+            "IRONCLIP_LOG_LEVEL": "warning",
+            **dict(pair.split("=", 1) for pair in options.set),
+        }
+        command = [sys.executable, "-m", "service", "--port", str(port), "--encoders", f"bench=random:{model_name}"]
+        process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parent.parent)
+        try:
+            asyncio.run(_until_ready(port, process))
+            yield port, process.pid
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+async def _until_ready(port: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise SystemExit(f"the service ended with status {process.returncode}")
+        with contextlib.suppress(OSError, Refused, asyncio.IncompleteReadError):
+            await fetch(port, "/readyz")
+            return
+        await asyncio.sleep(0.2)
+    raise SystemExit("the service was not ready within five minutes")
+
+
+def measure_round(
+    raw: Raw, pictures: Sequence[bytes], port: int, pid: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One round over everything: bare tower, decoding, then each concurrency, the bare tower once more."""
+    following = cycle([post("/embed?encoding_format=base64", picture, "image/jpeg") for picture in pictures])
+    batch_times = raw.tower_seconds(32, options.seconds / 2)
+    single_times = raw.tower_seconds(1, options.seconds / 2)
+    decode_times = raw.decode_seconds(pictures, options.seconds / 3)
+    loads: dict[int, tuple[Load, float]] = {}
+    for concurrency in options.concurrency:
+        cpu = process_seconds(pid)
+        load = asyncio.run(closed_loop(port, following, concurrency, options.seconds))
+        loads[concurrency] = load, process_seconds(pid) - cpu
+    # Before and after, since other work on the machine comes and goes.
+    batch_times += raw.tower_seconds(32, options.seconds / 2)
+    single_times += raw.tower_seconds(1, options.seconds / 2)
+    decode_times += raw.decode_seconds(pictures, options.seconds / 3)
+    tower, single, decode = (statistics.median(times) for times in (batch_times, single_times, decode_times))
+    tower_core = raw.cores * tower / 32
+    served = {}
+    for concurrency, (load, cpu) in loads.items():
+        floor = (raw.cores - load.client_cores) / (decode + tower_core)
+        # The loop also runs before and after what is counted; its CPU is spread over all replies alike.
+        served[str(concurrency)] = {
+            "images_per_second": round(load.rate, 2),
+            "p50_ms": round(1000 * load.percentile(0.5), 2),
+            "p99_ms": round(1000 * load.percentile(0.99), 2),
+            "client_cores": round(load.client_cores, 3),
+            "floor_images_per_second": round(floor, 2),
+            "share_of_floor": round(load.rate / floor, 3),
+            "latency_over_decode_and_forward": round(load.percentile(0.5) / (decode + single), 3),
+            "service_cpu_seconds": round(cpu, 2),
+        }
+    return {
+        "raw": {
+            "tower_batch_32_images_per_second": round(32 / tower, 2),
+            "tower_batch_1_ms": round(1000 * single, 2),
+            "decode_ms": round(1000 * decode, 3),
+        },
+        "embed": served,
+        "service_resident_mib": resident_mib(pid),
+    }
+
+
+def summarise(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Median of each number over the rounds."""
+    first = rounds[0]
+    summary: dict[str, Any] = {}
+    for key, value in first.items():
+        values = [one[key] for one in rounds]
+        summary[key] = summarise(values) if isinstance(value, dict) else round(statistics.median(values), 3)
+    return summary
+
+
+def show(size: str, number: int | str, result: dict[str, Any]) -> None:
+    """Print one round, or the medians, in a few lines."""
+    raw = result["raw"]
+    print(
+        f"{size} {number}: bare tower {raw['tower_batch_32_images_per_second']} images/s at batch 32, "
+        f"{raw['tower_batch_1_ms']} ms at batch 1; decode {raw['decode_ms']} ms"
+    )
+    for concurrency, served in result["embed"].items():
+        print(
+            f"  c{concurrency}: {served['images_per_second']} images/s = {served['share_of_floor']:.0%} of the floor "
+            f"{served['floor_images_per_second']}; p50 {served['p50_ms']} ms "
+            f"(x{served['latency_over_decode_and_forward']}), p99 {served['p99_ms']} ms; "
+            f"client {served['client_cores']} cores",
+            flush=True,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status."""
+    options = _parse(argv)
+    torch.manual_seed(options.seed)
+    report: dict[str, Any] = {
+        "command": "python -m loadtests.bench_floor " + " ".join(argv if argv is not None else sys.argv[1:]),
+        "machine": describe_machine(),
+        **describe_commit(),
+        "seed": options.seed,
+        "model": f"{options.model}, random weights",
+        "seconds": options.seconds,
+        "sizes": {},
+    }
+    with service(options.model, options) as (port, pid):
+        model = json.loads(asyncio.run(fetch(port, "/models/default")))
+        report["dtype"] = model["dtype_report"]
+        chosen = model["dtype_report"]["chosen"]
+        raw = Raw(options.model, chosen, options.cores)
+        print(f"dtype {chosen}, {options.cores} cores", flush=True)
+        for size in options.sizes:
+            width, height = (int(side) for side in size.split("x"))
+            pictures = make_pictures((width, height), options.pictures, options.seed)
+            rounds = []
+            for number in range(1, options.rounds + 1):
+                rounds.append(measure_round(raw, pictures, port, pid, options))
+                show(size, number, rounds[-1])
+            medians = summarise(rounds)
+            show(size, "median", medians)
+            kib = round(sum(map(len, pictures)) / len(pictures) / 1024, 1)
+            report["sizes"][size] = {"kib_per_picture": kib, "median": medians, "rounds": rounds}
+    if options.name:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{options.name}.json"
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"written to {path}")
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    cores = len(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser(prog="python -m loadtests.bench_floor", description=__doc__)
+    parser.add_argument("--model", default="ViT-B-32", help="an open_clip architecture")
+    parser.add_argument("--sizes", nargs="+", default=["224x224", "640x480"], help="pictures, WIDTHxHEIGHT")
+    parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pictures", type=int, default=512, help="distinct pictures of each size")
+    parser.add_argument("--cores", type=int, default=cores, help="cores that client and service share")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="environment of the service")
+    parser.add_argument("--name", default="bench_floor", help="of the result file; empty to write none")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
