@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,62 +66,61 @@ def save_artifact(
     *,
     dtype: torch.dtype = torch.float16,
 ) -> Path:
-    """Write an encoder as a folder that plain open_clip loads; each file is replaced atomically.
+    """Write an encoder as a folder that plain open_clip loads, its tokenizer included.
+
+    Everything is written beside the old files first and then renamed into place, so that what goes wrong leaves
+    the old artifact as it was.
 
     Args:
         encoder: what to write; its weights are cast to `dtype`, so reload it for the served digest.
         folder: made if missing; other files in it are left alone.
-        meta: what `ironclip.json` says beside head and checksums; keys from META_KEYS.
+        meta: what `ironclip.json` says beside head and checksums; keys from META_KEYS, plain JSON values.
         dtype: of the floating-point weights on disk (integers and the temperature keep theirs).
 
     Raises:
-        ArtifactError: an unknown key in `meta`, a weight that is not finite in `dtype`, or a folder that
-            cannot be written.
+        ArtifactError: `meta` cannot be written as JSON, a weight that is not finite in `dtype`, a text tower that
+            open_clip cannot read back from a folder, or a folder that cannot be written.
     """
-    unknown = sorted(set(meta) - set(META_KEYS))
-    if unknown:
-        raise ArtifactError(f"Unknown keys for ironclip.json: {', '.join(unknown)}. Known: {', '.join(META_KEYS)}.")
-    state = {}
-    for name, tensor in encoder.model.state_dict().items():
-        keep = not tensor.is_floating_point() or name in ("logit_scale", "logit_bias")
-        value = tensor.detach().cpu() if keep else tensor.detach().cpu().to(dtype)
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ArtifactError(f"The weight {name} is not finite as {dtype}; save with dtype=torch.float32.")
-        state[name] = value.contiguous().clone()
+    if "hf_model_name" in encoder.model_cfg["text_cfg"]:
+        raise ArtifactError(
+            "open_clip cannot load a Hugging Face text tower from a folder; this encoder stays a hub name."
+        )
+    content = {"format": FORMAT, **_checked(meta), "head": encoder.head.to_json()}
+    state = _state_on_disk(encoder, dtype)
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / WEIGHTS_FILE, safetensors.torch.save(state))
-        config = {"model_cfg": encoder.model_cfg, "preprocess_cfg": encoder.preprocess_cfg}
-        _replace(folder / CONFIG_FILE, _json(config))
-        content = {
-            "format": FORMAT,
-            **{key: meta[key] for key in META_KEYS if key in meta},
-            "head": encoder.head.to_json(),
-            "weights": {
+        with _Staged(folder) as staged:
+            safetensors.torch.save_file(state, staged.path(WEIGHTS_FILE))
+            config = {"model_cfg": encoder.model_cfg, "preprocess_cfg": encoder.preprocess_cfg}
+            staged.path(CONFIG_FILE).write_bytes(_json(config))
+            content["weights"] = {
                 "file": WEIGHTS_FILE,
                 "dtype": str(dtype).removeprefix("torch."),
-                "sha256": sha256_file(folder / WEIGHTS_FILE),
-            },
-            "versions": {
+                "sha256": sha256_file(staged.path(WEIGHTS_FILE)),
+            }
+            content["versions"] = {
                 "ironclip": ironclip.__version__,
                 "open_clip": open_clip.__version__,
                 "torch": torch.__version__,
-            },
-        }
-        _replace(folder / META_FILE, _json(content))
+            }
+            staged.path(META_FILE).write_bytes(_json(content))
+            if hasattr(encoder.tokenizer, "save_pretrained"):
+                encoder.tokenizer.save_pretrained(str(staged.folder))
     except OSError as error:
         raise ArtifactError(f"The artifact cannot be written to {folder}: {error.strerror or error}.") from error
     return folder
 
 
 def update_meta(folder: Path | str, **changes: Any) -> None:
-    """Change keys of an artifact's `ironclip.json` (scores measured after it was written, say), atomically."""
-    unknown = sorted(set(changes) - set(META_KEYS))
-    if unknown:
-        raise ArtifactError(f"Unknown keys for ironclip.json: {', '.join(unknown)}. Known: {', '.join(META_KEYS)}.")
+    """Change keys of an artifact's `ironclip.json` (scores measured later, say); atomic, raises ArtifactError."""
     folder = Path(folder)
-    _replace(folder / META_FILE, _json({**read_meta(folder), **changes}))
+    content = {"format": FORMAT, **read_meta(folder), **_checked(changes)}
+    try:
+        with _Staged(folder) as staged:
+            staged.path(META_FILE).write_bytes(_json(content))
+    except OSError as error:
+        raise ArtifactError(f"{folder / META_FILE} cannot be written: {error.strerror or error}.") from error
 
 
 def read_meta(folder: Path | str) -> dict[str, Any]:
@@ -134,26 +134,31 @@ def read_meta(folder: Path | str) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is not readable JSON: {error}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not readable JSON: {str(error)[:200]}.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ArtifactError(f"{path} does not say format {FORMAT}; it was written by another version of ironclip.")
+    templates = content.get("default_templates", ["{}"])
+    if not isinstance(templates, list) or not all(isinstance(t, str) and "{}" in t for t in templates):
+        raise ArtifactError(f"{path}: default_templates is a list of texts with {{}} for the label's name.")
+    weights = content.get("weights")
+    if weights is not None and (not isinstance(weights, dict) or weights.get("file") != WEIGHTS_FILE):
+        raise ArtifactError(f"{path}: weights is an object whose file is {WEIGHTS_FILE}.")
     return content
 
 
 def verify(folder: Path | str, meta: Mapping[str, Any]) -> None:
-    """Check the weights file against the SHA-256 in `ironclip.json`; raises ChecksumMismatch."""
-    weights = meta.get("weights")
-    if not isinstance(weights, Mapping):
+    """Check the weights file against the SHA-256 in `ironclip.json`; raises ChecksumMismatch or ArtifactError."""
+    if "weights" not in meta:
         return
-    path = Path(folder) / str(weights.get("file", WEIGHTS_FILE))
+    path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
-        raise ArtifactError(f"{folder} has {META_FILE} but not {path.name}; copy the whole folder again.")
-    found = sha256_file(path)
-    if found != weights.get("sha256"):
+        raise ArtifactError(f"{folder} has {META_FILE} but not {WEIGHTS_FILE}; copy the whole folder again.")
+    expected, found = meta["weights"].get("sha256"), sha256_file(path)
+    if found != expected:
         raise ChecksumMismatch(
-            f"{path} has SHA-256 {found}, {META_FILE} says {weights.get('sha256')}: the file is damaged or was "
-            "exchanged. Copy the folder again."
+            f"{path} has SHA-256 {found}, {META_FILE} says {expected}: the file is damaged or was exchanged. "
+            "Copy the folder again."
         )
 
 
@@ -162,19 +167,54 @@ def head_of(meta: Mapping[str, Any]) -> Head:
     return Head.parse(meta["head"]) if "head" in meta else Head()
 
 
-def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _checked(meta: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(meta) - set(META_KEYS))
+    if unknown:
+        raise ArtifactError(f"Unknown keys for ironclip.json: {', '.join(unknown)}. Known: {', '.join(META_KEYS)}.")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        json.dumps(meta, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"ironclip.json holds plain JSON values only: {error}.") from error
+    return {key: meta[key] for key in META_KEYS if key in meta}
+
+
+def _state_on_disk(encoder: Encoder, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    state = {}
+    for name, tensor in encoder.model.state_dict().items():
+        keep = not tensor.is_floating_point() or name in ("logit_scale", "logit_bias")
+        value = tensor.detach().cpu() if keep else tensor.detach().cpu().to(dtype)
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ArtifactError(f"The weight {name} is not finite as {dtype}; save with dtype=torch.float32.")
+        state[name] = value.contiguous()
+    return state
+
+
+class _Staged:
+    """Files written beside a folder's own and renamed into it together; nothing is left behind on an error."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __enter__(self) -> _Staged:
+        self.folder = Path(tempfile.mkdtemp(dir=self.target, prefix=".writing-"))
+        return self
+
+    def path(self, name: str) -> Path:
+        """Where to write the file of this name for now."""
+        return self.folder / name
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            if kind is None:
+                for path in sorted(self.folder.iterdir()):
+                    path.chmod(0o644)
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+                for path in sorted(self.folder.iterdir()):
+                    path.replace(self.target / path.name)
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -18,7 +18,8 @@ from ironclip.defences import Defence, make_defence
 from ironclip.encoder import Encoder
 from ironclip.errors import OptionError
 from ironclip.hierarchy import LabelTree, Level
-from ironclip.labels import Label, LabelSet, TextBank, build_text_bank
+from ironclip.labels import Label, LabelSet
+from ironclip.textbank import TextBank, build_text_bank
 
 LevelMode = Literal["rollup", "prompts"]
 LEVEL_MODES: tuple[LevelMode, ...] = ("rollup", "prompts")
@@ -45,7 +46,8 @@ class Classifier(nn.Module):
     Args:
         encoder: in any dtype; not modified.
         label_set: resolved with the encoder's templates here.
-        bank: its text bank, if already built (with descriptions, if the defence wants them).
+        bank: its text bank, if already built, of this encoder and label set (with descriptions, if the defence
+            wants them).
         tree: a label tree over the labels, or several by name.
         levels: how a tree's upper levels are scored: `rollup` sums the labels' probabilities, `prompts` lets
             every node compete by its own prompts.
@@ -54,6 +56,7 @@ class Classifier(nn.Module):
 
     Raises:
         LabelError, TreeError, OptionError: as their modules say.
+        ValueError: a bank of another encoder or label set.
     """
 
     def __init__(
@@ -80,16 +83,26 @@ class Classifier(nn.Module):
                 f"The defence {self.defence.name!r} does not serve encoders with a {encoder.head.type} head.",
                 pointer="/defence",
             )
-        self.bank = (bank or build_text_bank(encoder, self.label_set)).to(encoder.device)
+        self.bank = self._own(bank, self.label_set)
         self.level_mode: LevelMode = levels
         self.levels = bind_levels(tree, self.label_set) if tree is not None else {}
         self.level_banks: dict[str, TextBank] = {}
         if levels == "prompts":
             given = level_banks or {}
             for name, level_set in level_label_sets(tree, self.label_set).items():
-                self.level_banks[name] = (given.get(name) or build_text_bank(encoder, level_set)).to(encoder.device)
+                self.level_banks[name] = self._own(given.get(name), level_set.resolve(encoder))
         self._state: Any = self.defence.prepare(self.bank)
         self._level_states = {name: self.defence.prepare(level) for name, level in self.level_banks.items()}
+
+    def _own(self, bank: TextBank | None, label_set: LabelSet) -> TextBank:
+        """The given bank, if it is of this encoder and these labels; else a new one."""
+        descriptions = self.defence.descriptions
+        if bank is None:
+            bank = build_text_bank(self.encoder, label_set, descriptions=descriptions)
+        made_for = (bank.encoder, bank.label_set)
+        if made_for != (self.encoder.digest, label_set.digest) or (descriptions and not bank.descriptions):
+            raise ValueError("the text bank was built for another encoder or label set, or without descriptions")
+        return bank.to(self.encoder.device)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -163,7 +176,7 @@ def level_label_sets(tree: LabelTree | Mapping[str, LabelTree] | None, label_set
                 for node in level.nodes
             )
             name = f"{prefix}/{level.name}" if prefix else level.name
-            result[name] = LabelSet(nodes, label_set.templates, label_set.limits)
+            result[name] = LabelSet(nodes, label_set.templates, label_set.limits).checked("/tree")
     return result
 
 

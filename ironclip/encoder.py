@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,15 +46,14 @@ class Head:
     type: str = "cosine"
 
     @classmethod
-    def parse(cls, value: Mapping[str, Any]) -> Head:
+    def parse(cls, value: object) -> Head:
         """Read a head from its JSON form; raises ArtifactError for a type this version does not have."""
-        kind = value.get("type")
-        if kind not in HEADS or set(value) - {"type"}:
+        if not isinstance(value, Mapping) or set(value) != {"type"} or value["type"] not in HEADS:
             raise ArtifactError(
-                f"The artifact's head is {json.dumps(dict(value))[:200]}; this version knows: {', '.join(HEADS)}. "
-                "Use a newer ironclip, or export the encoder with a cosine head."
+                f"The artifact's head is {json.dumps(value, default=str)[:200]}; this version knows the types "
+                f"{', '.join(HEADS)}. Use a newer ironclip, or export the encoder with a cosine head."
             )
-        return cls(type=str(kind))
+        return cls(type=str(value["type"]))
 
     def to_json(self) -> dict[str, Any]:
         """The JSON form, as stored in `ironclip.json`."""
@@ -98,7 +98,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.model_cfg = dict(model_cfg)
+        self.model_cfg = json.loads(json.dumps(dict(model_cfg)))  # plain JSON values, as an artifact stores them
         self.preprocess_cfg = dict(preprocess_cfg)
         self.spec = spec
         self.head = head or Head()
@@ -109,9 +109,11 @@ class Encoder(nn.Module):
         self.preprocessing = Preprocessing.from_open_clip(self.preprocess_cfg)
         self.resolution = self.preprocessing.resolution
         self.default_templates: tuple[str, ...] = tuple(self.provenance.get("default_templates") or DEFAULT_TEMPLATES)
-        self.register_buffer("mean", torch.tensor(self.preprocess_cfg["mean"]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(self.preprocess_cfg["std"]).view(1, 3, 1, 1), persistent=False)
-        self._digest: str | None = None
+        self.register_buffer("mean", _channels(self.preprocess_cfg, "mean"), persistent=False)
+        self.register_buffer("std", _channels(self.preprocess_cfg, "std"), persistent=False)
+        self._digest: tuple[object, str] | None = None
+        # Hugging Face's fast tokenizers hold their padding as state: two threads at once would mix it up.
+        self._tokenizing = _CopyableLock()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -137,10 +139,13 @@ class Encoder(nn.Module):
 
         Returns:
             float32 [N, dim]; differentiable with respect to `pixels`.
+
+        Raises:
+            ValueError: another shape, or integers (uint8 pixels are divided by 255 first).
         """
         side = self.resolution
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side):
-            raise ValueError(f"pixels must be [N, 3, {side}, {side}], got {list(pixels.shape)}")
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side) or not pixels.is_floating_point():
+            raise ValueError(f"pixels must be float [N, 3, {side}, {side}], got {pixels.dtype} {list(pixels.shape)}")
         normalised = (pixels.float() - self.mean) / self.std
         features: Tensor = self.model.encode_image(normalised.to(self.dtype), normalize=False)  # type: ignore[operator]
         return features.float()
@@ -151,27 +156,34 @@ class Encoder(nn.Module):
         Raises:
             LabelError: a text is longer than the context and `truncate` is off (the count is in the text).
         """
-        if not truncate:
-            for text in texts:
-                count = self.count_tokens(text)
-                if count > self.context_length:
-                    raise LabelError(
-                        f"A text has {count} tokens, this encoder reads {self.context_length}: shorten "
-                        f"{text[:60]!r}, or set truncate.",
-                        limit=self.context_length,
-                    )
-        tokens: Tensor = self.tokenizer(list(texts))
+        with self._tokenizing:
+            if not truncate:
+                for text in texts:
+                    count = self._count(text)
+                    if count > self.context_length:
+                        raise LabelError(
+                            f"A text has {count} tokens, this encoder reads {self.context_length}: shorten "
+                            f"{text[:60]!r}, or set truncate.",
+                            limit=self.context_length,
+                        )
+            tokens: Tensor = self.tokenizer(list(texts))
         return tokens
 
     def count_tokens(self, text: str) -> int:
         """Tokens of one text, start and end marks included."""
+        with self._tokenizing:
+            return self._count(text)
+
+    def _count(self, text: str) -> int:
         if isinstance(self.tokenizer, open_clip.SimpleTokenizer):
             return len(self.tokenizer.encode(text)) + 2
-        inner = getattr(self.tokenizer, "tokenizer", None)
-        return len(inner(text)["input_ids"]) if callable(inner) else 0
+        clean = getattr(self.tokenizer, "clean_fn", str)
+        return len(self.tokenizer.tokenizer(clean(text))["input_ids"])
 
     def encode_text(self, texts: Sequence[str], *, truncate: bool = False, batch_size: int = 256) -> Tensor:
         """Text features, not normalised: float32 [N, dim]. Raises LabelError for an over-long text."""
+        if not texts:
+            return torch.empty(0, self.dim, device=self.device)
         tokens = self.tokenize(texts, truncate=truncate)
         # Longest last, so that texts of like length share a batch and little padding is computed.
         order = torch.argsort(_lengths(tokens), stable=True)
@@ -193,48 +205,92 @@ class Encoder(nn.Module):
         tokens = tokens[:, :length]
         x = (model.token_embedding(tokens) + model.positional_embedding[:length]).to(self.dtype)
         x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length].to(self.dtype)))
-        x = text_global_pool(x, tokens, "argmax")
+        pooled: Tensor = text_global_pool(x, tokens, "argmax")
         projection = model.text_projection
         if projection is not None:
-            x = projection(x) if isinstance(projection, nn.Linear) else x @ projection
-        features = x.float()
-        return features
+            pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+        return pooled.float()
 
     def astype(self, dtype: torch.dtype) -> Encoder:
-        """A copy whose towers hold and compute in `dtype`; the temperature stays float32."""
+        """A copy whose towers hold and compute in `dtype`; the temperature stays float32.
+
+        Raises:
+            ValueError: this is a low-precision copy itself; its lost digits would come back as another encoder.
+        """
+        if self.dtype not in (torch.float32, dtype):
+            raise ValueError(f"astype starts from the float32 encoder, not from a {self.dtype} copy")
         other = copy.deepcopy(self)
         other.model.to(dtype)
         for name in ("logit_scale", "logit_bias"):
             parameter = getattr(self.model, name, None)
             if parameter is not None:
                 getattr(other.model, name).data = parameter.data.clone().float()
-        other._digest = self.digest  # the same encoder; the dtype is named beside the digest wherever it matters
+        # The same encoder: the dtype is named beside the digest wherever it matters.
+        other._digest = (other._versions(), self.digest)
         return other
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) over weights, config, head and what the tokenizer does; computed once."""
-        if self._digest is None:
-            self._digest = self._compute_digest()
-        return self._digest
+        """SHA-256 (hex) over weights, config, head and what the tokenizer does; computed anew after a change."""
+        versions = self._versions()
+        if self._digest is None or self._digest[0] != versions:
+            self._digest = (versions, self._compute_digest())
+        return self._digest[1]
+
+    def _versions(self) -> object:
+        """Changes whenever a weight is written or exchanged, without looking at the values."""
+        tensors = [*self.parameters(), *self.buffers()]
+        return tuple((t.data_ptr(), t._version) for t in tensors)
 
     def _compute_digest(self) -> str:
-        tokens = self.tokenizer(list(_TOKENIZER_PROBES)).tolist()
         identity = {
             "model_cfg": self.model_cfg,
             "preprocessing": self.preprocessing.digest,
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
             "head": self.head.to_json(),
-            "tokens": tokens,
+            "tokens": self.tokenize(_TOKENIZER_PROBES, truncate=True).tolist(),
+            "vocabulary": self._vocabulary(),
         }
-        sha = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
+        sha = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             values = tensor.detach().cpu()
             values = values.float() if values.is_floating_point() else values
             sha.update(f"{name}:{list(values.shape)}".encode())
             sha.update(values.contiguous().numpy().data)
         return sha.hexdigest()
+
+    def _vocabulary(self) -> str:
+        inner = self.tokenizer if isinstance(self.tokenizer, open_clip.SimpleTokenizer) else self.tokenizer.tokenizer
+        words = inner.encoder if isinstance(inner, open_clip.SimpleTokenizer) else inner.get_vocab()
+        return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
+
+
+class _CopyableLock:
+    """A lock that a deep copy of its owner replaces by a new one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _CopyableLock:
+        return _CopyableLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
+def _channels(preprocess_cfg: Mapping[str, Any], key: str) -> Tensor:
+    """`mean` or `std` as [1, 3, 1, 1]; raises ArtifactError unless they are three finite numbers, std above 0."""
+    try:
+        values = torch.tensor([float(value) for value in preprocess_cfg[key]])
+    except (KeyError, TypeError, ValueError):
+        values = torch.empty(0)
+    if values.shape != (3,) or not values.isfinite().all() or (key == "std" and not (values > 0).all()):
+        raise ArtifactError(f"The {key} in preprocess_cfg is {preprocess_cfg.get(key)!r}, not three usable numbers.")
+    return values.view(1, 3, 1, 1)
 
 
 def _lengths(tokens: Tensor) -> Tensor:

@@ -66,8 +66,10 @@ class LabelTree:
         if not isinstance(names, (list, tuple)):
             raise TreeError("`levels` is a list of names, the leaf level first.", pointer=f"{pointer}/levels")
         levels = tuple(_name(name, f"{pointer}/levels") for name in names)
-        if len(set(levels)) != len(levels):
-            raise TreeError("Two levels have the same name.", pointer=f"{pointer}/levels")
+        if len(set(levels)) != len(levels) or any("/" in name for name in levels):
+            raise TreeError("Two levels have the same name, or a name has a slash.", pointer=f"{pointer}/levels")
+        if len(levels) > MAX_DEPTH:
+            raise TreeError(f"At most {MAX_DEPTH} levels are allowed.", pointer=f"{pointer}/levels", limit=MAX_DEPTH)
         return cls._checked(parents, levels, _prompts(source.get("prompts"), pointer), pointer)
 
     @classmethod
@@ -87,6 +89,11 @@ class LabelTree:
                 limit=MAX_NODES,
             )
         tree = cls(parents, levels, prompts)
+        for node in prompts:
+            if node not in tree.nodes:
+                raise TreeError(
+                    f"Prompts are given for {node[:60]!r}, which is not in the tree.", pointer=f"{pointer}/prompts"
+                )
         for node in parents:
             depth = len(tree._path(node, pointer))
             if levels and depth > len(levels):
@@ -105,14 +112,20 @@ class LabelTree:
                 raise TreeError(f"{node[:60]!r} is {what}.", pointer=f"{pointer}/parents")
         return path
 
+    def path(self, node: str) -> list[str]:
+        """The node and those above it, up to its root; raises TreeError if it is not in the tree."""
+        if node not in self.nodes:
+            raise TreeError(f"{node[:60]!r} is not in the tree.")
+        return self._path(node)
+
     def ancestors(self, node: str) -> list[str]:
-        """The nodes above `node`, nearest first."""
-        return self._path(node)[1:]
+        """The nodes above `node`, nearest first; raises TreeError if it is not in the tree."""
+        return self.path(node)[1:]
 
     def lca(self, a: str, b: str) -> str | None:
-        """Lowest common ancestor; a node counts as its own ancestor. None where the trees differ."""
-        above = set(self._path(a))
-        return next((node for node in self._path(b) if node in above), None)
+        """Lowest common ancestor; a node counts as its own ancestor. None where their roots differ."""
+        above = set(self.path(a))
+        return next((node for node in self.path(b) if node in above), None)
 
     @cached_property
     def nodes(self) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Label sets: the caller's names, made into prompts, made into a text bank.
+"""Label sets: the caller's names, made into prompts (`ironclip.textbank` encodes them).
 
 A label is a name, or a name with its own prompts and descriptions. A prompt is a whole text ("a photo of a
 dog."); a label without prompts gets them from the templates. Descriptions are further texts about the label
@@ -11,13 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from ironclip.encoder import Encoder
 from ironclip.errors import LabelError, TooManyLabels
@@ -51,7 +48,7 @@ class LabelLimits:
         texts_per_label: prompts, and separately descriptions, of one label.
         templates: templates of the set.
         text_chars: characters of one name, prompt, description or template.
-        texts: prompts of all labels together, after the templates are filled in.
+        texts: prompts (after the templates are filled in) and descriptions of all labels together.
     """
 
     labels: int = 20_000
@@ -128,16 +125,7 @@ class LabelSet:
                     pointer=f"{at}/{i}",
                 )
             seen[label.name] = i
-        result = cls(parsed, _templates(templates, f"{pointer}/templates", limits), limits)
-        per_label = max(len(result.templates), 1)
-        total = sum(len(label.prompts) or per_label for label in parsed)
-        if total > limits.texts:
-            raise TooManyLabels(
-                f"These labels and templates make {total} prompts, at most {limits.texts} are allowed.",
-                pointer=at,
-                limit=limits.texts,
-            )
-        return result
+        return cls(parsed, _templates(templates, f"{pointer}/templates", limits), limits).checked(pointer)
 
     @classmethod
     def from_json(cls, content: object, *, limits: LabelLimits | None = None, pointer: str = "") -> LabelSet:
@@ -170,9 +158,22 @@ class LabelSet:
         form = {"version": _CANONICAL, **self.canonical()}
         return hashlib.sha256(json.dumps(form, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
-    def with_templates(self, templates: Sequence[str]) -> LabelSet:
-        """The same labels under other templates."""
-        return replace(self, templates=_templates(list(templates), "/templates", self.limits))
+    def with_templates(self, templates: object) -> LabelSet:
+        """The same labels under other templates, given as to `parse`; raises LabelError, TooManyLabels."""
+        return replace(self, templates=_templates(templates, "/templates", self.limits)).checked()
+
+    def checked(self, pointer: str = "") -> LabelSet:
+        """This set, if the prompts that it makes are within the limits; raises TooManyLabels."""
+        per_label = max(len(self.templates), 1)
+        total = sum(len(label.prompts) or per_label for label in self.labels)
+        total += sum(len(label.descriptions) for label in self.labels)
+        if total > self.limits.texts:
+            raise TooManyLabels(
+                f"These labels make {total} prompts and descriptions, at most {self.limits.texts} are allowed.",
+                pointer=f"{pointer}/labels",
+                limit=self.limits.texts,
+            )
+        return self
 
     def resolve(self, encoder: Encoder) -> LabelSet:
         """The same labels, with the encoder's own templates where the set has none."""
@@ -181,80 +182,6 @@ class LabelSet:
     def prompts(self, label: Label) -> tuple[str, ...]:
         """The prompts of one label: its own, or the filled templates. Call on a resolved set."""
         return label.prompts or tuple(template.replace("{}", label.name) for template in self.templates)
-
-
-@dataclass(frozen=True)
-class TextBank:
-    """Text features of a label set, built once and used for every picture.
-
-    Attributes:
-        digest: of the resolved label set that it was built from.
-        weights: mean-normalised classifier weights, float32 [K, dim]: unit prompts averaged, then normalised
-            (the prompt ensemble of Radford et al. 2021, section 3.1.4).
-        features: unit features of prompts, then descriptions if asked for, float32 [K, M, dim], zero-padded.
-        mask: which of the M are there, bool [K, M].
-        prompt_counts: how many of each row are prompts, int64 [K].
-    """
-
-    digest: str
-    weights: Tensor
-    features: Tensor
-    mask: Tensor
-    prompt_counts: Tensor
-
-    def to(self, device: torch.device | str) -> TextBank:
-        """The bank on another device."""
-        return TextBank(
-            self.digest,
-            self.weights.to(device),
-            self.features.to(device),
-            self.mask.to(device),
-            self.prompt_counts.to(device),
-        )
-
-
-def build_text_bank(
-    encoder: Encoder,
-    label_set: LabelSet,
-    *,
-    descriptions: bool = False,
-    truncate: bool = False,
-    batch_size: int = 256,
-) -> TextBank:
-    """Encode a label set's texts, each distinct text once.
-
-    Args:
-        encoder: its text tower is used, in its dtype.
-        label_set: is resolved with the encoder's templates first.
-        descriptions: encode the descriptions too.
-        truncate: cut texts longer than the encoder's context instead of refusing them.
-        batch_size: texts per forward.
-
-    Raises:
-        LabelError: a text is longer than the encoder reads.
-    """
-    label_set = label_set.resolve(encoder)
-    rows = []
-    for label in label_set.labels:
-        prompts = label_set.prompts(label)
-        rows.append((prompts, label.descriptions if descriptions else ()))
-    texts = list(dict.fromkeys(text for prompts, more in rows for text in (*prompts, *more)))
-    index = {text: i for i, text in enumerate(texts)}
-    # no_grad and not inference_mode: an attack's backward pass goes through these tensors.
-    with torch.no_grad():
-        encoded = encoder.encode_text(texts, truncate=truncate, batch_size=batch_size)
-        encoded = torch.nn.functional.normalize(encoded, dim=-1)
-        width = max(len(prompts) + len(more) for prompts, more in rows)
-        ids = torch.full((len(rows), width), -1, dtype=torch.int64)
-        for k, (prompts, more) in enumerate(rows):
-            ids[k, : len(prompts) + len(more)] = torch.tensor([index[text] for text in (*prompts, *more)])
-        counts = torch.tensor([len(prompts) for prompts, _ in rows])
-        mask = ids >= 0
-        features = encoded[ids.clamp(min=0).to(encoded.device)] * mask[..., None].to(encoded.device)
-        is_prompt = (torch.arange(width) < counts[:, None]).to(encoded.device)
-        mean = (features * is_prompt[..., None]).sum(dim=1) / counts[:, None].to(encoded.device)
-        weights = torch.nn.functional.normalize(mean, dim=-1)
-    return TextBank(label_set.digest, weights, features, mask.to(encoded.device), counts.to(encoded.device))
 
 
 def _label(value: object, pointer: str, limits: LabelLimits) -> Label:
@@ -322,7 +249,7 @@ def _text(value: object, pointer: str, limits: LabelLimits) -> str:
             limit=limits.text_chars,
         )
     text = unicodedata.normalize("NFC", value).strip()
-    if not text:
+    if all(unicodedata.category(c) in ("Cf", "Zs") for c in text):
         raise LabelError("A text is empty.", pointer=pointer)
     bad = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs")), None)
     if bad is not None:

@@ -4,39 +4,31 @@ from __future__ import annotations
 
 import difflib
 import json
-import logging
-import os
-import socket
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import huggingface_hub.constants as hub
 import open_clip
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from open_clip.factory import get_model_config
 from open_clip.pretrained import download_pretrained_from_hf, get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import nn
 
 from ironclip import artifact
 from ironclip.encoder import Encoder
-from ironclip.errors import (
-    ArchitectureMismatch,
-    ArtifactError,
-    ChecksumMismatch,
-    EncoderLoadError,
-    UnknownEncoder,
-    WeightsUnavailable,
-)
+from ironclip.errors import ArtifactError, ChecksumMismatch, OptionError, UnknownEncoder
+from ironclip.translation import first_line, offline_where_unreachable, translated
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 # Names of the encoders inside the package -> their folders.
 DEMO_ENCODERS = {"demo": "convnet", "demo-vit": "vit"}
 
+_LOADING = threading.Lock()
 _SPECS = (
     "a demo encoder ({demo}), a folder with open_clip_config.json, MODEL/PRETRAINED_TAG "
     "(such as ViT-B-32/openai), hf-hub:ORGANISATION/REPOSITORY, local-dir:FOLDER or random:MODEL"
@@ -51,7 +43,12 @@ class _Source:
     name: str
     tag: str | None = None
     folder: Path | None = None
-    quick_gelu: bool | None = None
+    quick_gelu: bool = False
+
+    @property
+    def hub(self) -> str | None:
+        """The repository of a hub name."""
+        return self.name.removeprefix("hf-hub:") if self.name.startswith("hf-hub:") else None
 
 
 def list_demo_encoders() -> list[str]:
@@ -63,6 +60,8 @@ def load_encoder(
     spec: str, *, device: str | torch.device = "cpu", cache_dir: str | None = None, digest: str | None = None
 ) -> Encoder:
     """Load an encoder in float32, in eval mode, its weights not requiring gradients.
+
+    One encoder is loaded at a time: open_clip and the hub's client keep state that threads would share.
 
     Args:
         spec: `demo` or another shipped name; an artifact's folder; `MODEL/PRETRAINED_TAG` as open_clip lists
@@ -77,10 +76,13 @@ def load_encoder(
         WeightsUnavailable: the weights cannot be fetched.
         ChecksumMismatch: a file or the whole encoder is not the one that was pinned.
         ArchitectureMismatch: the weights do not fit the architecture.
-        ArtifactError: the folder's files cannot be read.
+        ArtifactError: the files cannot be read, or say what open_clip cannot build.
+        OptionError: there is no such device.
     """
     spec = spec.strip()
-    encoder = _load_random(spec) if spec.startswith("random:") else _load(_resolve(spec), cache_dir)
+    device = _device(device)
+    with _LOADING:
+        encoder = _load_random(spec) if spec.startswith("random:") else _load(_resolve(spec), cache_dir)
     encoder = encoder.to(device).eval().requires_grad_(False)
     if digest is not None and encoder.digest != digest.lower():
         raise ChecksumMismatch(
@@ -100,22 +102,31 @@ def _resolve(spec: str) -> _Source:
             )
         return _Source(spec, f"local-dir:{folder}", folder=folder)
     if spec.startswith("local-dir:"):
-        return _local(spec, Path(spec.removeprefix("local-dir:")).expanduser())
+        return _local(spec, spec.removeprefix("local-dir:"))
     if spec.startswith("hf-hub:"):
-        if spec.count("/") != 1 or spec.endswith("/") or "/" not in spec[len("hf-hub:") + 1 :]:
-            raise UnknownEncoder(f"{spec!r} is not a hub name; write hf-hub:ORGANISATION/REPOSITORY.")
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", spec.removeprefix("hf-hub:")):
+            raise UnknownEncoder(f"{spec[:200]!r} is not a hub name; write hf-hub:ORGANISATION/REPOSITORY.")
         return _Source(spec, spec)
-    if spec and Path(spec).expanduser().is_dir():
-        return _local(spec, Path(spec).expanduser())
+    if _folder(spec) is not None:
+        return _local(spec, spec)
     name, slash, tag = spec.rpartition("/")
     if not slash or spec.startswith((".", "/", "~")):
         raise _unknown(spec)
     return _tagged(spec, name.replace("/", "-"), tag)
 
 
-def _local(spec: str, folder: Path) -> _Source:
-    if not folder.is_dir():
-        raise UnknownEncoder(f"There is no folder {str(folder)!r}; an encoder is {_specs()}.")
+def _folder(path: str) -> Path | None:
+    try:
+        folder = Path(path).expanduser()
+        return folder if path and folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a NUL
+        return None
+
+
+def _local(spec: str, path: str) -> _Source:
+    folder = _folder(path)
+    if folder is None:
+        raise UnknownEncoder(f"There is no folder {path[:200]!r}; an encoder is {_specs()}.")
     if not (folder / artifact.CONFIG_FILE).is_file():
         raise ArtifactError(
             f"{folder} has no {artifact.CONFIG_FILE}: it is not an open_clip folder. An artifact holds "
@@ -133,8 +144,9 @@ def _tagged(spec: str, name: str, tag: str) -> _Source:
         raise UnknownEncoder(
             f"open_clip has no weights {tag!r} for {name}; it has: {', '.join(tags) or 'none'}." + _closest(tag, tags)
         )
-    # The tag knows with which activation its weights were trained; a plain model name with OpenAI's weights
-    # would otherwise be built with the wrong one, and only warn.
+    # The tag knows of weights that were trained with QuickGELU; a plain model name with OpenAI's weights would
+    # otherwise be built with the wrong activation, and only warn. It is never turned off: a config that asks for
+    # it (roberta-ViT-B-32) is right about its own weights.
     return _Source(spec, name, tag, quick_gelu=bool(cfg.get("quick_gelu", False)))
 
 
@@ -167,61 +179,88 @@ def _load(source: _Source, cache_dir: str | None) -> Encoder:
         _check_config(source.folder)
         meta = artifact.read_meta(source.folder)
         artifact.verify(source.folder, meta)
-    model_cfg = _guarded(source, lambda: _model_cfg(source, cache_dir))
-    if source.quick_gelu is not None and source.quick_gelu != bool(model_cfg.get("quick_gelu", False)):
-        model_cfg["quick_gelu"] = source.quick_gelu
-    kwargs = {} if source.quick_gelu is None else {"quick_gelu": source.quick_gelu}
-    model = _guarded(
-        source,
+    unreachable = nullcontext() if source.folder is not None else offline_where_unreachable()
+    with translated(source.spec, local=source.folder is not None), unreachable:
+        model_cfg = _model_cfg(source, cache_dir)
+        model_cfg["quick_gelu"] = source.quick_gelu or bool(model_cfg.get("quick_gelu", False))
         # require_pretrained: without it a hub name whose weights are missing comes back with random ones.
-        lambda: open_clip.create_model(
-            source.name, pretrained=source.tag, require_pretrained=True, cache_dir=cache_dir, **kwargs
-        ),
-    )
-    tokenizer = _guarded(source, lambda: open_clip.get_tokenizer(source.name, cache_dir=cache_dir))
-    return Encoder(
-        model,
-        tokenizer,
-        model_cfg=model_cfg,
-        preprocess_cfg=_preprocess_cfg(model),
-        spec=source.spec,
-        head=artifact.head_of(meta),
-        provenance=meta,
-        folder=source.folder,
-    )
+        model = open_clip.create_model(
+            source.name,
+            pretrained=source.tag,
+            require_pretrained=True,
+            cache_dir=cache_dir,
+            quick_gelu=model_cfg["quick_gelu"],
+        )
+        tokenizer = open_clip.get_tokenizer(source.name, cache_dir=cache_dir)
+        if source.hub is not None:
+            meta = _hub_meta(source.hub, cache_dir)
+        return _encoder(source, model, tokenizer, model_cfg, meta)
+
+
+def _encoder(
+    source: _Source, model: nn.Module, tokenizer: Any, model_cfg: dict[str, Any], meta: dict[str, Any]
+) -> Encoder:
+    try:
+        return Encoder(
+            model,
+            tokenizer,
+            model_cfg=model_cfg,
+            preprocess_cfg=_preprocess_cfg(model),
+            spec=source.spec,
+            head=artifact.head_of(meta),
+            provenance=meta,
+            folder=source.folder,
+        )
+    except (OptionError, TypeError, ValueError) as error:
+        raise ArtifactError(f"The preprocess_cfg of {source.spec!r} cannot be used: {error}") from error
 
 
 def _model_cfg(source: _Source, cache_dir: str | None) -> dict[str, Any]:
-    if not source.name.startswith("hf-hub:"):
+    if source.hub is None:
         return dict(get_model_config(source.name))
     # get_model_config would look in the default cache only
-    path = download_pretrained_from_hf(
-        source.name.removeprefix("hf-hub:"), filename=artifact.CONFIG_FILE, cache_dir=cache_dir
-    )
-    return dict(json.loads(Path(path).read_text(encoding="utf-8"))["model_cfg"])
+    path = download_pretrained_from_hf(source.hub, filename=artifact.CONFIG_FILE, cache_dir=cache_dir)
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not _is_config(content):
+        raise ArtifactError(f"{source.spec!r} has an {artifact.CONFIG_FILE} that open_clip cannot build from.")
+    return dict(content["model_cfg"])
+
+
+def _hub_meta(repository: str, cache_dir: str | None) -> dict[str, Any]:
+    """Our own file, where the repository has one, and its checksum checked."""
+    try:
+        path = Path(hf_hub_download(repository, artifact.META_FILE, cache_dir=cache_dir))
+    except EntryNotFoundError:  # also where it is not in the cache and there is no network
+        return {}
+    meta = artifact.read_meta(path.parent)
+    artifact.verify(path.parent, meta)
+    return meta
 
 
 def _load_random(spec: str) -> Encoder:
-    _, _, rest = spec.partition(":")
-    name, _, seed = rest.partition(":")
-    if get_model_config(name) is None or (seed and not seed.isdigit()):
+    name, _, seed = spec.removeprefix("random:").partition(":")
+    name = name.replace("/", "-")
+    if get_model_config(name) is None or (seed and not re.fullmatch("[0-9]{1,9}", seed)):
         raise UnknownEncoder(
-            f"{spec!r} is not random:MODEL or random:MODEL:SEED.{_closest(name, open_clip.list_models())} "
+            f"{spec[:200]!r} is not random:MODEL or random:MODEL:SEED.{_closest(name, open_clip.list_models())} "
             f"open_clip's models: {', '.join(open_clip.list_models())}."
         )
     source = _Source(spec, name)
-    with torch.random.fork_rng(devices=[]):
+    with translated(spec, local=True), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seed or 0))
-        model = _guarded(source, lambda: open_clip.create_model(name, pretrained_text=False))
-    tokenizer = _guarded(source, lambda: open_clip.get_tokenizer(name))
-    return Encoder(
-        model,
-        tokenizer,
-        model_cfg=get_model_config(name),
-        preprocess_cfg=_preprocess_cfg(model),
-        spec=spec,
-        provenance={"description": "random weights, for tests and benchmarks"},
-    )
+        model = open_clip.create_model(name, pretrained_text=False)
+        tokenizer = open_clip.get_tokenizer(name)
+    meta = {"description": "random weights, for tests and benchmarks"}
+    return _encoder(source, model, tokenizer, get_model_config(name), meta)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"There is no device {str(device)[:40]!r} here: {first_line(error)}") from error
+    return found
 
 
 def _preprocess_cfg(model: nn.Module) -> dict[str, Any]:
@@ -229,91 +268,18 @@ def _preprocess_cfg(model: nn.Module) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in cfg.items()}
 
 
+def _is_config(content: object) -> bool:
+    cfg = content.get("model_cfg") if isinstance(content, dict) else None
+    return isinstance(cfg, dict) and {"embed_dim", "vision_cfg", "text_cfg"} <= set(cfg)
+
+
 def _check_config(folder: Path) -> None:
     path = folder / artifact.CONFIG_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        complete = {"embed_dim", "vision_cfg", "text_cfg"} <= set(content["model_cfg"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is not an open_clip config: {error!r}.") from error
-    if not complete:
-        raise ArtifactError(f"{path} has a model_cfg without embed_dim, vision_cfg and text_cfg.")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not readable JSON: {str(error)[:200]}.") from error
+    if not _is_config(content):
+        raise ArtifactError(f"{path} has no model_cfg with embed_dim, vision_cfg and text_cfg.")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")) and not any(folder.glob("*.pt*")):
         raise ArtifactError(f"{folder} holds no weights; {artifact.WEIGHTS_FILE} is missing.")
-
-
-def _guarded(source: _Source, call: Callable[[], Any]) -> Any:
-    """Run one of open_clip's loaders and say in our words what went wrong."""
-    root = logging.getLogger()
-    root.addFilter(_not_open_clip)  # it logs, through the root logger, what it also raises
-    try:
-        with warnings.catch_warnings(), _offline_where_unreachable():
-            warnings.simplefilter("ignore")
-            return call()
-    except EncoderLoadError:
-        raise
-    except ModuleNotFoundError as error:
-        raise EncoderLoadError(f"{source.spec!r} needs a package that is not installed: {error.name}.") from error
-    except Exception as error:  # open_clip wraps every cause into RuntimeError or FileNotFoundError
-        raise _translate(source, error) from error
-    finally:
-        root.removeFilter(_not_open_clip)
-
-
-@contextmanager
-def _offline_where_unreachable() -> Iterator[None]:
-    """Without a route to the hub, use what is cached and fail at once; the hub's client would retry for a minute."""
-    proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
-    before = hub.HF_HUB_OFFLINE
-    if not before and not proxied:
-        try:
-            socket.getaddrinfo(urlsplit(hub.ENDPOINT).hostname, 443)
-        except OSError:
-            hub.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        hub.HF_HUB_OFFLINE = before
-
-
-def _not_open_clip(record: logging.LogRecord) -> bool:
-    return "open_clip" not in record.pathname
-
-
-def _translate(source: _Source, error: BaseException) -> EncoderLoadError | ArtifactError:
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    text = " | ".join(str(e) for e in chain)
-    kinds = {type(e).__name__ for e in chain}
-    if "SHA256" in text:
-        return ChecksumMismatch(f"The weights of {source.spec!r} do not have the checksum open_clip pins: {error}")
-    if "RepositoryNotFoundError" in kinds or "EntryNotFoundError" in kinds or "404 Client Error" in text:
-        return UnknownEncoder(
-            f"The hub has no open_clip model {source.spec!r} (or it is private): check the name. It needs "
-            f"{artifact.CONFIG_FILE} and open_clip_pytorch_model or open_clip_model weights."
-        )
-    if "Error(s) in loading state_dict" in text or "size mismatch" in text or "Missing key" in text:
-        return ArchitectureMismatch(
-            f"The weights of {source.spec!r} do not fit the architecture in its configuration: {_first_line(error)}"
-        )
-    if "safetensors" in "".join(type(e).__module__ for e in chain) or "UnpicklingError" in kinds:
-        return ArtifactError(f"The weights of {source.spec!r} are damaged or of another format: {_first_line(error)}")
-    if "OfflineModeIsEnabled" in kinds or "offline mode" in text:
-        return WeightsUnavailable(
-            f"The weights of {source.spec!r} are not in the hub's cache, and the hub cannot be reached (no network, or "
-            "HF_HUB_OFFLINE is set): connect once, or copy the model's folder here and give its path."
-        )
-    if source.folder is None:
-        return WeightsUnavailable(
-            f"The weights of {source.spec!r} cannot be fetched: {_first_line(chain[-1])} — check the network and the "
-            "hub's cache, or copy the model's folder here and give its path."
-        )
-    return ArtifactError(f"{source.spec!r} cannot be loaded: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3])[:400] or type(error).__name__

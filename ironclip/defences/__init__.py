@@ -7,6 +7,7 @@ random, differentiable and optimising, and which heads it serves.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ironclip.defences.none import NoDefence
 from ironclip.errors import OptionError
-from ironclip.labels import TextBank
+from ironclip.textbank import TextBank
 
 # (features [..., dim], bank) -> logits [..., K]: the encoder's native rule.
 HeadLogits = Callable[[Tensor, TextBank], Tensor]
@@ -28,6 +29,7 @@ class Defence(Protocol):
         random: two calls on the same pixels may differ.
         differentiable: gradients reach the pixels.
         optimising: it runs an optimisation loop of its own.
+        descriptions: it compares with the labels' descriptions, so its text banks hold them.
         heads: types of head it serves.
         view_count: views it makes of one picture; each costs one forward of the image tower.
     """
@@ -36,6 +38,7 @@ class Defence(Protocol):
     random: bool
     differentiable: bool
     optimising: bool
+    descriptions: bool
     heads: tuple[str, ...]
 
     @property
@@ -60,16 +63,19 @@ DEFENCES: dict[str, Callable[..., Defence]] = {
 }
 
 
-def make_defence(name: str = "none", options: Mapping[str, Any] | None = None) -> Defence:
-    """The defence of this name with these options; raises OptionError listing what exists."""
-    if name not in DEFENCES:
+def make_defence(name: object = "none", options: object = None) -> Defence:
+    """The defence of this name with these options (a mapping); raises OptionError listing what exists."""
+    if not isinstance(name, str) or name not in DEFENCES:
         raise OptionError(
-            f"There is no defence {name[:60]!r}; there are: {', '.join(DEFENCES)}.", pointer="/defence/name"
+            f"There is no defence {str(name)[:60]!r}; there are: {', '.join(DEFENCES)}.", pointer="/defence/name"
         )
-    try:
-        return DEFENCES[name](**dict(options or {}))
-    except TypeError as error:
+    if options is None:
+        options = {}
+    known = list(inspect.signature(DEFENCES[name]).parameters)
+    if not isinstance(options, Mapping) or not set(options) <= set(known):
+        given = ", ".join(sorted(map(str, options)))[:200] if isinstance(options, Mapping) else type(options).__name__
         raise OptionError(
-            f"The defence {name!r} does not take these options: {', '.join(sorted(options or {}))[:200]}.",
+            f"The defence {name!r} has the options {', '.join(known) or '(none)'}; given were: {given}.",
             pointer="/defence",
-        ) from error
+        )
+    return DEFENCES[name](**options)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ironclip.labels import TextBank
+from ironclip.textbank import TextBank
 
 
 class NoDefence:
@@ -17,6 +17,7 @@ class NoDefence:
     random = False
     differentiable = True
     optimising = False
+    descriptions = False
     heads: tuple[str, ...] = ("cosine",)
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,9 @@ from ironclip.defences import make_defence
 from ironclip.encoder import Encoder
 from ironclip.errors import OptionError, TreeError
 from ironclip.hierarchy import LabelTree
-from ironclip.labels import LabelSet, build_text_bank
+from ironclip.labels import LabelSet
+from ironclip.textbank import build_text_bank
+from tests.conftest import make_tiny_encoder
 
 TREE = {"levels": ["name", "kind"], "parents": {"dog": "animal", "cat": "animal", "oak": "plant", "fern": "plant"}}
 LABELS = LabelSet.parse(["dog", "oak", "cat", "fern"])
@@ -73,8 +77,42 @@ def test_several_trees_over_the_same_labels(tiny_encoder: Encoder, pixels: torch
 
 
 def test_given_banks_are_used(tiny_encoder: Encoder, pixels: torch.Tensor) -> None:
-    bank = build_text_bank(tiny_encoder, LABELS)
-    torch.testing.assert_close(Classifier(tiny_encoder, LABELS, bank)(pixels), Classifier(tiny_encoder, LABELS)(pixels))
+    """Built once and passed on: a bank with other weights must show in the answer."""
+    tree = LabelTree.parse(TREE)
+    turned = replace(bank := build_text_bank(tiny_encoder, LABELS), weights=bank.weights.flip(0))
+    plain = predict(Classifier(tiny_encoder, LABELS), pixels)
+    torch.testing.assert_close(Classifier(tiny_encoder, LABELS, turned)(pixels), plain.logits.flip(1))
+    kinds = build_text_bank(tiny_encoder, LabelSet.parse(["animal", "plant"]))
+    levels = {"kind": replace(kinds, weights=kinds.weights.flip(0))}
+    given = predict(Classifier(tiny_encoder, LABELS, tree=tree, levels="prompts", level_banks=levels), pixels)
+    own = predict(Classifier(tiny_encoder, LABELS, tree=tree, levels="prompts"), pixels)
+    torch.testing.assert_close(given.levels["kind"], own.levels["kind"].flip(1))
+
+
+def test_a_bank_of_something_else_is_refused(tiny_encoder: Encoder) -> None:
+    for bank in (
+        build_text_bank(tiny_encoder, LabelSet.parse(["dog", "oak", "cat", "moss"])),
+        build_text_bank(make_tiny_encoder(seed=1), LABELS),
+    ):
+        with pytest.raises(ValueError, match="another encoder or label set"):
+            Classifier(tiny_encoder, LABELS, bank)
+
+
+def test_cosine_is_that_of_picture_and_label(tiny_encoder: Encoder, pixels: torch.Tensor) -> None:
+    decision = predict(Classifier(tiny_encoder, LABELS), pixels)
+    image = tiny_encoder.encode_image(pixels)
+    text = tiny_encoder.encode_text([f"a photo of a {name}." for name in LABELS.names])
+    expected = torch.nn.functional.cosine_similarity(image[:, None], text[None], dim=-1)
+    torch.testing.assert_close(decision.cosine, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(decision.logits, tiny_encoder.logit_scale * expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_label_that_stands_for_itself_keeps_its_prompts(tiny_encoder: Encoder, pixels: torch.Tensor) -> None:
+    labels = LabelSet.parse(["dog", {"name": "rock", "prompts": ["a grey stone"]}])
+    tree = LabelTree.parse({"parents": {"dog": "animal", "animal": "thing", "rock": "thing"}})
+    got = predict(Classifier(tiny_encoder, labels, tree=tree, levels="prompts"), pixels).levels["1"]
+    expected = Classifier(tiny_encoder, LabelSet.parse(["animal", {"name": "rock", "prompts": ["a grey stone"]}]))
+    torch.testing.assert_close(got, predict(expected, pixels).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_batching_does_not_change_the_answer(tiny_encoder: Encoder, pixels: torch.Tensor) -> None:
@@ -88,10 +126,12 @@ def test_batching_does_not_change_the_answer(tiny_encoder: Encoder, pixels: torc
 
 
 def test_wrong_options_list_what_exists(tiny_encoder: Encoder) -> None:
-    with pytest.raises(OptionError, match="none"):
-        make_defence("magic")
-    with pytest.raises(OptionError, match="strength"):
-        make_defence("none", {"strength": 3})
+    for name in ("magic", 5, ["x"], None):
+        with pytest.raises(OptionError, match="there are: none"):
+            make_defence(name)
+    for options in ({"strength": 3}, {1: 2}, [1], "abc"):
+        with pytest.raises(OptionError, match="has the options"):
+            make_defence("none", options)
     with pytest.raises(OptionError, match="rollup, prompts"):
         Classifier(tiny_encoder, LABELS, tree=LabelTree.parse(TREE), levels="sideways")  # type: ignore[arg-type]
     with pytest.raises(TreeError, match="'oak'"):

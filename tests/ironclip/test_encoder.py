@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from torchvision.transforms.functional import normalize
 
 from ironclip.encoder import Encoder, Head
 from ironclip.errors import ArtifactError, LabelError
+from tests.conftest import make_tiny_encoder
 
 TEXTS = ["a photo of a dog", "zxqv blorp", "the large cat in the garden behind the old house", "犬", "a"]
 
@@ -18,17 +22,22 @@ def test_normalisation_is_inside(tiny_encoder: Encoder) -> None:
     torch.testing.assert_close(tiny_encoder.encode_image(pixels), expected)
 
 
-def test_gradients_reach_the_pixels_and_not_the_weights(tiny_encoder: Encoder) -> None:
+def test_gradients_reach_the_pixels(tiny_encoder: Encoder) -> None:
     pixels = torch.rand(2, 3, 32, 32, requires_grad=True)
     tiny_encoder.encode_image(pixels).square().sum().backward()
     assert pixels.grad is not None
     assert (pixels.grad.flatten(1).abs().sum(1) > 0).all()
-    assert all(p.grad is None for p in tiny_encoder.parameters())
+
+
+def test_integer_pixels_are_refused(tiny_encoder: Encoder) -> None:
+    """0..255 taken for 0..1 would answer nonsense without a word."""
+    with pytest.raises(ValueError, match="uint8"):
+        tiny_encoder.encode_image(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 3, 31, 32), (1, 1, 32, 32)])
 def test_wrong_shape_is_refused(tiny_encoder: Encoder, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"\[N, 3, 32, 32\]"):
+    with pytest.raises(ValueError, match=r"float \[N, 3, 32, 32\]"):
         tiny_encoder.encode_image(torch.rand(shape))
 
 
@@ -62,23 +71,61 @@ def test_astype_keeps_digest_and_temperature(tiny_encoder: Encoder) -> None:
     assert low.encode_text(TEXTS).dtype == torch.float32
 
 
-def test_digest_changes_with_whatever_changes_the_answer() -> None:
-    from tests.conftest import make_tiny_encoder
-
-    base = make_tiny_encoder()
-    assert make_tiny_encoder().digest == base.digest
-    assert make_tiny_encoder(seed=1).digest != base.digest
-    weights = make_tiny_encoder()
+def _write_weight(encoder: Encoder) -> None:
     with torch.no_grad():
-        weights.model.visual.proj[0, 0] += 1e-3
-    other_mean = make_tiny_encoder()
-    other_mean.mean += 0.01
-    other_tokens = make_tiny_encoder()
-    other_tokens.tokenizer.clean_fn = lambda text: text
-    assert len({e.digest for e in (base, weights, other_mean, other_tokens)}) == 4
+        encoder.model.visual.proj[0, 0] += 1e-3
+
+
+def _change_tokenizer(encoder: Encoder) -> None:
+    encoder.tokenizer.clean_fn = lambda text: text
+
+
+def _change_vocabulary(encoder: Encoder) -> None:
+    words = encoder.tokenizer.encoder = dict(encoder.tokenizer.encoder)
+    words["dog</w>"], words["cat</w>"] = words["cat</w>"], words["dog</w>"]
+
+
+CHANGES: dict[str, Callable[[Encoder], object]] = {
+    "a weight": _write_weight,
+    "other weights": lambda e: e.model.load_state_dict(make_tiny_encoder(seed=1).model.state_dict()),
+    "mean": lambda e: e.mean.add_(0.01),
+    "std": lambda e: e.std.add_(0.01),
+    "activation": lambda e: e.model_cfg.update(quick_gelu=True),
+    "preprocessing": lambda e: setattr(e, "preprocessing", replace(e.preprocessing, interpolation="bilinear")),
+    "head": lambda e: setattr(e, "head", Head(type="other")),
+    "what the tokenizer does": _change_tokenizer,
+    "vocabulary": _change_vocabulary,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_digest_changes_with_whatever_changes_the_answer(change: str) -> None:
+    base, other = make_tiny_encoder(), make_tiny_encoder()
+    assert base.digest == other.digest
+    changed = make_tiny_encoder()
+    CHANGES[change](changed)
+    assert changed.digest != base.digest
+
+
+def test_digest_follows_a_change_after_it_was_read() -> None:
+    encoder = make_tiny_encoder()
+    before = encoder.digest
+    _write_weight(encoder)
+    assert encoder.digest != before
+
+
+def test_a_low_precision_copy_is_not_widened_again(tiny_encoder: Encoder) -> None:
+    """It would have the name and the dtype of the original, and other features."""
+    with pytest.raises(ValueError, match="float32"):
+        tiny_encoder.astype(torch.bfloat16).astype(torch.float32)
+
+
+def test_empty_lists_are_answered(tiny_encoder: Encoder) -> None:
+    assert tiny_encoder.encode_text([]).shape == (0, 32)
 
 
 def test_unknown_head_is_refused() -> None:
-    with pytest.raises(ArtifactError, match="cosine"):
-        Head.parse({"type": "poincare", "curvature": 1.0})
+    for value in ({"type": "poincare", "curvature": 1.0}, {"type": "cosine", "scale": 2}, {}, "cosine", None, []):
+        with pytest.raises(ArtifactError, match="cosine"):
+            Head.parse(value)
     assert Head.parse({"type": "cosine"}) == Head()

@@ -46,6 +46,9 @@ def test_ancestors_and_lca() -> None:
     assert tree.lca("dog", "animal") == "animal"
     assert tree.lca("dog", "dog") == "dog"
     assert LabelTree.parse("a b\nc d").lca("a", "c") is None
+    for question in (lambda: tree.lca("unicorn", "unicorn"), lambda: tree.ancestors("unicorn")):
+        with pytest.raises(TreeError, match="unicorn"):
+            question()
 
 
 def test_lca_heights() -> None:
@@ -103,7 +106,10 @@ def test_rollup_is_differentiable_and_does_not_underflow() -> None:
         ({"parents": {"a": "b", "b": "c"}, "levels": ["x", "y"]}, "2 levels are named"),
         ({"parents": {"a": "b"}, "levels": ["x", "x"]}, "same name"),
         ({"parents": {"a": "b"}, "levels": "xy"}, "list of names"),
+        ({"parents": {"a": "b"}, "levels": ["x/y", "z"]}, "slash"),
+        ({"parents": {"a": "b"}, "levels": [str(i) for i in range(33)]}, "At most 32"),
         ({"parents": {"a": "b"}, "prompts": {"b": []}}, "not a list"),
+        ({"parents": {"a": "b"}, "prompts": {"c": ["x"]}}, "not in the tree"),
         ({"parents": {f"n{i}": f"n{i + 1}" for i in range(40)}}, "nodes deep"),
     ],
 )

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import open_clip
 import pytest
 import torch
 
+from ironclip.classifier import level_label_sets
 from ironclip.encoder import Encoder
 from ironclip.errors import LabelError, TooManyLabels
-from ironclip.labels import TEMPLATES, LabelLimits, LabelSet, build_text_bank
+from ironclip.hierarchy import LabelTree
+from ironclip.labels import TEMPLATES, LabelLimits, LabelSet
+from ironclip.textbank import build_text_bank
 
 
 def test_canonical_form_is_nfc_stripped_and_ordered() -> None:
@@ -53,6 +59,7 @@ def test_digest_sees_every_part() -> None:
         (["dog", "cat", " dog"], None, "/labels/2"),
         (["caf\u00e9", "cafe\u0301"], None, "/labels/1"),
         (["nul\x00"], None, "/labels/0"),
+        (["\u200b\ufeff"], None, "/labels/0"),
         (["lone\ud800"], None, "/labels/0"),
         ([{"prompts": ["x"]}], None, "/labels/0"),
         ([{"name": "x", "prompt": ["y"]}], None, "/labels/0"),
@@ -81,7 +88,16 @@ def test_limits() -> None:
     ):
         with pytest.raises(TooManyLabels) as caught:
             LabelSet.parse(labels, templates, limits=limits)
-        assert caught.value.limit is not None or "make 6 prompts" in caught.value.detail
+        assert caught.value.limit in (2, 3, 5)
+    small = LabelSet.parse(["a", "b", "c"], limits=limits)
+    with pytest.raises(TooManyLabels):
+        small.with_templates(["1 {}", "2 {}"])
+    with pytest.raises(TooManyLabels):
+        level_label_sets(LabelTree.parse({"parents": {"a": "x"}, "prompts": {"x": list("123456")}}), _only(small, 1))
+
+
+def _only(label_set: LabelSet, count: int) -> LabelSet:
+    return LabelSet(label_set.labels[:count], label_set.templates, label_set.limits)
 
 
 def test_prompts_come_from_the_label_the_set_or_the_encoder(tiny_encoder: Encoder) -> None:
@@ -105,7 +121,10 @@ def test_weights_are_the_usual_prompt_ensemble(tiny_encoder: Encoder) -> None:
         [lambda name, t=t: t.replace("{}", name) for t in TEMPLATES["imagenet-7"]],
     ).T
     torch.testing.assert_close(bank.weights, expected, atol=1e-5, rtol=1e-4)
-    assert bank.features.shape == (3, 7, 32)
+    features, mask = bank.padded()
+    assert features.shape == (3, 7, 32)
+    assert mask.all()
+    assert (bank.encoder, bank.label_set) == (tiny_encoder.digest, LabelSet.parse(names, "imagenet-7").digest)
 
 
 def test_descriptions_join_the_bank_but_not_the_weights(tiny_encoder: Encoder) -> None:
@@ -115,15 +134,26 @@ def test_descriptions_join_the_bank_but_not_the_weights(tiny_encoder: Encoder) -
     plain = build_text_bank(tiny_encoder, label_set)
     rich = build_text_bank(tiny_encoder, label_set, descriptions=True)
     torch.testing.assert_close(plain.weights, rich.weights)
-    assert rich.mask.tolist() == [[True, True, True], [True, True, False]]
-    assert rich.prompt_counts.tolist() == [1, 2]
-    assert rich.features[1, 2].abs().sum() == 0
-    expected = torch.nn.functional.normalize(tiny_encoder.encode_text(["it barks"]), dim=-1)
-    torch.testing.assert_close(rich.features[0, 1:2], expected, atol=1e-5, rtol=1e-4)
+    features, mask = rich.padded()
+    assert mask.tolist() == [[True, True, True], [True, True, False]]
+    assert rich.counts.tolist() == [[1, 2], [2, 0]]
+    assert features[1, 2].abs().sum() == 0
+    texts = ["a photo of a dog.", "it barks", "four legs", "a", "b"]
+    expected = torch.nn.functional.normalize(tiny_encoder.encode_text(texts), dim=-1)
+    torch.testing.assert_close(features[mask], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_bank_can_take_part_in_a_backward_pass(tiny_encoder: Encoder) -> None:
-    bank = build_text_bank(tiny_encoder, LabelSet.parse(["dog", "cat"]))
+def test_one_label_with_many_prompts_costs_no_memory_for_the_others(tiny_encoder: Encoder) -> None:
+    many = {"name": "busy", "prompts": [f"prompt {i}" for i in range(200)]}
+    bank = build_text_bank(tiny_encoder, LabelSet.parse([many, *(f"label {i}" for i in range(300))]))
+    assert bank.texts.shape == (500, 32)
+    assert bank.weights.shape == (301, 32)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
+def test_bank_can_take_part_in_a_backward_pass(tiny_encoder: Encoder, mode: Callable[[], Any]) -> None:
+    with mode():
+        bank = build_text_bank(tiny_encoder, LabelSet.parse(["dog", "cat"]))
     pixels = torch.rand(1, 3, 32, 32, requires_grad=True)
     (tiny_encoder.encode_image(pixels) @ bank.weights.T).sum().backward()
     assert pixels.grad is not None

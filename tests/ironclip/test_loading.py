@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
 import torch
+from open_clip.pretrained import get_pretrained_cfg
 from safetensors.torch import load_file, save_file
 
 from ironclip.artifact import CONFIG_FILE, META_FILE, WEIGHTS_FILE, read_meta, save_artifact, update_meta
@@ -18,10 +20,12 @@ from ironclip.errors import (
     ArtifactError,
     ChecksumMismatch,
     EncoderLoadError,
+    OptionError,
     UnknownEncoder,
     WeightsUnavailable,
 )
 from ironclip.loading import load_encoder
+from tests.conftest import make_tiny_encoder
 
 WORDS = ["a photo of a dog", "an antidisestablishmentarian flibbertigibbet", "Ünïcödé 犬 🥕"]
 
@@ -74,25 +78,58 @@ def test_meta_travels_and_can_be_updated(folder: Path) -> None:
         update_meta(folder, accuracy=1.0)
 
 
-def test_hub_name_loads_from_the_hub_cache(
-    tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Published encoders are hub names; the loading code is the real one, the cache stands in for the network."""
-    repo = tmp_path / "models--someone--robust-clip"
+@pytest.fixture
+def hub(tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub cache that holds `someone/robust-clip`, and no network; returns the snapshot's folder.
+
+    The loading code is the real one, the cache stands in for the network.
+    """
+    repo = tmp_path / "hub" / "models--someone--robust-clip"
     snapshot = repo / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
+    shutil.copytree(tiny_artifact, snapshot)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("0" * 40)
-    shutil.copy(tiny_artifact / CONFIG_FILE, snapshot)
-    shutil.copy(tiny_artifact / WEIGHTS_FILE, snapshot)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    encoder = load_encoder("hf-hub:someone/robust-clip", cache_dir=str(tmp_path))
+    return snapshot
+
+
+def _from_hub(hub: Path) -> Encoder:
+    return load_encoder("hf-hub:someone/robust-clip", cache_dir=str(hub.parents[2]))
+
+
+def test_hub_name_loads(hub: Path, tiny_artifact: Path) -> None:
     pixels = torch.rand(2, 3, 32, 32)
-    assert torch.equal(encoder.encode_image(pixels), load_encoder(str(tiny_artifact)).encode_image(pixels))
-    # Without its weights open_clip would hand out random ones.
-    (snapshot / WEIGHTS_FILE).unlink()
+    expected = load_encoder(str(tiny_artifact))
+    ours = _from_hub(hub)
+    assert torch.equal(ours.encode_image(pixels), expected.encode_image(pixels))
+    assert ours.default_templates == ("an emoji of {}",)
+    (hub / META_FILE).unlink()
+    foreign = _from_hub(hub)
+    assert foreign.digest == ours.digest == expected.digest
+    assert foreign.provenance == {}
+
+
+def test_hub_name_without_weights_never_gets_random_ones(hub: Path) -> None:
+    (hub / WEIGHTS_FILE).unlink()
     with pytest.raises(WeightsUnavailable):
-        load_encoder("hf-hub:someone/robust-clip", cache_dir=str(tmp_path))
+        _from_hub(hub)
+
+
+def test_hub_names_head_and_checksum_are_held_to(hub: Path) -> None:
+    meta = json.loads((hub / META_FILE).read_text())
+    (hub / META_FILE).write_text(json.dumps({**meta, "head": {"type": "poincare"}}))
+    with pytest.raises(ArtifactError, match="poincare"):
+        _from_hub(hub)
+    (hub / META_FILE).write_text(json.dumps({**meta, "weights": {**meta["weights"], "sha256": "0" * 64}}))
+    with pytest.raises(ChecksumMismatch):
+        _from_hub(hub)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model_cfg": {"embed_dim": 3}}', "nonsense"])
+def test_hub_names_wrong_config_is_not_called_a_network_fault(hub: Path, content: str) -> None:
+    (hub / CONFIG_FILE).write_text(content)
+    with pytest.raises(ArtifactError):
+        _from_hub(hub)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +146,14 @@ def test_hub_name_loads_from_the_hub_cache(
         ("./no/such", UnknownEncoder, "no encoder"),
         ("random:ViT-B-23", UnknownEncoder, "ViT-B-32"),
         ("random:ViT-B-32:x", UnknownEncoder, "SEED"),
+        ("random:ViT-B-32:²", UnknownEncoder, "SEED"),
+        ("random:ViT-B-32:99999999999999999999", UnknownEncoder, "SEED"),
+        ("random:roberta-ViT-B-32", EncoderLoadError, "not installed"),
+        ("hf-hub:a/b@main", UnknownEncoder, "hf-hub:ORGANISATION/REPOSITORY"),
+        ("local-dir:", UnknownEncoder, "no folder"),
+        ("local-dir:~nosuchuser/x", UnknownEncoder, "no folder"),
+        ("~nosuchuser/x", UnknownEncoder, "no encoder"),
+        ("x" * 5000, UnknownEncoder, "no encoder"),
     ],
 )
 def test_wrong_names_list_what_exists(spec: str, error: type[EncoderLoadError], says: str) -> None:
@@ -169,7 +214,9 @@ def test_missing_tensor_is_refused(folder: Path) -> None:
         load_encoder(str(folder))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model_cfg": 3}', '{"model_cfg": {"embed_dim": 1}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "[" * 100_000, "{}", '{"model_cfg": 3}', '{"model_cfg": {"embed_dim": 1}}']
+)
 def test_unreadable_config_is_refused(folder: Path, content: str) -> None:
     (folder / CONFIG_FILE).write_text(content)
     with pytest.raises(ArtifactError, match=CONFIG_FILE):
@@ -183,11 +230,71 @@ def test_missing_file_is_named(folder: Path, missing: str) -> None:
         load_encoder(str(folder))
 
 
-@pytest.mark.parametrize("content", ["nonsense", "[]", '{"format": 99}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "nonsense",
+        "[]",
+        '{"format": 99}',
+        '{"format": 1, "head": "cosine"}',
+        '{"format": 1, "head": null}',
+        '{"format": 1, "default_templates": "an emoji of {}"}',
+        '{"format": 1, "default_templates": ["no slot"]}',
+        '{"format": 1, "default_templates": [1]}',
+        '{"format": 1, "weights": "x"}',
+        '{"format": 1, "weights": {"file": "../other.safetensors", "sha256": ""}}',
+    ],
+)
 def test_unreadable_meta_is_refused(folder: Path, content: str) -> None:
     (folder / META_FILE).write_text(content)
-    with pytest.raises(ArtifactError, match=META_FILE):
+    with pytest.raises(ArtifactError, match="ironclip"):
         load_encoder(str(folder))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mean": "x"},
+        {"mean": [1, 2]},
+        {"std": [0, 0, 0]},
+        {"std": [float("nan")] * 3},
+        {"fill_color": [0, 0, 0]},
+        {"interpolation": ["x"]},
+        {"interpolation": "nearest"},
+        {"resize_mode": "sideways"},
+    ],
+)
+def test_unusable_preprocessing_is_refused(folder: Path, wrong: dict[str, object]) -> None:
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    config["preprocess_cfg"].update(wrong)
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    with pytest.raises(ArtifactError):
+        load_encoder(str(folder))
+
+
+def test_no_such_device(tiny_artifact: Path) -> None:
+    for device in ("warp", "cuda:99"):
+        with pytest.raises(OptionError, match=device):
+            load_encoder(str(tiny_artifact), device=device)
+
+
+@pytest.mark.parametrize("meta", [{"name": Path("x")}, {"scores": [float("nan")]}, {"unheard": 1}])
+def test_meta_that_cannot_be_written_leaves_the_old_artifact(folder: Path, meta: dict[str, object]) -> None:
+    before = load_encoder(str(folder)).digest
+    with pytest.raises(ArtifactError):
+        save_artifact(make_tiny_encoder(seed=5), folder, meta)
+    with pytest.raises(ArtifactError):
+        update_meta(folder, **meta)
+    assert load_encoder(str(folder)).digest == before
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_plain_folder_can_be_given_meta(folder: Path, tmp_path: Path) -> None:
+    (folder / META_FILE).unlink()
+    update_meta(folder, name="mine")
+    assert load_encoder(str(folder)).provenance["name"] == "mine"
+    with pytest.raises(ArtifactError):
+        update_meta(tmp_path / "no-such-folder", name="x")
 
 
 def test_weights_out_of_half_range_are_not_written(tiny_encoder: Encoder, tmp_path: Path) -> None:
@@ -203,26 +310,47 @@ def test_weights_out_of_half_range_are_not_written(tiny_encoder: Encoder, tmp_pa
 
 
 def test_random_weights_are_seeded() -> None:
-    assert load_encoder("random:ViT-S-32-alt").digest == load_encoder("random:ViT-S-32-alt:0").digest
+    digests = [load_encoder(f"random:ViT-S-32-alt{seed}").digest for seed in ("", ":0", ":1")]
+    assert digests[0] == digests[1] != digests[2]
 
 
-def test_quick_gelu_follows_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenAI's tag needs QuickGELU though the plain model name does not say so; LAION's must not get it."""
-    asked = {}
+def test_quick_gelu_is_what_config_or_tag_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenAI's tags need QuickGELU though the plain model name does not say so; LAION's must not get it."""
+    asked: list[bool] = []
 
-    def create_model(name: str, **kwargs: object) -> None:
-        asked[(name, kwargs["pretrained"])] = kwargs["quick_gelu"]
-        raise FileNotFoundError("stop here")
+    def create_model(name: str, **kwargs: Any) -> None:
+        asked.append(kwargs["quick_gelu"])
+        raise OSError("stop here")
 
     monkeypatch.setattr(open_clip, "create_model", create_model)
-    for spec in ("ViT-B-32/openai", "ViT-B-32/laion2b_s34b_b79k", "ViT-B-32-quickgelu/openai"):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    pairs = open_clip.list_pretrained()
+    for name, tag in pairs:
         with pytest.raises(WeightsUnavailable):
-            load_encoder(spec)
-    assert asked == {
-        ("ViT-B-32", "openai"): True,
-        ("ViT-B-32", "laion2b_s34b_b79k"): False,
-        ("ViT-B-32-quickgelu", "openai"): True,
-    }
+            load_encoder(f"{name}/{tag}")
+    expected = [
+        bool(open_clip.get_model_config(name).get("quick_gelu") or get_pretrained_cfg(name, tag).get("quick_gelu"))
+        for name, tag in pairs
+    ]
+    assert asked == expected
+    by_name = {f"{name}/{tag}": value for (name, tag), value in zip(pairs, asked, strict=True)}
+    assert by_name["ViT-B-32/openai"]
+    assert by_name["roberta-ViT-B-32/laion2b_s12b_b32k"]
+    assert not by_name["ViT-B-32/laion2b_s34b_b79k"]
+
+
+def test_quick_gelu_is_written_to_the_artifact(tmp_path: Path) -> None:
+    encoder = make_tiny_encoder()
+    quick = {**encoder.model_cfg, "quick_gelu": True}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.model.CLIP(**quick)
+    encoder = Encoder(model, encoder.tokenizer, model_cfg=quick, preprocess_cfg=encoder.preprocess_cfg)
+    save_artifact(encoder, tmp_path / "quick", {}, dtype=torch.float32)
+    pixels = torch.rand(2, 3, 32, 32)
+    again = load_encoder(str(tmp_path / "quick"))
+    torch.testing.assert_close(again.encode_image(pixels), encoder.encode_image(pixels))
+    assert not torch.allclose(again.encode_image(pixels), make_tiny_encoder().encode_image(pixels), atol=1e-3)
 
 
 @pytest.mark.slow

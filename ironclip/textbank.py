@@ -1,0 +1,93 @@
+"""Text banks: a label set's texts through an encoder's text tower, once, for every picture that comes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ironclip.encoder import Encoder
+from ironclip.labels import LabelSet
+
+
+@dataclass(frozen=True)
+class TextBank:
+    """Text features of a label set, built once and used for every picture.
+
+    The texts are kept flat, each distinct one once: labels with many prompts cost nothing for those with few.
+
+    Attributes:
+        encoder: digest of the encoder that made it.
+        label_set: digest of the resolved label set.
+        descriptions: whether the descriptions were encoded too.
+        weights: mean-normalised classifier weights, float32 [K, dim]: unit prompts averaged, then normalised
+            (the prompt ensemble of Radford et al. 2021, section 3.1.4).
+        texts: unit features of the distinct texts, float32 [T, dim].
+        rows: for label after label its prompts, then its descriptions, as indices into `texts`, int64 [S].
+        counts: how many prompts and descriptions each label has, int64 [K, 2]; they sum to S.
+    """
+
+    encoder: str
+    label_set: str
+    descriptions: bool
+    weights: Tensor
+    texts: Tensor
+    rows: Tensor
+    counts: Tensor
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Texts by label, for defences that compare with each of them.
+
+        Returns:
+            float32 [K, M, dim] with zeros where a label has fewer than M texts, and bool [K, M] saying which are
+            there; within a label prompts come before descriptions.
+        """
+        lengths = self.counts.sum(dim=1)
+        mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+        features = self.texts.new_zeros(*mask.shape, self.texts.shape[1])
+        features[mask] = self.texts[self.rows]
+        return features, mask
+
+    def to(self, device: torch.device | str) -> TextBank:
+        """The bank on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("weights", "texts", "rows", "counts")}
+        return replace(self, **moved)
+
+
+def build_text_bank(
+    encoder: Encoder, label_set: LabelSet, *, descriptions: bool = False, truncate: bool = False, batch_size: int = 256
+) -> TextBank:
+    """Encode a label set's texts, each distinct text once.
+
+    Args:
+        encoder: its text tower is used, in its dtype.
+        label_set: is resolved with the encoder's templates first.
+        descriptions: encode the descriptions too.
+        truncate: cut texts longer than the encoder's context instead of refusing them.
+        batch_size: texts per forward.
+
+    Raises:
+        LabelError: a text is longer than the encoder reads.
+    """
+    label_set = label_set.resolve(encoder)
+    prompts = [label_set.prompts(label) for label in label_set.labels]
+    more = [label.descriptions if descriptions else () for label in label_set.labels]
+    index: dict[str, int] = {}
+    rows = [
+        index.setdefault(text, len(index)) for own, extra in zip(prompts, more, strict=True) for text in (*own, *extra)
+    ]
+    # no_grad, and out of a caller's inference_mode: an attack's backward pass goes through these tensors.
+    with torch.inference_mode(False), torch.no_grad():
+        texts = normalize(encoder.encode_text(list(index), truncate=truncate, batch_size=batch_size), dim=-1)
+        counts = torch.tensor([[len(own), len(extra)] for own, extra in zip(prompts, more, strict=True)])
+        label = torch.repeat_interleave(torch.arange(len(counts)), counts.sum(dim=1))
+        place = torch.arange(len(rows)) - (counts.sum(dim=1).cumsum(0) - counts.sum(dim=1))[label]
+        is_prompt = place < counts[label, 0]
+        flat = torch.tensor(rows)
+        sums = texts.new_zeros(len(counts), texts.shape[1])
+        sums.index_add_(0, label[is_prompt].to(texts.device), texts[flat[is_prompt].to(texts.device)])
+        weights = normalize(sums, dim=-1)
+    bank = TextBank(encoder.digest, label_set.digest, descriptions, weights, texts, flat, counts)
+    return bank.to(encoder.device)
