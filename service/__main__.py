@@ -15,7 +15,14 @@ import uvicorn
 from ironclip import __version__
 from ironclip.errors import IronclipError
 from service import telemetry
-from service.settings import CONFIG_VARIABLE, Settings, SettingsInvalid, load_settings, settings_markdown
+from service.settings import (
+    CONFIG_VARIABLE,
+    Settings,
+    SettingsInvalid,
+    let_idle_threads_sleep,
+    load_settings,
+    settings_markdown,
+)
 
 if TYPE_CHECKING:
     from service.core import Service
@@ -41,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(settings: Settings) -> int:
     """Serve until a signal comes; returns the exit status."""
+    let_idle_threads_sleep()
     from service.app import create_app
 
     telemetry.configure_logging(settings.log_level, settings.log_format)
@@ -58,6 +66,7 @@ def serve(settings: Settings) -> int:
         log_config=None,
         access_log=False,
         server_header=False,
+        ws="none",
         lifespan="on",
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
         timeout_keep_alive=75,

@@ -18,9 +18,10 @@ from torch import Tensor
 from ironclip.defences import Defence
 from ironclip.encoder import Encoder
 from ironclip.errors import LabelError, NotReady, OptionError
-from ironclip.labels import LabelSet, TextBank, build_text_bank
+from ironclip.labels import LabelSet
 from ironclip.loading import load_encoder
 from ironclip.preprocessing import to_float
+from ironclip.textbank import TextBank, build_text_bank
 from service.batching import Batcher
 from service.dtype import choose_dtype
 
@@ -70,6 +71,8 @@ class ServedEncoder:
     ) -> None:
         self.name = name
         self.encoder, self.dtype_report = choose_dtype(encoder, dtype)
+        # Served weights do not change; the encoder's own property would look at every tensor at each request.
+        self.digest = self.encoder.digest
         self.max_batch = max_batch
         self._observe = observe
         self.images: Batcher[ImageJob, Tensor] = Batcher(

@@ -14,8 +14,9 @@ from torch.nn.functional import cosine_similarity
 from ironclip.defences import Defence, make_defence
 from ironclip.encoder import Encoder
 from ironclip.errors import LabelError, NotReady, OptionError
-from ironclip.labels import LabelSet, build_text_bank
+from ironclip.labels import LabelSet
 from ironclip.preprocessing import to_float
+from ironclip.textbank import build_text_bank
 from service import dtype as dtype_module
 from service.dtype import choose_dtype
 from service.runtime import ServedEncoder, load_served_encoder, pick_device
