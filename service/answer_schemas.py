@@ -100,7 +100,7 @@ class DomainRef(Closed):
     """Whether the picture is of the kind the encoder was trained on."""
 
     inside: bool
-    score: float = Field(description="Mean cosine with the nearest pictures of the training art.")
+    score: float = Field(description="About 1 for a typical training picture, towards 0 far away.")
     threshold: float = Field(description="Scores below it are outside.")
     description: str = Field(description="What the encoder was trained on.")
     warning: str | None = None

@@ -32,7 +32,9 @@ from service.schemas import Options
 from service.settings import DEFAULT_ALIAS, Settings
 
 State = Literal["loading", "ready", "draining", "failed"]
-_PLANS = 512
+# Plans kept, by a guess at their size; and what is too much JSON to be taken apart on the event loop.
+_PLAN_BYTES = 128 * 1024 * 1024
+_LARGE_BYTES = 100_000
 _LARGE_SET = 2000
 # A model worker that has work and has not moved for so long will not move again.
 _STALLED_SECONDS = 120.0
@@ -58,7 +60,8 @@ class Service:
         self._on_fatal = on_fatal
         self._failure = ""
         self._loading: asyncio.Task[None] | None = None
-        self._plans: LRUCache[bytes, Plan] = LRUCache(_PLANS)
+        self._plans: LRUCache[bytes, tuple[Plan, int]] = LRUCache(_PLAN_BYTES, getsizeof=lambda entry: entry[1])
+        self._warming: set[asyncio.Task[None]] = set()
         self._log = telemetry.get_logger()
         url = settings.redis_url
         self._link = RedisLink(url.get_secret_value(), settings.redis_timeout_ms / 1000) if url is not None else None
@@ -106,6 +109,8 @@ class Service:
             self._loading.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._loading
+        for task in self._warming:
+            task.cancel()
         for served in self.served.values():
             await served.stop()
         self.decoder.close()
@@ -153,26 +158,41 @@ class Service:
             raise RequestInvalid("Give exactly one of labels and label_set.")
         served = self.encoder(options.encoder)
         entry = await self.label_sets.get(options.label_set) if options.label_set is not None else None
-        key = hashlib.sha256(
-            to_json(
-                [
-                    served.name,
-                    [entry.name, entry.digest] if entry is not None else options.labels,
-                    options.templates,
-                    options.tree,
-                    options.levels,
-                    options.defence,
-                ]
-            )
-        ).digest()
-        plan = self._plans.get(key)
-        if plan is None:
-            # Templates over a large registered set are work for a thread; most plans are made in a moment.
-            large = entry is not None and len(entry.label_set) > _LARGE_SET
-            make = (served, options, entry)
-            plan = await asyncio.to_thread(self._make_plan, *make) if large else self._make_plan(*make)
-            self._plans[key] = plan
+        asked = to_json(
+            [
+                served.name,
+                [entry.name, entry.digest] if entry is not None else options.labels,
+                options.templates,
+                options.tree,
+                options.levels,
+                options.defence,
+            ]
+        )
+        key = hashlib.sha256(asked).digest()
+        kept = self._plans.get(key)
+        if kept is not None:
+            return kept[0]
+        large = len(asked) > _LARGE_BYTES or (entry is not None and len(entry.label_set) > _LARGE_SET)
+        make = (served, options, entry)
+        plan = await asyncio.to_thread(self._make_plan, *make) if large else self._make_plan(*make)
+        cost = 4096 + 10 * len(asked)
+        if cost <= _PLAN_BYTES:
+            self._plans[key] = (plan, cost)
         return plan
+
+    def warm(self, entry: Registered) -> None:
+        """Begin to encode a newly registered set for the default encoder, before the first picture asks for it."""
+
+        async def encode() -> None:
+            # Whatever is wrong with the set for this encoder, the request that uses it is told.
+            with contextlib.suppress(IronclipError):
+                plan = await self.plan(Options(label_set=f"{entry.name}@{entry.digest}"))
+                await self.answers.classifiers.get(plan)
+
+        if self.state == "ready":
+            task = asyncio.create_task(encode())
+            self._warming.add(task)
+            task.add_done_callback(self._warming.discard)
 
     def _make_plan(self, served: ServedEncoder, options: Options, entry: Registered | None) -> Plan:
         defence = parse_defence(options.defence)

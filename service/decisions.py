@@ -20,7 +20,8 @@ from cachetools import LRUCache
 from ironclip.classifier import Classifier, LevelMode, bind_levels, level_label_sets
 from ironclip.defences import Defence
 from ironclip.domain import Domain
-from ironclip.labels import LabelSet, TextBank
+from ironclip.labels import LabelSet
+from ironclip.textbank import TextBank
 from service import telemetry
 from service.cache import ArrayCache, KeyScope
 from service.label_sets import Trees, tree_digest
@@ -31,9 +32,9 @@ T = TypeVar("T")
 
 _BANK_SCHEMA: Schema = {
     "weights": ("float32", (None, None)),
-    "features": ("float32", (None, None, None)),
-    "mask": ("bool", (None, None)),
-    "prompt_counts": ("int64", (None,)),
+    "texts": ("float32", (None, None)),
+    "rows": ("int64", (None,)),
+    "counts": ("int64", (None, None)),
 }
 _CLASSIFIERS = 512
 
@@ -100,7 +101,7 @@ class Plan:
         """The key's fields for one operation."""
         encoder = self.served.encoder
         return KeyScope(
-            encoder=encoder.digest,
+            encoder=self.served.digest,
             dtype=self.served.dtype,
             preprocessing=encoder.preprocessing.digest,
             operation=operation,
@@ -115,21 +116,23 @@ def domain_digest(domain: Domain | None) -> str:
     """SHA-256 (hex) of what decides a domain score; the encoder's own digest does not cover it. "" for none."""
     if domain is None:
         return ""
-    prototypes = domain.prototypes.cpu().contiguous().numpy()
-    return hashlib.sha256(f"{domain.neighbours};{prototypes.shape};".encode() + prototypes.tobytes()).hexdigest()
+    digest = hashlib.sha256()
+    for tensor in (domain.means, domain.whitening):
+        digest.update(f"{tuple(tensor.shape)};".encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def encoder_reference(served: ServedEncoder) -> dict[str, str]:
     """What every answer says of the encoder that gave it."""
     encoder = served.encoder
-    return {"name": served.name, "digest": encoder.digest, "dtype": served.dtype, "head": encoder.head.type}
+    return {"name": served.name, "digest": served.digest, "dtype": served.dtype, "head": encoder.head.type}
 
 
 def feature_scope(served: ServedEncoder, defence: Mapping[str, Any]) -> bytes:
     """Digest of everything that decides a picture's features (of all its views) except the picture."""
     encoder = served.encoder
     scope = KeyScope(
-        encoder=encoder.digest,
+        encoder=served.digest,
         dtype=served.dtype,
         preprocessing=encoder.preprocessing.digest,
         operation="features",
@@ -211,9 +214,9 @@ class Classifiers:
         return classifier
 
     async def _bank(self, served: ServedEncoder, label_set: LabelSet, defence: Defence) -> TextBank:
-        descriptions = bool(getattr(defence, "descriptions", False))
+        descriptions = defence.descriptions
         scope = KeyScope(
-            encoder=served.encoder.digest,
+            encoder=served.digest,
             dtype=served.dtype,
             preprocessing="",
             operation="text-bank+descriptions" if descriptions else "text-bank",
@@ -221,8 +224,8 @@ class Classifiers:
         )
         key = scope.digest()
         found = await self._banks.get(key, _BANK_SCHEMA)
-        if found is not None:
-            return _to_bank(label_set.digest, found)
+        if found is not None and _fits(found, label_set, served.encoder.dim):
+            return _to_bank(served.digest, label_set.digest, descriptions, found)
         return await self._flight.run(key, lambda: self._build(key, served, label_set, descriptions))
 
     async def _build(self, key: bytes, served: ServedEncoder, label_set: LabelSet, descriptions: bool) -> TextBank:
@@ -231,10 +234,26 @@ class Classifiers:
         return bank
 
 
-def _to_bank(digest: str, arrays: Arrays) -> TextBank:
+def _fits(arrays: Arrays, label_set: LabelSet, dim: int) -> bool:
+    """Whether a stored bank can be one of this label set: its indices are used without further checks."""
+    rows, counts = arrays["rows"].astype(np.int64, copy=False), arrays["counts"].astype(np.int64, copy=False)
+    texts = arrays["texts"]
+    return bool(
+        arrays["weights"].shape == (len(label_set), dim)
+        and texts.shape[1] == dim
+        and counts.shape == (len(label_set), 2)
+        and (counts >= 0).all()
+        and int(counts.sum()) == len(rows)
+        and len(rows) > 0
+        and rows.min() >= 0
+        and rows.max() < len(texts)
+    )
+
+
+def _to_bank(encoder: str, label_set: str, descriptions: bool, arrays: Arrays) -> TextBank:
     # Copied: what comes out of the cache is read-only memory, which torch tensors must not share.
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
-    return TextBank(digest, **tensors)
+    return TextBank(encoder, label_set, descriptions, **tensors)
 
 
 def _from_bank(bank: TextBank) -> Arrays:

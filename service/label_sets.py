@@ -30,7 +30,9 @@ Trees = LabelTree | Mapping[str, LabelTree]
 
 # For so long a replica answers from what it last saw before it asks the store again.
 _FRESH_SECONDS = 0.5
-_PARSED_SETS = 256
+# Sets kept as objects, by a guess at their size: an object is some ten times its JSON.
+_PARSED_BYTES = 256 * 1024 * 1024
+_JSON_TO_OBJECT = 10
 _KEYS = {"labels", "templates", "tree"}
 
 
@@ -140,7 +142,9 @@ class LabelSets:
         self.store = store
         self.built_in = dict(built_in)
         self.limits = limits
-        self._parsed: LRUCache[tuple[str, str], Registered] = LRUCache(_PARSED_SETS)
+        self._parsed: LRUCache[tuple[str, str], tuple[Registered, int]] = LRUCache(
+            _PARSED_BYTES, getsizeof=lambda entry: entry[1]
+        )
         self._heads: LRUCache[str, tuple[float, str]] = LRUCache(4096)
 
     async def get(self, reference: str, *, fresh: bool = False) -> Registered:
@@ -158,11 +162,12 @@ class LabelSets:
             if pinned and pinned != built_in.digest:
                 raise LabelSetNotFound(f"The label set {name!r} ships with the service, in one version.")
             return built_in
-        digest = pinned or await self._head(name, fresh)
+        # A pinned version goes with its set: where the name is gone, so is the version.
+        newest = await self._head(name, fresh)
+        digest = pinned or newest
         known = self._parsed.get((name, digest))
-        # A pinned version is looked for anew after its set was deleted here or elsewhere.
-        if known is not None and (not pinned or not fresh):
-            return known
+        if known is not None:
+            return known[0]
         return await self._load(name, digest, pinned=bool(pinned))
 
     async def put(self, name: str, content: object, expect: Expect) -> tuple[Registered, bool]:
@@ -180,7 +185,7 @@ class LabelSets:
             created = await self.store.put(name, entry.digest, document, expect)
         except StoreDown as error:
             raise _unavailable(error) from error
-        self._parsed[name, entry.digest] = entry
+        self._remember(entry, len(document))
         self._heads[name] = (time.monotonic(), entry.digest)
         return entry, created
 
@@ -243,8 +248,13 @@ class LabelSets:
             raise Unavailable(f"The stored label set {name!r} cannot be read; put it again.", retry_after=60) from error
         if entry.digest != digest:
             raise Unavailable(f"The stored label set {name!r} is not the one registered; put it again.", retry_after=60)
-        self._parsed[name, digest] = entry
+        self._remember(entry, len(document))
         return entry
+
+    def _remember(self, entry: Registered, size: int) -> None:
+        cost = _JSON_TO_OBJECT * size
+        if cost <= _PARSED_BYTES:
+            self._parsed[entry.name, entry.digest] = (entry, cost)
 
     def _forget(self, name: str) -> None:
         self._heads.pop(name, None)

@@ -17,7 +17,7 @@ from service.answers import Item
 from service.decisions import Plan
 from service.errors import problem
 from service.forms import read_ask
-from service.routes.common import allowed_seconds, json_response, service_of, stages_of, within
+from service.routes.common import Deadline, json_response, service_of, stages_of
 from service.schemas import ClassifyRequest, Options
 
 router = APIRouter(tags=["inference"])
@@ -36,8 +36,8 @@ async def classify(request: Request) -> Response:
     in which an image that cannot be used has `{"error": problem}` in its place.
     """
     service, stages = service_of(request), stages_of(request)
-    seconds = allowed_seconds(request)
-    with stages.time("receive"):
+    deadline = Deadline(request)
+    with deadline.receiving():
         ask = await read_ask(request, ClassifyRequest, Options, service.image_limits, service.settings.max_images)
     top_k = ask.options.top_k or DEFAULT_TOP_K
     if top_k * len(ask.pictures) > _MAX_PREDICTIONS:
@@ -51,7 +51,7 @@ async def classify(request: Request) -> Response:
             raise ask.pictures[0].error
         return plan, await service.answers.classify(plan, ask.pictures, stages)
 
-    plan, items = await within(request, work(), seconds)
+    plan, items = await deadline.within(work())
     request_id = request.state.request_id
     if ask.single:
         if items[0].error is not None:

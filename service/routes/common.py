@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import anyio
 from pydantic_core import to_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -47,47 +49,63 @@ def json_response(
     return Response(body, status, headers, "application/json")
 
 
-def allowed_seconds(request: Request) -> float:
-    """Return how long the request may take: the caller's `X-Request-Timeout-Ms`, within the service's own limit.
+class Deadline:
+    """When the request has to be answered: the caller's `X-Request-Timeout-Ms`, within the service's own limit.
 
     Raises:
         RequestInvalid: the header is not a whole number above 0.
     """
-    limit = service_of(request).settings.request_timeout_ms
-    asked = request.headers.get(TIMEOUT_HEADER)
-    if asked is None:
-        return limit / 1000
-    if not (asked.isascii() and asked.isdigit() and len(asked) < 12 and int(asked) > 0):
-        raise RequestInvalid("X-Request-Timeout-Ms is a whole number of milliseconds above 0.")
-    return min(limit, int(asked)) / 1000
 
+    def __init__(self, request: Request) -> None:
+        limit = service_of(request).settings.request_timeout_ms
+        asked = request.headers.get(TIMEOUT_HEADER)
+        if asked is not None and not (asked.isascii() and asked.isdigit() and len(asked) < 12 and int(asked) > 0):
+            raise RequestInvalid("X-Request-Timeout-Ms is a whole number of milliseconds above 0.")
+        self.milliseconds = limit if asked is None else min(limit, int(asked))
+        self._end = time.monotonic() + self.milliseconds / 1000
+        self._request = request
 
-async def within(request: Request, work: Awaitable[T], seconds: float) -> T:
-    """Wait for the work, as long as there is time and somebody who waits for it; else cancel it.
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """Read the body inside: it has to arrive in time too. Raises DeadlineExceeded."""
+        with stages_of(self._request).time("receive"):
+            try:
+                with anyio.fail_after(self._end - time.monotonic()):
+                    yield
+            except TimeoutError:
+                raise self._exceeded("The request had not arrived in full") from None
 
-    Call it after the body has been read. Work that has not begun is then never begun.
+    async def within(self, work: Awaitable[T]) -> T:
+        """Wait for the work, as long as there is time and somebody who waits for it; else cancel it.
 
-    Raises:
-        DeadlineExceeded: the time is up.
-        ClientDisconnect: the caller has gone.
-    """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        done, _ = await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if task in done:
-            return task.result()
-        if gone in done:
-            raise ClientDisconnect()
+        Call it after the body has been read. Work that has not begun is then never begun.
+
+        Raises:
+            DeadlineExceeded: the time is up.
+            ClientDisconnect: the caller has gone.
+        """
+        task = asyncio.ensure_future(work)
+        gone = asyncio.ensure_future(_disconnected(self._request))
+        left = max(0.0, self._end - time.monotonic())
+        try:
+            done, _ = await asyncio.wait({task, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if task in done:
+                return task.result()
+            if gone in done:
+                telemetry.DROPPED.labels("disconnect").inc()
+                raise ClientDisconnect()
+            raise self._exceeded("The answer was not ready")
+        finally:
+            task.cancel()
+            gone.cancel()
+
+    def _exceeded(self, what: str) -> DeadlineExceeded:
         telemetry.DROPPED.labels("deadline").inc()
-        raise DeadlineExceeded(
-            f"The answer was not ready within {round(1000 * seconds)} ms; what had not begun was dropped. Allow "
-            "more with X-Request-Timeout-Ms (the service's own limit is IRONCLIP_REQUEST_TIMEOUT_MS).",
-            limit=round(1000 * seconds),
+        return DeadlineExceeded(
+            f"{what} within {self.milliseconds} ms; what had not begun was dropped. Allow more with "
+            "X-Request-Timeout-Ms (the service's own limit is IRONCLIP_REQUEST_TIMEOUT_MS).",
+            limit=self.milliseconds,
         )
-    finally:
-        task.cancel()
-        gone.cancel()
 
 
 async def _disconnected(request: Request) -> None:

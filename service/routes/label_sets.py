@@ -10,7 +10,7 @@ from service.errors import RequestInvalid
 from service.forms import read_json
 from service.label_sets import Registered
 from service.label_stores import Expect
-from service.routes.common import json_response, service_of
+from service.routes.common import Deadline, json_response, service_of
 from service.schemas import LabelSetDocument
 
 router = APIRouter(tags=["label sets"])
@@ -40,9 +40,12 @@ async def put_label_set(request: Request, name: str) -> Response:
     201 if the name is new, else 200. `If-None-Match: *` keeps from replacing a set, `If-Match: "digest"` from
     replacing one that somebody else has changed.
     """
-    document = await read_json(request, LabelSetDocument)
+    with Deadline(request).receiving():
+        document = await read_json(request, LabelSetDocument)
     content = document.model_dump(exclude_none=True)
-    entry, created = await service_of(request).label_sets.put(name, content, _expect(request))
+    service = service_of(request)
+    entry, created = await service.label_sets.put(name, content, _expect(request))
+    service.warm(entry)
     return json_response(_summary(entry), status=201 if created else 200, headers=_headers(entry))
 
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from ironclip.errors import IronclipError, OptionError
 from service.errors import RequestInvalid
 from service.forms import pictures_from_text, read_json
-from service.routes.common import allowed_seconds, json_response, service_of, stages_of, within
+from service.routes.common import Deadline, json_response, service_of, stages_of
 from service.routes.embed import check_texts, embed_images, embed_texts, encoded, unit
 from service.runtime import ServedEncoder
 from service.schemas import OpenAIEmbeddingRequest
@@ -34,8 +34,8 @@ class Inputs:
 async def openai_embeddings(request: Request) -> Response:
     """Unit vectors for texts and pictures mixed in one `input`, as OpenAI's clients ask for them."""
     service, stages = service_of(request), stages_of(request)
-    seconds = allowed_seconds(request)
-    with stages.time("receive"):
+    deadline = Deadline(request)
+    with deadline.receiving():
         asked = await read_json(request, OpenAIEmbeddingRequest)
     served = service.encoder(asked.model)
     if asked.dimensions is not None and asked.dimensions != served.encoder.dim:
@@ -64,7 +64,7 @@ async def openai_embeddings(request: Request) -> Response:
             found[place] = unit(item.features[0])
         return found
 
-    vectors = await within(request, work(), seconds)
+    vectors = await deadline.within(work())
     count = served.encoder.count_tokens
     tokens = await asyncio.to_thread(lambda: sum(count(text) for _, text in inputs.texts))
     content = {

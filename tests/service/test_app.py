@@ -242,3 +242,11 @@ def test_the_program_explains_itself() -> None:
     assert "IRONCLIP_CONFIG" in run("--help")
     assert "| `IRONCLIP_PORT` | `8000` |" in run("settings", "--markdown")
     assert "IRONCLIP_PORT" in run("settings")
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(client: httpx.Client, tiny_service: ServiceProcess) -> None:
+    head = "POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 500\r\n"
+    with socket.create_connection(("127.0.0.1", tiny_service.port), 10) as sock:
+        sock.sendall((head + "X-Request-Timeout-Ms: 200\r\n\r\nonly this").encode())
+        assert b"504" in sock.recv(4096).splitlines()[0]
+    assert client.get("/readyz").status_code == 200

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
+import time
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from starlette.testclient import TestClient
 
+from ironclip.artifact import save_artifact
 from ironclip.classifier import Classifier, predict
+from ironclip.domain import fit_domain
 from ironclip.encoder import Encoder
 from ironclip.hierarchy import LabelTree
 from ironclip.labels import LabelSet
 from ironclip.loading import load_encoder
+from ironclip.preprocessing import to_float
+from service.app import create_app
+from service.settings import Settings
+from tests.conftest import make_tiny_encoder
 
 LABELS = ["carrot", "rocket", "cat face"]
 TREE = {"levels": ["name", "kind"], "parents": {"carrot": "thing", "rocket": "thing", "cat face": "animal"}}
@@ -258,3 +268,38 @@ def test_concurrent_requests_with_new_labels_get_right_answers(client: httpx.Cli
         answers = list(pool.map(ask, sets))
     for labels, answer in zip(sets, answers, strict=True):
         assert answer == pytest.approx(decide(encoder, data, labels), abs=1e-5)
+
+
+def test_a_picture_unlike_the_training_art_is_marked(tmp_path: Path) -> None:
+    encoder = make_tiny_encoder()
+    noise = np.random.default_rng(0)
+    dark = [noise.integers(0, 60, (32, 32, 3), dtype=np.uint8) for _ in range(40)]
+    bright = np.full((32, 32, 3), 255, np.uint8)
+
+    def png(values: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(values).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def features(values: list[np.ndarray]) -> torch.Tensor:
+        pixels = torch.stack([encoder.preprocessing(Image.fromarray(one))[0] for one in values])
+        with torch.no_grad():
+            return encoder.encode_image(to_float(pixels))
+
+    domain = fit_domain(features(dark), torch.zeros(40, dtype=torch.int64), "dark noise")
+    inside, outside = domain.score(features([dark[0], bright])).tolist()
+    assert outside < inside
+    domain = dataclasses.replace(domain, threshold=(inside + outside) / 2)
+    folder = save_artifact(encoder, tmp_path / "artifact", {"name": "dark", "domain": domain.to_json()})
+    domain.save(folder)
+    settings = Settings(encoders={"dark": str(folder)}, dtype="float32", state_dir=tmp_path)
+    with TestClient(create_app(settings)) as client:
+        while client.get("/readyz").status_code != 200:
+            time.sleep(0.05)
+        for _ in range(2):  # from the model, then from the cache
+            images = [text(png(dark[0])), text(png(bright))]
+            answers = client.post("/classify", json={"images": images, "labels": LABELS}).json()
+            assert [answer["domain"]["inside"] for answer in answers] == [True, False]
+            assert "warning" not in answers[0]["domain"]
+            assert "dark noise" in answers[1]["domain"]["warning"]
+            assert answers[1]["domain"]["score"] == pytest.approx(outside, rel=0.05)

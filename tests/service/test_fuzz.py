@@ -47,6 +47,8 @@ def test_every_operation_takes_whatever_comes(tiny_service: ServiceProcess, labe
         suppress_health_check=list(HealthCheck),
     )
     def ask(case: schemathesis.Case) -> None:
+        # A deadline of a millisecond is a 504 that the caller asked for; test_errors.py has it.
+        case.headers.pop("X-Request-Timeout-Ms", None)
         case.call_and_validate(base_url=tiny_service.url, checks=CHECKS, timeout=30)
 
     with contextlib.suppress(Unsatisfiable):  # an operation without parameters has no wrong ones
