@@ -141,8 +141,9 @@ class Preprocessing:
         if self.resize_mode == "shortest" and max(width, height) > 2 * min(width, height):
             warnings.append("mostly-cropped")
         square = self._fit(opaque)
-        pixels = torch.from_numpy(np.array(square, dtype=np.uint8)).permute(2, 0, 1).contiguous()
-        return pixels, tuple(warnings)
+        # Transposed by numpy: torch would spread the copy over all cores, which decoding threads do not have.
+        pixels = np.array(np.asarray(square).transpose(2, 0, 1), dtype=np.uint8, order="C")
+        return torch.from_numpy(pixels), tuple(warnings)
 
     def _fit(self, image: Image.Image) -> Image.Image:
         """Resize and crop or pad to RGB R x R."""

@@ -9,17 +9,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from loadtests.machine import process_seconds
+
 _LONGEST_SECONDS = 60.0
 _LENGTH = re.compile(rb"\r\ncontent-length: (\d+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a closed loop saw: seconds it lasted, latency of each reply (s), and CPU seconds of the client."""
+    """What a closed loop saw: seconds it lasted, latency of each reply (s), CPU seconds of client and server."""
 
     seconds: float
     latencies: list[float]
     client_cpu_seconds: float
+    server_cpu_seconds: float
 
     @property
     def rate(self) -> float:
@@ -47,7 +50,9 @@ def post(path: str, body: bytes, content_type: str) -> bytes:
     return head.encode() + body
 
 
-async def closed_loop(port: int, next_request: Callable[[], bytes], concurrency: int, seconds: float) -> Load:
+async def closed_loop(
+    port: int, next_request: Callable[[], bytes], concurrency: int, seconds: float, server_pid: int
+) -> Load:
     """Keep `concurrency` requests in flight; counts from when each connection has had its first reply.
 
     Lasts some seconds, and on a slow machine longer: until there are three replies for each connection.
@@ -75,22 +80,22 @@ async def closed_loop(port: int, next_request: Callable[[], bytes], concurrency:
         finally:
             writer.close()
 
-    async def watch() -> tuple[float, float]:
+    async def watch() -> tuple[float, float, float]:
         await all_warm.wait()
-        cpu, began = _own_cpu(), time.perf_counter()
+        cpu, server_cpu, began = _own_cpu(), process_seconds(server_pid), time.perf_counter()
         await asyncio.sleep(seconds)
         while len(latencies) < 3 * concurrency and time.perf_counter() - began < _LONGEST_SECONDS:
             await asyncio.sleep(0.05)
         enough.set()
-        return time.perf_counter() - began, _own_cpu() - cpu
+        return time.perf_counter() - began, _own_cpu() - cpu, process_seconds(server_pid) - server_cpu
 
     watcher = asyncio.ensure_future(watch())
     try:
         await asyncio.gather(*(worker() for _ in range(concurrency)))
-        lasted, spent = await watcher
+        lasted, spent, server_spent = await watcher
     finally:
         watcher.cancel()
-    return Load(lasted, latencies, spent)
+    return Load(lasted, latencies, spent, server_spent)
 
 
 async def fetch(port: int, path: str) -> bytes:
