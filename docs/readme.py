@@ -23,6 +23,56 @@ def _meta(folder: str) -> dict[str, Any]:
     return content
 
 
+def demo_table() -> str:
+    """Scores of the encoders that ship, as their `ironclip.json` has them."""
+    columns = {
+        "top1": "top-1",
+        "top5": "top-5",
+        "subgroup_prompts": "subgroup, own prompts",
+        "subgroup_rollup": "subgroup, roll-up",
+        "group_prompts": "group, own prompts",
+        "group_rollup": "group, roll-up",
+    }
+    rows = [
+        "| encoder | test vendor | pictures | " + " | ".join(columns.values()) + " |",
+        "| --- " * (len(columns) + 3) + "|",
+    ]
+    for folder in sorted(path.parent.name for path in DEMO.glob("*/ironclip.json")):
+        meta = _meta(folder)
+        for vendor, parts in meta["scores"].items():
+            for part, title in (("without_flags", ""), ("flags", ", flags only")):
+                if part in parts:
+                    scores = parts[part]
+                    cells = [f"{scores[key]:.1f} %" for key in columns]
+                    name = f"`{meta['name']}`" if not title else ""
+                    rows.append(f"| {name} | {vendor}{title} | {scores['pictures']} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def bench_table() -> str:
+    """Medians of the last run of `make bench`."""
+    report = json.loads((RESULTS / "bench_floor.json").read_text(encoding="utf-8"))
+    rows = [
+        "| JPEG | clients | images/s | of the floor | by CPU time | p50 | p99 | p50 over decode + forward |",
+        "| --- " * 8 + "|",
+    ]
+    for size, result in report["sizes"].items():
+        for concurrency, row in result["median"]["embed"].items():
+            rows.append(
+                f"| {size} | {concurrency.removeprefix('c')} | {row['images_per_second']:.1f} | "
+                f"{row['share_of_floor']:.0%} | {row['share_of_floor_by_cpu_time']:.0%} | {row['p50_ms']:.0f} ms | "
+                f"{row['p99_ms']:.0f} ms | {row['latency_over_decode_and_forward']:.2f} |"
+            )
+    machine = report["machine"]
+    rows += [
+        "",
+        f"`{report['command'].strip()}`, {report['model']}, {report['dtype']['chosen']}; {machine['cpu']}, "
+        f"{machine['cores']} cores; seed {report['seed']}, commit {report['commit'][:12]}; "
+        "[all numbers](loadtests/results/bench_floor.json).",
+    ]
+    return "\n".join(rows) + "\n"
+
+
 def tree_of_the_house() -> str:
     """The top two floors of the repository, one phrase a room, from the docstrings."""
     import ast
