@@ -65,7 +65,7 @@ def create_app(settings: Settings | None = None, *, on_fatal: Callable[[Ironclip
         for route in router.routes
         if hasattr(route, "endpoint")
     )
-    app.add_middleware(BodyGuard, max_bytes=settings.max_body_bytes)
+    app.add_middleware(BodyGuard, max_bytes=settings.max_body_bytes, max_held_bytes=settings.max_held_bytes)
     app.add_middleware(Accounting, ops=ops_names)
     return app
 

@@ -25,6 +25,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _LOG = logging.getLogger("ironclip.service.batching")
+_PATIENCE = 10  # the longest wait of an idle worker, in units of the wait for one item
 _MEMORY = 0.8  # weight of the past in the running mean of seconds per item
 
 
@@ -53,7 +54,8 @@ class Batcher(Generic[Item, Result]):
         max_batch: items in one call at most, weighed by `cost`.
         max_queue: items waiting at most, weighed by `cost`; a request larger than that is taken only while
             nothing waits.
-        idle_wait_ms: how long an idle worker waits for a batch to fill.
+        idle_wait_ms: how long an idle worker waits for the next item before it starts a batch that is not full;
+            ten times that in all.
         more_expected: says whether more items are about to come; while it says no, an idle worker starts at once.
         on_batch: called after each batch, in the worker thread, with its cost, the seconds it ran, and the
             seconds that its oldest item had waited.
@@ -223,12 +225,20 @@ class Batcher(Generic[Item, Result]):
                 return False
             self._changed.wait()
         if idle and self._idle_wait:
-            deadline = time.monotonic() + self._idle_wait
-            while self._queued < self.max_batch and not self._stopping and self._more_expected():
-                left = deadline - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
-                    break
+            self._await_company()
         return True
+
+    def _await_company(self) -> None:
+        """Let items gather that follow each other closely, while more are expected. Holds the lock."""
+        last = time.monotonic() + _PATIENCE * self._idle_wait
+        seen, due = self._next_id, time.monotonic() + self._idle_wait
+        while self._queued < self.max_batch and not self._stopping and self._more_expected():
+            left = min(due, last) - time.monotonic()
+            if left <= 0:
+                return
+            self._changed.wait(left)
+            if self._next_id != seen:
+                seen, due = self._next_id, time.monotonic() + self._idle_wait
 
     def _take(self, most: float) -> list[_Entry[Item]]:
         """Take entries off the front, up to a cost of `most` but at least one. Holds the lock.

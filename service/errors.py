@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
@@ -196,7 +197,11 @@ def pointer_of(location: Sequence[str | int]) -> str:
 
 def from_validation(error: ValidationError) -> lib.IronclipError:
     """Return pydantic's findings as our error; the input itself is left out."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
+    return from_faults(error.errors(include_url=False, include_context=False, include_input=False))
+
+
+def from_faults(found: Sequence[Any]) -> lib.IronclipError:
+    """Return a list of findings, in pydantic's form, as our error."""
     if found and found[0]["type"] == "json_invalid":
         return BodyMalformed(str(found[0]["msg"]) + ".")
     faults = [
@@ -244,6 +249,8 @@ def as_ironclip(error: Exception) -> lib.IronclipError:
         return error
     if isinstance(error, ValidationError):
         return from_validation(error)
+    if isinstance(error, RequestValidationError):
+        return from_faults(error.errors())
     if isinstance(error, HTTPException):
         return from_http(error)
     return InternalError("Something went wrong in the service; its log has it under this request id.")

@@ -9,7 +9,7 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ironclip.errors import InputTooLarge
+from ironclip.errors import InputTooLarge, Overloaded
 from service import telemetry
 from service.errors import ContentEncodingUnsupported, InternalError, error_response
 from service.telemetry import Stages
@@ -94,15 +94,22 @@ class Accounting:
 
 
 class BodyGuard:
-    """Count the body's bytes while they arrive, and refuse too many of them, or compressed ones.
+    """Count the bodies' bytes while they arrive, and refuse too many of them, or compressed ones.
 
     The refusal is raised where the route reads the body, so it has the shape of the route's other errors; a
     client that waits for "100 Continue" is refused before it sends.
+
+    Args:
+        app: the layers below.
+        max_bytes: bytes of one body.
+        max_held_bytes: bytes of all bodies whose requests are not answered yet.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_held_bytes: int) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.max_held_bytes = max_held_bytes
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -119,12 +126,24 @@ class BodyGuard:
                 self._check_headers(Headers(scope=scope))
             message = await receive()
             if message["type"] == "http.request":
-                received += len(message.get("body", b""))
+                size = len(message.get("body", b""))
+                received += size
+                self._held += size
                 if received > self.max_bytes:
                     raise self._too_large()
+                if self._held > self.max_held_bytes:
+                    raise Overloaded(
+                        f"The bodies of the requests under way are over {self.max_held_bytes} bytes "
+                        "(IRONCLIP_MAX_HELD_BYTES).",
+                        retry_after=1,
+                        limit=self.max_held_bytes,
+                    )
             return message
 
-        await self.app(scope, receive_counted, send)
+        try:
+            await self.app(scope, receive_counted, send)
+        finally:
+            self._held -= received
 
     def _check_headers(self, headers: Headers) -> None:
         encoding = headers.get("content-encoding", "identity").strip().lower()

@@ -115,6 +115,11 @@ class Settings(BaseSettings):
     )
 
     max_body_bytes: int = Field(default=64 * MIB, ge=1024, description="Bytes of one request at most.")
+    max_held_bytes: int = Field(
+        default=1024 * MIB,
+        ge=1024,
+        description="Bytes of all requests under way at most; more are answered 429.",
+    )
     max_image_bytes: int = Field(default=16 * MIB, ge=1024, description="Bytes of one encoded image at most.")
     max_pixels: int = Field(default=25_000_000, ge=1, description="Pixels of one image at most.")
     max_side: int = Field(default=16_384, ge=1, le=65_535, description="Pixels along one side of an image at most.")

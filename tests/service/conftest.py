@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import importlib.util
+import io
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,7 +20,9 @@ from pathlib import Path
 from types import ModuleType
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +37,25 @@ def free_port() -> int:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
         return port
+
+
+def picture(seed: int, form: str = "PNG") -> bytes:
+    """A small picture of its own for each seed, as a file."""
+    values = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).resize((48, 40), Image.Resampling.BICUBIC).save(buffer, form)
+    return buffer.getvalue()
+
+
+def as_base64(data: bytes) -> str:
+    """Bytes as JSON carries them."""
+    return base64.b64encode(data).decode()
+
+
+def metric(url: str, name: str) -> float:
+    """The value of one series, named with its labels; 0 where there is none."""
+    found = re.search(rf"^{re.escape(name)} (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+    return float(found.group(1)) if found else 0.0
 
 
 @dataclass

@@ -19,10 +19,11 @@ import httpx
 import jsonschema_rs
 import pytest
 from PIL import Image
+from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.settings import Settings
-from tests.service.conftest import ServiceProcess
+from tests.service.conftest import ServiceProcess, metric
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,11 +35,6 @@ def picture(width: int = 40, height: int = 40, colour: tuple[int, int, int] = (9
 
 
 IMAGE = base64.b64encode(picture()).decode()
-
-
-def metric(client: httpx.Client, name: str) -> float:
-    found = re.search(rf"^{re.escape(name)} (\S+)$", client.get("/metrics").text, re.MULTILINE)
-    return float(found.group(1)) if found else 0.0
 
 
 def test_health(client: httpx.Client) -> None:
@@ -80,9 +76,9 @@ def test_answers_are_not_sniffed(client: httpx.Client) -> None:
 
 def test_metrics_count_and_stay_few(client: httpx.Client) -> None:
     name = 'ironclip_requests_total{code="200",op="classify"}'
-    before = metric(client, name)
+    before = metric(str(client.base_url).rstrip("/"), name)
     client.post("/classify", json={"image": IMAGE, "labels": ["a"]})
-    assert metric(client, name) == before + 1
+    assert metric(str(client.base_url).rstrip("/"), name) == before + 1
     client.get("/x")
     lines = len(client.get("/metrics").text.splitlines())
     for i in range(50):
@@ -170,7 +166,7 @@ def test_label_sets_over_http(client: httpx.Client) -> None:
 def test_a_client_that_goes_away_is_counted_and_harms_nobody(
     client: httpx.Client, tiny_service: ServiceProcess
 ) -> None:
-    before = metric(client, 'ironclip_requests_total{code="499",op="classify"}')
+    before = metric(str(client.base_url).rstrip("/"), 'ironclip_requests_total{code="499",op="classify"}')
     body = json.dumps({"image": base64.b64encode(picture(4900, 4900)).decode(), "labels": ["a"]}).encode()
     head = (
         f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -181,7 +177,7 @@ def test_a_client_that_goes_away_is_counted_and_harms_nobody(
             time.sleep(0.02)
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        if metric(client, 'ironclip_requests_total{code="499",op="classify"}') > before:
+        if metric(str(client.base_url).rstrip("/"), 'ironclip_requests_total{code="499",op="classify"}') > before:
             break
         time.sleep(0.05)
     else:
@@ -250,3 +246,18 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(client: httpx.Client, tin
         sock.sendall((head + "X-Request-Timeout-Ms: 200\r\n\r\nonly this").encode())
         assert b"504" in sock.recv(4096).splitlines()[0]
     assert client.get("/readyz").status_code == 200
+
+
+def test_a_dead_worker_is_told_on_readyz_and_to_whoever_asks(tiny_artifact: Path, tmp_path: Path) -> None:
+    settings = Settings(encoders={"tiny": str(tiny_artifact)}, dtype="float32", state_dir=tmp_path)
+    app = create_app(settings)
+    with TestClient(app) as client:
+        while client.get("/readyz").status_code != 200:
+            time.sleep(0.05)
+        assert client.portal is not None
+        client.portal.call(app.state.service.served["tiny"].images.stop)
+        refused = client.get("/readyz")
+        assert (refused.status_code, refused.json()["reason"]) == (503, "a worker of tiny is not running or not moving")
+        answer = client.post("/classify", json={"image": IMAGE, "labels": ["a"]})
+        assert (answer.status_code, answer.json()["code"]) == (503, "not-ready")
+        assert client.get("/livez").status_code == 200

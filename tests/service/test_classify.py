@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import io
 import json
@@ -27,20 +26,10 @@ from ironclip.preprocessing import to_float
 from service.app import create_app
 from service.settings import Settings
 from tests.conftest import make_tiny_encoder
+from tests.service.conftest import as_base64, picture
 
 LABELS = ["carrot", "rocket", "cat face"]
 TREE = {"levels": ["name", "kind"], "parents": {"carrot": "thing", "rocket": "thing", "cat face": "animal"}}
-
-
-def picture(seed: int, form: str = "PNG") -> bytes:
-    values = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(values).resize((48, 40), Image.Resampling.BICUBIC).save(buffer, form)
-    return buffer.getvalue()
-
-
-def text(data: bytes) -> str:
-    return base64.b64encode(data).decode()
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +50,7 @@ def scores(answer: dict[str, object]) -> dict[str, float]:
 
 def test_the_answer_is_the_librarys(client: httpx.Client, encoder: Encoder) -> None:
     data = picture(1)
-    answer = client.post("/classify", json={"image": text(data), "labels": LABELS}).json()
+    answer = client.post("/classify", json={"image": as_base64(data), "labels": LABELS}).json()
     assert scores(answer) == pytest.approx(decide(encoder, data), abs=1e-5)
     ranked = [row["score"] for row in answer["predictions"]]
     assert ranked == sorted(ranked, reverse=True)
@@ -79,8 +68,8 @@ def test_every_form_of_input_gives_the_same_answer(client: httpx.Client) -> None
         data = picture(2, form)
         asked = {"labels": LABELS, "top_k": 2, "templates": ["a {}", "one {}"], "levels": "rollup"}
         answers = [
-            client.post("/classify", json={"image": text(data), "tree": TREE, **asked}),
-            client.post("/classify", json={"image": f"data:{kind};base64,{text(data)}", "tree": TREE, **asked}),
+            client.post("/classify", json={"image": as_base64(data), "tree": TREE, **asked}),
+            client.post("/classify", json={"image": f"data:{kind};base64,{as_base64(data)}", "tree": TREE, **asked}),
             client.post(
                 "/classify",
                 files={"image": ("x", data, kind)},
@@ -100,7 +89,7 @@ def test_every_form_of_input_gives_the_same_answer(client: httpx.Client) -> None
 
 def test_several_images_each_have_their_own_outcome(client: httpx.Client, encoder: Encoder) -> None:
     good = [picture(i) for i in (3, 4)]
-    images = [text(good[0]), "not base64!", text(good[1]), text(good[0][:40])]
+    images = [as_base64(good[0]), "not base64!", as_base64(good[1]), as_base64(good[0][:40])]
     response = client.post("/classify", json={"images": images, "labels": LABELS})
     assert response.status_code == 200
     answer = response.json()
@@ -115,7 +104,7 @@ def test_several_images_each_have_their_own_outcome(client: httpx.Client, encode
 
 
 def test_sixty_four_images_and_not_one_more(client: httpx.Client) -> None:
-    image = text(picture(5))
+    image = as_base64(picture(5))
     assert len(client.post("/classify", json={"images": [image] * 64, "labels": ["a"]}).json()) == 64
     refused = client.post("/classify", json={"images": [image] * 65, "labels": ["a"]})
     assert refused.status_code == 413
@@ -127,13 +116,13 @@ def test_sixty_four_images_and_not_one_more(client: httpx.Client) -> None:
 def test_labels_may_bring_prompts_and_descriptions(client: httpx.Client, encoder: Encoder) -> None:
     labels = [{"name": "carrot", "prompts": ["a vegetable"]}, {"name": "rocket", "descriptions": ["it flies"]}, "cat"]
     data = picture(6)
-    answer = client.post("/classify", json={"image": text(data), "labels": labels}).json()
+    answer = client.post("/classify", json={"image": as_base64(data), "labels": labels}).json()
     assert scores(answer) == pytest.approx(decide(encoder, data, labels), abs=1e-5)
 
 
 def test_levels_by_rollup_add_up_and_by_prompts_compete(client: httpx.Client, encoder: Encoder) -> None:
     data = picture(7)
-    asked = {"image": text(data), "labels": LABELS, "tree": TREE}
+    asked = {"image": as_base64(data), "labels": LABELS, "tree": TREE}
     rolled = client.post("/classify", json={**asked, "levels": "rollup"}).json()
     kinds = {row["label"]: row["score"] for row in rolled["levels"]["kind"]}
     leaves = scores(rolled)
@@ -149,7 +138,7 @@ def test_levels_by_rollup_add_up_and_by_prompts_compete(client: httpx.Client, en
 
 def test_several_trees_over_the_same_labels(client: httpx.Client) -> None:
     trees = {"kinds": TREE, "colours": {"parents": {"carrot": "orange", "rocket": "white", "cat face": "orange"}}}
-    answer = client.post("/classify", json={"image": text(picture(8)), "labels": LABELS, "tree": trees}).json()
+    answer = client.post("/classify", json={"image": as_base64(picture(8)), "labels": LABELS, "tree": trees}).json()
     assert set(answer["levels"]) == {"kinds/kind", "colours/1"}
 
 
@@ -162,7 +151,7 @@ def test_a_tree_as_text_goes_with_every_form(client: httpx.Client) -> None:
 
 
 def test_top_k_is_taken_after_the_cache(client: httpx.Client) -> None:
-    asked = {"image": text(picture(9)), "labels": LABELS}
+    asked = {"image": as_base64(picture(9)), "labels": LABELS}
     one = client.post("/classify", json={**asked, "top_k": 1})
     three = client.post("/classify", json={**asked, "top_k": 3})
     assert one.headers["cache-status"] == "ironclip; fwd=miss"
@@ -178,7 +167,7 @@ def test_the_same_pixels_in_other_bytes_hit_the_cache(client: httpx.Client) -> N
         image.save(buffer, "PNG", compress_level=level)
         files.append(buffer.getvalue())
     assert files[0] != files[1]
-    first, second = (client.post("/classify", json={"image": text(data), "labels": LABELS}) for data in files)
+    first, second = (client.post("/classify", json={"image": as_base64(data), "labels": LABELS}) for data in files)
     assert first.headers["cache-status"] == "ironclip; fwd=miss"
     assert second.headers["cache-status"] == "ironclip; hit"
     assert first.json() == second.json()
@@ -196,7 +185,7 @@ def test_another_question_is_not_answered_from_the_cache(
     client: httpx.Client, encoder: Encoder, change: dict[str, object]
 ) -> None:
     data = picture(11)
-    asked = {"image": text(data), "labels": LABELS}
+    asked = {"image": as_base64(data), "labels": LABELS}
     client.post("/classify", json=asked)
     after = client.post("/classify", json={**asked, **change}).json()
     labels = change.get("labels", LABELS)
@@ -208,7 +197,9 @@ def test_another_question_is_not_answered_from_the_cache(
 
 def test_batch_mates_do_not_matter(client: httpx.Client, encoder: Encoder) -> None:
     pictures = [picture(100 + i) for i in range(16)]
-    together = client.post("/classify", json={"images": [text(data) for data in pictures], "labels": LABELS}).json()
+    together = client.post(
+        "/classify", json={"images": [as_base64(data) for data in pictures], "labels": LABELS}
+    ).json()
     for answer, data in zip(together, pictures, strict=True):
         assert scores(answer) == pytest.approx(decide(encoder, data), abs=1e-5)
 
@@ -219,14 +210,14 @@ def test_what_was_done_to_the_picture_is_said(client: httpx.Client) -> None:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     for _ in range(2):  # from the decoder, then from the cache
-        answer = client.post("/classify", json={"image": text(buffer.getvalue()), "labels": LABELS}).json()
+        answer = client.post("/classify", json={"image": as_base64(buffer.getvalue()), "labels": LABELS}).json()
         assert answer["preprocessing"]["warnings"] == ["alpha-composited"]
 
 
 def test_registered_labels_give_the_answer_of_sent_ones(client: httpx.Client) -> None:
     document = {"labels": LABELS, "templates": ["a {}"], "tree": TREE}
     stored = client.put("/label-sets/classify-test", json=document).json()
-    image = text(picture(13))
+    image = as_base64(picture(13))
     sent = client.post("/classify", json={"image": image, **document, "levels": "rollup"}).json()
     for name in ("classify-test", f"classify-test@{stored['digest']}"):
         answer = client.post("/classify", json={"image": image, "label_set": name, "levels": "rollup"}).json()
@@ -238,19 +229,19 @@ def test_registered_labels_give_the_answer_of_sent_ones(client: httpx.Client) ->
 def test_shipped_label_sets_are_there_from_the_start(client: httpx.Client) -> None:
     names = {row["name"] for row in client.get("/label-sets").json()["label_sets"] if row["read_only"]}
     assert {"emoji", "emoji-groups", "emoji-subgroups"} <= names
-    answer = client.post("/classify", json={"image": text(picture(14)), "label_set": "emoji", "levels": "rollup"})
+    answer = client.post("/classify", json={"image": as_base64(picture(14)), "label_set": "emoji", "levels": "rollup"})
     assert len(answer.json()["predictions"]) == 100
     assert set(answer.json()["levels"]) == {"subgroup", "group"}
 
 
 def test_the_alias_default_and_the_name_are_one(client: httpx.Client) -> None:
-    asked = {"image": text(picture(15)), "labels": LABELS}
+    asked = {"image": as_base64(picture(15)), "labels": LABELS}
     named = client.post("/classify", json={**asked, "encoder": "tiny"}).json()
     assert client.post("/classify", json={**asked, "encoder": "default"}).json() == named
 
 
 def test_the_timing_of_the_stages_is_told(client: httpx.Client) -> None:
-    header = client.post("/classify", json={"image": text(picture(16)), "labels": LABELS}).headers["server-timing"]
+    header = client.post("/classify", json={"image": as_base64(picture(16)), "labels": LABELS}).headers["server-timing"]
     assert {part.split(";")[0] for part in header.split(", ")} >= {"receive", "cache", "decode", "model", "serialise"}
 
 
@@ -262,7 +253,7 @@ def test_concurrent_requests_with_new_labels_get_right_answers(client: httpx.Cli
     data = picture(17)
 
     def ask(labels: list[str]) -> dict[str, float]:
-        return scores(client.post("/classify", json={"image": text(data), "labels": labels}).json())
+        return scores(client.post("/classify", json={"image": as_base64(data), "labels": labels}).json())
 
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(ask, sets))
@@ -297,7 +288,7 @@ def test_a_picture_unlike_the_training_art_is_marked(tmp_path: Path) -> None:
         while client.get("/readyz").status_code != 200:
             time.sleep(0.05)
         for _ in range(2):  # from the model, then from the cache
-            images = [text(png(dark[0])), text(png(bright))]
+            images = [as_base64(png(dark[0])), as_base64(png(bright))]
             answers = client.post("/classify", json={"images": images, "labels": LABELS}).json()
             assert [answer["domain"]["inside"] for answer in answers] == [True, False]
             assert "warning" not in answers[0]["domain"]

@@ -15,18 +15,11 @@ from PIL import Image
 from ironclip.encoder import Encoder
 from ironclip.loading import load_encoder
 from ironclip.preprocessing import to_float
-from tests.service.conftest import ServiceProcess
-
-
-def picture(seed: int, form: str = "PNG") -> bytes:
-    values = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(values).resize((48, 40), Image.Resampling.BICUBIC).save(buffer, form)
-    return buffer.getvalue()
+from tests.service.conftest import ServiceProcess, as_base64, picture
 
 
 def uri(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode()
+    return "data:image/png;base64," + as_base64(data)
 
 
 @pytest.fixture(scope="module")

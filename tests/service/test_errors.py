@@ -248,6 +248,17 @@ def test_bytes_are_counted_as_they_arrive(small: TestClient) -> None:
     assert openai.json()["error"]["code"] == "input-too-large"
 
 
+def test_bodies_together_are_bounded_too(tiny_artifact: Path, tmp_path: Path) -> None:
+    settings = Settings(encoders={"tiny": str(tiny_artifact)}, state_dir=tmp_path, max_held_bytes=100_000)
+    with TestClient(create_app(settings)) as client:
+        for _ in range(3):
+            response = client.post("/embed", content=b"x" * 100_001, headers={"content-type": "image/png"})
+            check(response, 429, "overloaded")
+            assert response.headers["retry-after"] == "1"
+        response = client.post("/embed", content=b"x" * 90_000, headers={"content-type": "image/png"})
+        assert response.status_code != 429  # what was refused is not held any longer
+
+
 def test_paths_and_methods(small: TestClient) -> None:
     check(small.get("/nowhere"), 404, "route-not-found")
     response = small.get("/classify")

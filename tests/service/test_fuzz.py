@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 import json
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
-from PIL import Image
 from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import (
@@ -24,7 +20,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.service.conftest import ServiceProcess
+from tests.service.conftest import ServiceProcess, as_base64, picture
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 LABELS = ["carrot", "rocket"]
@@ -55,24 +51,17 @@ def test_every_operation_takes_whatever_comes(tiny_service: ServiceProcess, labe
         ask()
 
 
-def good() -> bytes:
-    values = np.random.default_rng(1).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(values).resize((48, 40), Image.Resampling.BICUBIC).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def test_each_malformed_picture_gets_its_problem_and_the_next_request_its_answer(
     client: httpx.Client, malformed_images: dict[str, bytes]
 ) -> None:
     assert len(malformed_images) >= 40
-    asked = {"image": base64.b64encode(good()).decode(), "labels": LABELS}
+    asked = {"image": as_base64(picture(1)), "labels": LABELS}
     wanted = client.post("/classify", json=asked).json()
     for name, data in malformed_images.items():
         forms = [
-            client.post("/classify", json={**asked, "image": base64.b64encode(data).decode()}),
+            client.post("/classify", json={**asked, "image": as_base64(data)}),
             client.post("/classify", files={"image": ("x", data, "application/octet-stream")}, data={"labels": LABELS}),
-            client.post("/embed", json={"images": [base64.b64encode(data).decode()]}),
+            client.post("/embed", json={"images": [as_base64(data)]}),
         ]
         for response in forms[:2]:
             assert response.status_code in (413, 422), name
@@ -112,7 +101,7 @@ json_values = st.recursive(
 )
 @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 def test_arbitrary_options_are_an_answer_or_a_4xx(client: httpx.Client, options: dict[str, object]) -> None:
-    body = json.dumps({"image": base64.b64encode(good()).decode(), "labels": LABELS, **options})
+    body = json.dumps({"image": as_base64(picture(1)), "labels": LABELS, **options})
     response = client.post("/classify", content=body, headers={"content-type": "application/json"})
     assert response.status_code < 500, (options, response.text)
     assert response.status_code == 200 or response.headers["content-type"] == "application/problem+json"

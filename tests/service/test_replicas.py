@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import re
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 import redis
-from PIL import Image
 
-from tests.service.conftest import RedisServer, ServiceProcess
+from tests.service.conftest import RedisServer, ServiceProcess, as_base64, metric, picture
 
 LABELS = ["carrot", "rocket"]
 
 
-def picture(seed: int) -> str:
-    values = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(values).resize((48, 40), Image.Resampling.BICUBIC).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def metric(service: ServiceProcess, name: str) -> float:
-    text = httpx.get(f"{service.url}/metrics").text
-    found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
-    return float(found.group(1)) if found else 0.0
-
-
 def classify(service: ServiceProcess, seed: int, **asked: object) -> httpx.Response:
-    body = {"image": picture(seed), "labels": LABELS, **asked}
+    body = {"image": as_base64(picture(seed)), "labels": LABELS, **asked}
     body = {key: value for key, value in body.items() if value is not None}
     return httpx.post(f"{service.url}/classify", json=body, timeout=30)
 
@@ -96,7 +78,7 @@ def test_replicas_share_the_cache_and_refuse_poison(
     shared = classify(two, 1)
     assert shared.headers["cache-status"] == "ironclip; hit"
     assert shared.json() == wanted.json()
-    assert metric(two, 'ironclip_cache_total{cache="scores",result="shared-hit"}') == 1
+    assert metric(two.url, 'ironclip_cache_total{cache="scores",result="shared-hit"}') == 1
 
     wanted = classify(one, 2).json()
     time.sleep(0.3)
@@ -105,7 +87,7 @@ def test_replicas_share_the_cache_and_refuse_poison(
     poisoned = classify(two, 2)
     assert poisoned.status_code == 200
     assert poisoned.json() == wanted
-    assert metric(two, 'ironclip_cache_total{cache="images",result="rejected"}') >= 1
+    assert metric(two.url, 'ironclip_cache_total{cache="images",result="rejected"}') >= 1
 
 
 def test_redis_away_at_the_start_lost_and_slow_on_the_way(
@@ -115,7 +97,7 @@ def test_redis_away_at_the_start_lost_and_slow_on_the_way(
     service = start_service(encoders=f"tiny={tiny_artifact}", redis_url=server.url)
 
     def up(value: float) -> bool:
-        return metric(service, "ironclip_redis_up") == value
+        return metric(service.url, "ironclip_redis_up") == value
 
     try:
         assert classify(service, 1).status_code == 200
@@ -133,8 +115,8 @@ def test_redis_away_at_the_start_lost_and_slow_on_the_way(
         assert {answer.status_code for answer in answers} == {200}
         assert time.perf_counter() - start < 5
         assert up(0)
-        assert metric(service, 'ironclip_redis_errors_total{reason="timeout"}') >= 3
-        assert metric(service, 'ironclip_cache_total{cache="images",result="unavailable"}') >= 1
+        assert metric(service.url, 'ironclip_redis_errors_total{reason="timeout"}') >= 3
+        assert metric(service.url, 'ironclip_cache_total{cache="images",result="unavailable"}') >= 1
         server.send(signal.SIGCONT)
         deadline = time.monotonic() + 15
         while not up(1) and time.monotonic() < deadline:
