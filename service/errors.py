@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ironclip import errors as lib
+from service import telemetry
 from service.settings import SettingsInvalid
 
 PROBLEM_JSON = "application/problem+json"
@@ -238,6 +239,8 @@ def handle_error(request: Request, error: Exception) -> Response:
     known = as_ironclip(error)
     response = error_response(known, request.url.path, getattr(request.state, "request_id", None))
     request.state.error_code = known.code
+    if isinstance(known, lib.Overloaded):
+        telemetry.DROPPED.labels("overload").inc()
     if isinstance(error, HTTPException) and error.headers and "Allow" in error.headers:
         response.headers["Allow"] = error.headers["Allow"]
     return response
