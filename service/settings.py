@@ -68,7 +68,11 @@ class Settings(BaseSettings):
         default=512, ge=1, le=1_000_000, description="Items waiting for a tower at most; more are answered 429."
     )
     idle_wait_ms: float = Field(
-        default=2.0, ge=0, le=1000, description="How long an idle model waits for company before it starts a batch."
+        default=5.0,
+        ge=0,
+        le=1000,
+        description="How long an idle model waits for the next item while images are being decoded, before it "
+        "starts a batch that is not full; ten times that in all.",
     )
     decode_workers: int = Field(default=0, ge=0, le=256, description="Threads that decode images; 0: one a core.")
     request_timeout_ms: int = Field(
