@@ -28,7 +28,9 @@ def describe_machine() -> dict[str, Any]:
             for name, value in os.environ.items()
             if name == "LD_PRELOAD" or name.startswith(("MALLOC_", "OMP_", "GOMP_"))
         },
-        "load_average_before": round(os.getloadavg()[0], 2),
+        "nice": os.nice(0),
+        # Taken before the measurement: other work on the machine, which every number suffers from.
+        "load_average": [round(load, 2) for load in os.getloadavg()],
     }
 
 
