@@ -14,10 +14,10 @@ from training.demo_files import draw_icon
 from training.emoji.pictures import VendorImages, load_vendor, manifest_names, read_manifest
 from training.evaluate import FLAGS, TEMPLATES
 
-COLUMNS, ROWS, SIDE, SEED = 5, 2, 150, 0
+COLUMNS, ROWS, SIDE, SEED = 3, 3, 150, 0
 TITLES = {
     "emojione": "EmojiOne 2 / EmojiTwo (CC BY 4.0)",
-    "openmoji": "OpenMoji (openmoji.org), CC BY-SA 4.0; this picture too is CC BY-SA 4.0",
+    "openmoji": "OpenMoji (openmoji.org), CC BY-SA 4.0, as is this whole picture",
 }
 RIGHT, WRONG, INK, BAR = "#1a7f37", "#b3261e", "#1f2328", "#c8d8f0"
 
@@ -45,7 +45,7 @@ def _cell(
 
 
 def draw_predictions(spec: str, data: Path, out: Path, seed: int = SEED) -> None:
-    """Draw two rows of random pictures (no flags) of each test vendor with the top three of all names.
+    """Draw a block of random pictures (no flags) of each test vendor, side by side, with the top three of all names.
 
     The pictures are a random sample (``seed``), not a selection; green is right, red is a wrong first answer.
     """
@@ -54,8 +54,8 @@ def draw_predictions(spec: str, data: Path, out: Path, seed: int = SEED) -> None
     names = manifest_names(manifest)
     classifier = Classifier(encoder, LabelSet.parse([name.label for name in names], list(TEMPLATES)))
     generator = torch.Generator().manual_seed(seed)
-    width, block = COLUMNS * (SIDE + 70) + 20, ROWS * (SIDE + 100) + 34
-    canvas = Image.new("RGB", (width, block * len(TITLES) + 10), "white")
+    block, height = COLUMNS * (SIDE + 70) + 24, ROWS * (SIDE + 100) + 40
+    canvas = Image.new("RGB", (block * len(TITLES), height), "white")
     draw = ImageDraw.Draw(canvas)
     keep = torch.tensor([name.group != FLAGS for name in names])
     for part, (vendor, title) in enumerate(TITLES.items()):
@@ -64,7 +64,7 @@ def draw_predictions(spec: str, data: Path, out: Path, seed: int = SEED) -> None
         allowed = torch.nonzero(keep[images.labels]).flatten()
         chosen = allowed[torch.randperm(len(allowed), generator=generator)[: COLUMNS * ROWS]].tolist()
         scores = predict(classifier, images.images(chosen)).logits.softmax(-1).topk(3)
-        draw.text((12, part * block + 8), title, fill=INK, font=_font(16))
+        draw.text((part * block + 12, 8), title, fill=INK, font=_font(16))
         for place, index in enumerate(chosen):
             guesses = [
                 (names[label].label, share)
@@ -72,7 +72,7 @@ def draw_predictions(spec: str, data: Path, out: Path, seed: int = SEED) -> None
             ]
             picture = draw_icon(data, vendor, index, SIDE)
             row, column = divmod(place, COLUMNS)
-            corner = (12 + column * (SIDE + 70), part * block + 36 + row * (SIDE + 100))
+            corner = (part * block + 12 + column * (SIDE + 70), 38 + row * (SIDE + 100))
             _cell(canvas, *corner, picture, names[int(images.labels[index])].label, guesses)
     out.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(out, optimize=True)
