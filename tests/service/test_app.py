@@ -195,7 +195,7 @@ def test_a_client_that_expects_to_be_let_in_is_refused_before_it_sends(tiny_serv
 def test_a_stop_lets_requests_finish_and_says_so_first(
     start_service: Callable[..., ServiceProcess], tiny_artifact: Path
 ) -> None:
-    service = start_service(encoders=f"tiny={tiny_artifact}", drain_delay_seconds=1.5)
+    service = start_service(encoders=f"tiny={tiny_artifact}", drain_delay_seconds=3)
     answers: list[httpx.Response] = []
     image = base64.b64encode(picture(4900, 4900)).decode()
 
