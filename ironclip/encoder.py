@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from ironclip.errors import ArtifactError, LabelError
 from ironclip.preprocessing import Preprocessing
+from ironclip.tokenizing import CopyableLock, bound_tokenizer, check_words
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 HEADS = ("cosine",)
@@ -97,6 +97,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model.eval()
+        bound_tokenizer(tokenizer)
         self.tokenizer = tokenizer
         self.model_cfg = json.loads(json.dumps(dict(model_cfg)))  # plain JSON values, as an artifact stores them
         self.preprocess_cfg = dict(preprocess_cfg)
@@ -113,7 +114,7 @@ class Encoder(nn.Module):
         self.register_buffer("std", _channels(self.preprocess_cfg, "std"), persistent=False)
         self._digest: tuple[object, str] | None = None
         # Hugging Face's fast tokenizers hold their padding as state: two threads at once would mix it up.
-        self._tokenizing = _CopyableLock()
+        self._tokenizing = CopyableLock()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -154,8 +155,11 @@ class Encoder(nn.Module):
         """Token ids, int64 [N, context_length].
 
         Raises:
-            LabelError: a text is longer than the context and `truncate` is off (the count is in the text).
+            LabelError: a text is longer than the context and `truncate` is off (the count is in the text), or has
+                an endless word.
         """
+        for text in texts:
+            check_words(self.tokenizer, text)
         with self._tokenizing:
             if not truncate:
                 for text in texts:
@@ -264,22 +268,6 @@ class Encoder(nn.Module):
         inner = self.tokenizer if isinstance(self.tokenizer, open_clip.SimpleTokenizer) else self.tokenizer.tokenizer
         words = inner.encoder if isinstance(inner, open_clip.SimpleTokenizer) else inner.get_vocab()
         return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
-
-
-class _CopyableLock:
-    """A lock that a deep copy of its owner replaces by a new one."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __deepcopy__(self, memo: dict[int, object]) -> _CopyableLock:
-        return _CopyableLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
 
 
 def _channels(preprocess_cfg: Mapping[str, Any], key: str) -> Tensor:
