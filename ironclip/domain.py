@@ -66,7 +66,9 @@ class Domain:
     def save(self, folder: Path | str) -> None:
         """Write means and whitening, as float16 and float32, into an artifact's folder."""
         tensors = {"means": self.means.half().contiguous(), "whitening": self.whitening.contiguous()}
-        save_file(tensors, Path(folder) / DOMAIN_FILE)
+        path = Path(folder) / DOMAIN_FILE
+        save_file(tensors, path)
+        path.chmod(0o644)
 
 
 def fit_domain(features: Tensor, labels: Tensor, description: str, shrinkage: float = 0.1) -> Domain:
