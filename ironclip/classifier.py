@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from ironclip.defences import Defence, make_defence
 from ironclip.encoder import Encoder
-from ironclip.errors import OptionError
+from ironclip.errors import OptionError, TooManyLabels
 from ironclip.hierarchy import LabelTree, Level
 from ironclip.labels import Label, LabelSet
 from ironclip.textbank import TextBank, build_text_bank
@@ -163,20 +163,33 @@ def level_label_sets(tree: LabelTree | Mapping[str, LabelTree] | None, label_set
 
     A node's prompts are those the tree gives it, else the label set's templates with its name; a label that
     stands for itself at an upper level keeps its own prompts.
+
+    Raises:
+        TooManyLabels: the levels make more prompts together than one label set may.
     """
     if tree is None:
         return {}
     labels = {label.name: label for label in label_set.labels}
     trees = {"": tree} if isinstance(tree, LabelTree) else tree
     result = {}
+    total, per_node, limits = 0, max(len(label_set.templates), 1), label_set.limits
     for prefix, one in trees.items():
         for level in one.bind(label_set.names).levels[1:]:
             nodes = tuple(
                 Label(node, one.prompts[node]) if node in one.prompts else labels.get(node, Label(node))
                 for node in level.nodes
             )
+            # Each level alone may be within the limit: what counts is what has to be encoded for one answer.
+            total += sum((len(node.prompts) or per_node) + len(node.descriptions) for node in nodes)
+            if total > limits.texts:
+                raise TooManyLabels(
+                    f"The upper levels of the label tree make over {limits.texts} prompts and descriptions together, "
+                    f"at most {limits.texts} are allowed. Use fewer templates, or levels: rollup.",
+                    pointer="/tree",
+                    limit=limits.texts,
+                )
             name = f"{prefix}/{level.name}" if prefix else level.name
-            result[name] = LabelSet(nodes, label_set.templates, label_set.limits).checked("/tree")
+            result[name] = LabelSet(nodes, label_set.templates, limits)
     return result
 
 

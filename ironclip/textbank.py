@@ -56,6 +56,54 @@ class TextBank:
         return replace(self, **moved)
 
 
+@dataclass(frozen=True)
+class BankTexts:
+    """What a bank needs encoded, and how it is put together from that.
+
+    Attributes:
+        label_set: resolved.
+        descriptions: whether the descriptions are among the texts.
+        texts: each distinct text once.
+        rows, counts: as in TextBank.
+    """
+
+    label_set: LabelSet
+    descriptions: bool
+    texts: tuple[str, ...]
+    rows: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, encoder: Encoder, label_set: LabelSet, *, descriptions: bool = False) -> BankTexts:
+        """The texts of a label set, resolved with the encoder's templates."""
+        label_set = label_set.resolve(encoder)
+        prompts = [label_set.prompts(label) for label in label_set.labels]
+        more = [label.descriptions if descriptions else () for label in label_set.labels]
+        index: dict[str, int] = {}
+        rows = [
+            index.setdefault(text, len(index))
+            for own, extra in zip(prompts, more, strict=True)
+            for text in (*own, *extra)
+        ]
+        with torch.inference_mode(False):
+            counts = torch.tensor([[len(own), len(extra)] for own, extra in zip(prompts, more, strict=True)])
+            return cls(label_set, descriptions, tuple(index), torch.tensor(rows), counts)
+
+    def bank(self, encoder: Encoder, features: Tensor) -> TextBank:
+        """The bank, from the features of `texts` in their order, float32 [T, dim], not normalised."""
+        # no_grad, and out of a caller's inference_mode: an attack's backward pass goes through these tensors.
+        with torch.inference_mode(False), torch.no_grad():
+            texts, counts = normalize(features, dim=-1), self.counts
+            label = torch.repeat_interleave(torch.arange(len(counts)), counts.sum(dim=1))
+            place = torch.arange(len(self.rows)) - (counts.sum(dim=1).cumsum(0) - counts.sum(dim=1))[label]
+            is_prompt = place < counts[label, 0]
+            sums = texts.new_zeros(len(counts), texts.shape[1])
+            sums.index_add_(0, label[is_prompt].to(texts.device), texts[self.rows[is_prompt].to(texts.device)])
+            weights = normalize(sums, dim=-1)
+        bank = TextBank(encoder.digest, self.label_set.digest, self.descriptions, weights, texts, self.rows, counts)
+        return bank.to(encoder.device)
+
+
 def build_text_bank(
     encoder: Encoder, label_set: LabelSet, *, descriptions: bool = False, truncate: bool = False, batch_size: int = 256
 ) -> TextBank:
@@ -71,23 +119,7 @@ def build_text_bank(
     Raises:
         LabelError: a text is longer than the encoder reads.
     """
-    label_set = label_set.resolve(encoder)
-    prompts = [label_set.prompts(label) for label in label_set.labels]
-    more = [label.descriptions if descriptions else () for label in label_set.labels]
-    index: dict[str, int] = {}
-    rows = [
-        index.setdefault(text, len(index)) for own, extra in zip(prompts, more, strict=True) for text in (*own, *extra)
-    ]
-    # no_grad, and out of a caller's inference_mode: an attack's backward pass goes through these tensors.
+    needed = BankTexts.of(encoder, label_set, descriptions=descriptions)
     with torch.inference_mode(False), torch.no_grad():
-        texts = normalize(encoder.encode_text(list(index), truncate=truncate, batch_size=batch_size), dim=-1)
-        counts = torch.tensor([[len(own), len(extra)] for own, extra in zip(prompts, more, strict=True)])
-        label = torch.repeat_interleave(torch.arange(len(counts)), counts.sum(dim=1))
-        place = torch.arange(len(rows)) - (counts.sum(dim=1).cumsum(0) - counts.sum(dim=1))[label]
-        is_prompt = place < counts[label, 0]
-        flat = torch.tensor(rows)
-        sums = texts.new_zeros(len(counts), texts.shape[1])
-        sums.index_add_(0, label[is_prompt].to(texts.device), texts[flat[is_prompt].to(texts.device)])
-        weights = normalize(sums, dim=-1)
-    bank = TextBank(encoder.digest, label_set.digest, descriptions, weights, texts, flat, counts)
-    return bank.to(encoder.device)
+        features = encoder.encode_text(needed.texts, truncate=truncate, batch_size=batch_size)
+    return needed.bank(encoder, features)

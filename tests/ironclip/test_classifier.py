@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ironclip.classifier import Classifier, predict
+from ironclip.classifier import Classifier, level_label_sets, predict
 from ironclip.defences import make_defence
 from ironclip.encoder import Encoder
-from ironclip.errors import OptionError, TreeError
+from ironclip.errors import OptionError, TooManyLabels, TreeError
 from ironclip.hierarchy import LabelTree
-from ironclip.labels import LabelSet
+from ironclip.labels import LabelLimits, LabelSet
 from ironclip.textbank import build_text_bank
 from tests.conftest import make_tiny_encoder
 
@@ -136,3 +136,14 @@ def test_wrong_options_list_what_exists(tiny_encoder: Encoder) -> None:
         Classifier(tiny_encoder, LABELS, tree=LabelTree.parse(TREE), levels="sideways")  # type: ignore[arg-type]
     with pytest.raises(TreeError, match="'oak'"):
         Classifier(tiny_encoder, LABELS, tree=LabelTree.parse("dog animal\ncat animal"))
+
+
+def test_the_prompts_of_all_levels_count_together() -> None:
+    """Many trees, each within the limit, would otherwise multiply what one request has to encode."""
+    names = [f"label {i}" for i in range(10)]
+    labels = LabelSet.parse(names, "imagenet-7", limits=LabelLimits(texts=70))
+    trees = {f"tree {i}": LabelTree.parse({"parents": {n: f"kind {n}" for n in names}}) for i in range(2)}
+    assert len(level_label_sets({"one": trees["tree 0"]}, labels)) == 1
+    with pytest.raises(TooManyLabels) as caught:
+        level_label_sets(trees, labels)
+    assert (caught.value.pointer, caught.value.limit) == ("/tree", 70)
