@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from cachetools import TTLCache
@@ -23,8 +25,10 @@ from service.vectors import Arrays, Schema, ValueRejected, pack, unpack
 # Part of every key: raise it whenever the meaning of a stored value changes.
 SCHEMA_VERSION = 1
 _OVERHEAD = 200  # bytes of Python objects around one value, roughly
-_MAX_WRITES = 64  # writes to Redis under way at once; more are left out
-_MAX_SHARED_BYTES = 32 * 1024 * 1024
+_MAX_SHARED_BYTES = 32 * 1024 * 1024  # of one value in Redis, and of all that wait to be written
+_MAX_UNWRITTEN = 4096  # values that wait to be written; more are left out
+_BATCH, _BATCH_BYTES = 256, 4 * 1024 * 1024  # of one call that writes
+_WRITE_SECONDS = 1.0  # nobody waits for a write, so it may take longer than a look-up
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,9 @@ class ArrayCache:
         self._secret = hashlib.sha256(secret).digest() if secret else b""
         self._timeout = shared_timeout
         self._local: TTLCache[bytes, Arrays] = TTLCache(max(max_bytes, 1), ttl, getsizeof=_size)
-        self._writes: set[asyncio.Task[None]] = set()
+        self._unwritten: deque[tuple[bytes, bytes]] = deque()
+        self._unwritten_bytes = 0
+        self._writer: asyncio.Task[None] | None = None
 
     async def get_many(self, keys: Sequence[bytes], schema: Schema) -> list[Arrays | None]:
         """Look the keys up, in this process and then, in one call, in Redis; None for what is not there."""
@@ -123,19 +129,21 @@ class ArrayCache:
             return
         self._keep(key, arrays)
         link = self._link
-        if link is None or not link.available or len(self._writes) >= _MAX_WRITES:
+        if link is None or not link.available:
+            return
+        if len(self._unwritten) >= _MAX_UNWRITTEN or self._unwritten_bytes + _size(arrays) > _MAX_SHARED_BYTES:
+            self._count("unwritten")
             return
         blob = pack(arrays, key=key, secret=self._secret)
-        if len(blob) > _MAX_SHARED_BYTES:
-            return
-        task = asyncio.create_task(self._write(link, key, blob))
-        self._writes.add(task)
-        task.add_done_callback(self._writes.discard)
+        self._unwritten.append((self._prefix + key.hex().encode(), blob))
+        self._unwritten_bytes += len(blob)
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write(link))
 
     async def flush(self) -> None:
         """Wait for the writes under way."""
-        while self._writes:
-            await asyncio.gather(*self._writes)
+        while self._writer is not None and not self._writer.done():
+            await self._writer
 
     def _keep(self, key: bytes, arrays: Arrays) -> None:
         if _size(arrays) <= self._max_bytes:
@@ -166,16 +174,25 @@ class ArrayCache:
         self._keep(key, arrays)
         return arrays
 
-    async def _write(self, link: RedisLink, key: bytes, blob: bytes) -> None:
-        name = self._prefix + key.hex().encode()
+    async def _write(self, link: RedisLink) -> None:
+        """Write what waits, many values in one call: a call for each would need a connection for each."""
+        while self._unwritten:
+            batch: list[tuple[bytes, bytes]] = []
+            size = 0
+            while self._unwritten and len(batch) < _BATCH and size < _BATCH_BYTES:
+                batch.append(self._unwritten.popleft())
+                size += len(batch[-1][1])
+            self._unwritten_bytes -= size
+            try:
+                await link.call(partial(self._set, batch), timeout=max(_WRITE_SECONDS, self._timeout or 0))
+            except RedisUnavailable:
+                self._count("unavailable", len(batch))
 
-        async def set_value(redis: Redis) -> None:
-            await redis.set(name, blob, px=max(1, int(1000 * self._ttl)))
-
-        try:
-            await link.call(set_value, timeout=self._timeout)
-        except RedisUnavailable:
-            self._count("unavailable")
+    async def _set(self, batch: list[tuple[bytes, bytes]], redis: Redis) -> None:
+        async with redis.pipeline(transaction=False) as pipe:
+            for name, blob in batch:
+                pipe.set(name, blob, px=max(1, int(1000 * self._ttl)))
+            await pipe.execute()
 
     def _count(self, result: str, times: int = 1) -> None:
         if times:

@@ -66,7 +66,9 @@ class Service:
         url = settings.redis_url
         self._link = RedisLink(url.get_secret_value(), settings.redis_timeout_ms / 1000) if url is not None else None
         store: Store = (
-            RedisStore(self._link, settings.redis_prefix) if self._link is not None else FileStore(settings.state_dir)
+            RedisStore(self._link, settings.redis_prefix, settings.max_label_sets)
+            if self._link is not None
+            else FileStore(settings.state_dir, settings.max_label_sets)
         )
         self.label_sets = LabelSets(
             store,

@@ -78,6 +78,13 @@ class LabelSetReadOnly(lib.Conflict):
     title = "The label set is read-only"
 
 
+class TooManyLabelSets(lib.Conflict):
+    """As many label sets are registered as the service keeps; delete one, or put a new version of one."""
+
+    code = "too-many-label-sets"
+    title = "Too many label sets are registered"
+
+
 class InternalError(lib.IronclipError):
     """A fault of the service, not of the request; the log has it under the request id."""
 
@@ -119,6 +126,7 @@ STATUS: dict[type[lib.IronclipError], int] = {
     RouteNotFound: 404,
     MethodNotAllowed: 405,
     LabelSetReadOnly: 409,
+    TooManyLabelSets: 409,
     InternalError: 500,
 }
 

@@ -20,12 +20,14 @@ from redis.asyncio.client import Pipeline
 from redis.exceptions import WatchError
 
 from ironclip.errors import Conflict
-from service.redis_link import RedisLink, RedisUnavailable
+from service.errors import TooManyLabelSets
+from service.redis_link import RedisLink, RedisRefused, RedisUnavailable
 from service.settings import NAME_PATTERN
 
 T = TypeVar("T")
 
 KEPT_VERSIONS = 16
+MAX_SETS = 1000
 _LOCK_SECONDS = 5.0
 # A label set is read rarely and can be megabytes: it may take longer than a cached vector.
 _REDIS_SECONDS = 2.0
@@ -63,7 +65,7 @@ class Store(Protocol):
         """One version's document."""
 
     async def put(self, name: str, digest: str, document: bytes, expect: Expect) -> bool:
-        """Make a version the newest; returns whether the name is new. Raises Conflict."""
+        """Make a version the newest; returns whether the name is new. Raises Conflict, TooManyLabelSets."""
 
     async def delete(self, name: str, expect: Expect) -> bool:
         """Remove all versions; returns whether there were any. Raises Conflict."""
@@ -76,8 +78,9 @@ class FileStore:
     take a lock.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_sets: int = MAX_SETS) -> None:
         self.folder = folder / "label-sets"
+        self.max_sets = max_sets
 
     async def head(self, name: str) -> str | None:
         """Digest of the newest version."""
@@ -130,6 +133,8 @@ class FileStore:
         with self._lock():
             current = self._head(name)
             expect.check(current)
+            if current is None:
+                _check_room(len(self._heads()), self.max_sets)
             folder = self.folder / name
             folder.mkdir(exist_ok=True)
             _replace(folder / f"{digest}.json", document)
@@ -156,6 +161,13 @@ class FileStore:
             yield
 
 
+def _check_room(count: int, most: int) -> None:
+    if count >= most:
+        raise TooManyLabelSets(
+            f"{count} label sets are registered, and at most {most} are kept (IRONCLIP_MAX_LABEL_SETS).", limit=most
+        )
+
+
 def _replace(path: Path, content: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
     try:
@@ -172,8 +184,9 @@ def _replace(path: Path, content: bytes) -> None:
 class RedisStore:
     """A hash for each name: `current`, `versions` (a JSON list, newest first), and a field for each version."""
 
-    def __init__(self, link: RedisLink, prefix: str) -> None:
+    def __init__(self, link: RedisLink, prefix: str, max_sets: int = MAX_SETS) -> None:
         self.link = link
+        self.max_sets = max_sets
         self.names_key = f"{prefix}:label-sets"
         self.prefix = f"{prefix}:label-set:"
 
@@ -193,7 +206,8 @@ class RedisStore:
             pipe = redis.pipeline(transaction=False)
             for name in names:
                 pipe.hget(self.prefix + name, "current")
-            digests = map(_text, await pipe.execute())
+            # A key that holds something else answers with an error of its own, and is not a label set.
+            digests = map(_text, await pipe.execute(raise_on_error=False))
             return {name: digest for name, digest in zip(names, digests, strict=True) if digest}
 
         return await self._call(read, _REDIS_SECONDS)
@@ -211,8 +225,12 @@ class RedisStore:
         """Make a version the newest; returns whether the name is new."""
 
         async def write(pipe: Pipeline, current: str | None) -> bool:
-            raw = _text(await pipe.hget(self.prefix + name, "versions"))
-            versions = [digest, *(old for old in json.loads(raw or "[]") if old != digest)]
+            if current is None:
+                # Two that create the last free names at once must not both succeed.
+                await pipe.watch(self.names_key)
+                _check_room(await pipe.scard(self.names_key), self.max_sets)
+            kept = _versions(await pipe.hget(self.prefix + name, "versions"))
+            versions = [digest, *(old for old in kept if old != digest)]
             pipe.multi()  # type: ignore[no-untyped-call]
             pipe.hset(
                 self.prefix + name,
@@ -259,9 +277,24 @@ class RedisStore:
     async def _call(self, action: Callable[[Redis], Awaitable[T]], timeout: float | None) -> T:
         try:
             return await self.link.call(action, timeout=timeout)
+        except RedisRefused as error:
+            reason = "keeps something else under this key; delete it there" if error.wrong_type else "refuses"
+            raise StoreDown(f"Redis {reason} ({error}).") from error
         except RedisUnavailable as error:
             raise StoreDown(f"Redis does not answer ({error}).") from error
 
 
 def _text(value: object) -> str | None:
-    return value.decode() if isinstance(value, bytes) else value if isinstance(value, str) else None
+    """Redis' value as text; what is not UTF-8 was not written here, and is nothing."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value if isinstance(value, str) else None
+
+
+def _versions(value: object) -> list[str]:
+    """The stored list of versions; others can write to Redis, so what is not such a list counts as empty."""
+    try:
+        versions = json.loads(_text(value) or "[]")
+    except (ValueError, RecursionError):
+        return []
+    return [one for one in versions if isinstance(one, str)] if isinstance(versions, list) else []

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import MaxConnectionsError, RedisError, ResponseError
 
 from service import telemetry
 
@@ -23,10 +24,25 @@ T = TypeVar("T")
 _FAILURES = 3
 _FIRST_PING, _LAST_PING = 0.25, 5.0
 _PING_SECONDS = 1.0
+# Calls under way at once; what comes on top waits for its turn, for as long as it would wait for an answer.
+_CALLS = 32
 
 
 class RedisUnavailable(Exception):
     """Redis did not answer in time, or is being left alone; the caller goes on without it."""
+
+
+class RedisRefused(RedisUnavailable):
+    """Redis answered that it will not do this.
+
+    Attributes:
+        wrong_type: something else is kept under the key than the command is for.
+    """
+
+    def __init__(self, error: ResponseError) -> None:
+        super().__init__(type(error).__name__)
+        # In a pipeline the command stands before the reason.
+        self.wrong_type = str(error).rsplit("caused error: ", 1)[-1].startswith("WRONGTYPE")
 
 
 class RedisLink:
@@ -44,8 +60,9 @@ class RedisLink:
             socket_timeout=max(timeout, _PING_SECONDS),
             socket_connect_timeout=max(timeout, _PING_SECONDS),
             retry=Retry(NoBackoff(), 0),
-            max_connections=64,
+            max_connections=2 * _CALLS,
         )
+        self._turns = asyncio.Semaphore(_CALLS)
         self._failures = 0
         self._open = True  # until the first ping has come back
         self._pinger: asyncio.Task[None] | None = None
@@ -77,13 +94,32 @@ class RedisLink:
 
         Raises:
             RedisUnavailable: the circuit is open, or the action failed or took too long.
+            RedisRefused: Redis is well, and answered with an error.
         """
         if self._open:
             raise RedisUnavailable("circuit open")
+        limit = timeout or self.timeout
+        began = float("inf")
+
+        async def take_turn() -> T:
+            nonlocal began
+            async with self._turns:
+                began = time.monotonic()
+                return await action(self._redis)
+
         try:
-            result = await asyncio.wait_for(action(self._redis), timeout or self.timeout)
+            result = await asyncio.wait_for(take_turn(), limit)
+        except ResponseError as error:
+            self._failures = 0
+            telemetry.REDIS_ERRORS.labels("refused").inc()
+            raise RedisRefused(error) from error
         except (RedisError, OSError, asyncio.TimeoutError, RuntimeError) as error:
-            self._failed(error)
+            # A queue on this side says nothing about Redis: only what it had time to answer counts against it.
+            late = isinstance(error, asyncio.TimeoutError) and time.monotonic() - began < limit / 2
+            if late or isinstance(error, MaxConnectionsError):
+                telemetry.REDIS_ERRORS.labels("busy").inc()
+            else:
+                self._failed(error)
             raise RedisUnavailable(type(error).__name__) from error
         self._failures = 0
         return result

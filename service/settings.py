@@ -130,6 +130,7 @@ class Settings(BaseSettings):
     max_images: int = Field(default=64, ge=1, le=4096, description="Images in one request at most.")
     max_texts: int = Field(default=1024, ge=1, le=65_536, description="Texts in one embedding request at most.")
     max_labels: int = Field(default=1000, ge=1, description="Labels sent with one request at most.")
+    max_label_sets: int = Field(default=1000, ge=1, le=1_000_000, description="Label sets registered at most.")
     max_registered_labels: int = Field(default=20_000, ge=1, description="Labels of one registered set at most.")
     max_prompts: int = Field(
         default=160_000, ge=1, description="Prompts at most that labels, templates and descriptions make together."

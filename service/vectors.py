@@ -67,7 +67,7 @@ def unpack(blob: bytes, schema: Schema, *, key: bytes, secret: bytes = b"") -> A
         raise ValueRejected("hash")
     try:
         arrays = _sections(body)
-    except (struct.error, IndexError, KeyError, ValueError) as error:
+    except (struct.error, IndexError, KeyError, ValueError, OverflowError) as error:
         raise ValueRejected("form") from error
     if set(arrays) != set(schema):
         raise ValueRejected("names")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from service import telemetry
 from service.cache import ArrayCache, KeyScope, image_key
-from service.redis_link import RedisLink
+from service.redis_link import RedisLink, RedisRefused
 from tests.service.conftest import RedisServer
 
 pytestmark = pytest.mark.anyio
@@ -195,3 +195,49 @@ async def test_redis_lost_on_the_way_costs_a_few_short_waits_and_then_nothing(
         cache.put(b"n" * 32, vector(3))
         await cache.flush()
         assert await (await replicas()).get(b"n" * 32, SCHEMA) is not None
+
+
+async def test_more_calls_at_once_than_connections_leave_a_healthy_redis_in_use(redis_server: RedisServer) -> None:
+    """The values of one request of 64 pictures, in every cache, and then many look-ups side by side."""
+    link = RedisLink(redis_server.url, 2.0)
+    await link.start()
+    names = [f"c{i}" for i in range(4)]
+    caches = [ArrayCache(name, max_bytes=1 << 20, ttl=60, link=link) for name in names]
+    keys = [b"%032d" % i for i in range(100)]
+    for cache in caches:
+        for key in keys:
+            cache.put(key, vector(1, 2))
+    for cache in caches:
+        await cache.flush()
+    assert link.available
+    assert sync_redis.Redis.from_url(redis_server.url).dbsize() == 400
+    others = [ArrayCache(name, max_bytes=1 << 20, ttl=60, link=link) for name in names]
+    found = await asyncio.gather(*(other.get(key, SCHEMA) for other in others for key in keys[:50]))
+    assert link.available
+    assert all(value is not None for value in found)
+    await link.close()
+
+
+async def test_what_redis_refuses_is_not_held_against_it(redis_server: RedisServer) -> None:
+    link = RedisLink(redis_server.url, 0.5)
+    await link.start()
+    sync_redis.Redis.from_url(redis_server.url).set("text", "x")
+    for _ in range(10):
+        with pytest.raises(RedisRefused) as caught:
+            await link.call(lambda redis: redis.hget("text", "field"))
+        assert caught.value.wrong_type
+    assert link.available
+    await link.close()
+
+
+async def test_writes_that_redis_does_not_take_are_dropped_and_bounded(redis_server: RedisServer) -> None:
+    link = RedisLink(redis_server.url, 0.05)
+    await link.start()
+    cache = ArrayCache("test", max_bytes=1 << 20, ttl=60, link=link)
+    redis_server.send(signal.SIGSTOP)
+    before = counted("unwritten")
+    for i in range(10_000):
+        cache.put(b"%032d" % i, vector(1))
+    assert counted("unwritten") > before
+    await asyncio.wait_for(cache.flush(), 10)
+    await link.close()

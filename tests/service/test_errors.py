@@ -279,6 +279,14 @@ def test_label_set_preconditions(small: TestClient) -> None:
     check(small.put(url, json=document, headers={"if-match": ""}), 422, "request-invalid")
 
 
+def test_no_more_label_sets_than_are_kept(tiny_artifact: Path, tmp_path: Path) -> None:
+    settings = Settings(encoders={"tiny": str(tiny_artifact)}, state_dir=tmp_path, max_label_sets=1)
+    with TestClient(create_app(settings)) as client:
+        assert client.put("/label-sets/one", json={"labels": LABELS}).status_code == 201
+        body = check(client.put("/label-sets/two", json={"labels": LABELS}), 409, "too-many-label-sets")
+        assert body["limit"] == 1
+
+
 def test_a_fault_of_ours_is_a_problem_without_details(small: TestClient) -> None:
     response = small.get("/broken")
     body = check(response, 500, "internal-error")

@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import redis as sync_redis
 
 from ironclip.errors import Conflict, LabelError, LabelSetNotFound, TreeError, Unavailable
 from ironclip.labels import LabelLimits
-from service.errors import LabelSetReadOnly
+from service.errors import LabelSetReadOnly, TooManyLabelSets
 from service.label_sets import LabelSets, load_built_in, parse_document
 from service.label_stores import KEPT_VERSIONS, Expect, FileStore, RedisStore
 from service.redis_link import RedisLink
@@ -176,6 +177,58 @@ async def test_redis_lost_leaves_known_sets_in_use_and_says_so_for_others(redis_
         await sets.get("others")
     with pytest.raises(Unavailable):
         await sets.put("pets", {"labels": ["dog"]}, ANY)
+    await link.close()
+
+
+async def test_only_so_many_names_are_kept(replica: Replica) -> None:
+    replicas = [await replica() for _ in range(4)]
+    for one in replicas:
+        one.store.max_sets = 3  # type: ignore[attr-defined]
+
+    async def create(i: int) -> str:
+        try:
+            await replicas[i % 4].put(f"pets{i}", {"labels": ["cat"]}, ANY)
+        except TooManyLabelSets as error:
+            assert error.limit == 3
+            return ""
+        return f"pets{i}"
+
+    kept = sorted(filter(None, await asyncio.gather(*map(create, range(8)))))
+    assert len(kept) == 3
+    assert [name for name, _, fixed in await replicas[0].names() if not fixed] == kept
+    await replicas[0].put(kept[0], {"labels": ["newt"]}, ANY)  # another version is no further set
+    await replicas[0].delete(kept[0], ANY)
+    await replicas[1].put("after", {"labels": ["cat"]}, ANY)
+
+
+@pytest.mark.parametrize("versions", [b"{not json", b"\xff", b"7", b'[1, {"a": 2}]', b"[" * 100_000])
+async def test_a_damaged_list_of_versions_is_begun_anew(redis_server: RedisServer, versions: bytes) -> None:
+    link = RedisLink(redis_server.url, 0.5)
+    await link.start()
+    sets = LabelSets(RedisStore(link, "test"), {}, LabelLimits())
+    await sets.put("pets", {"labels": ["cat"]}, ANY)
+    sync_redis.Redis.from_url(redis_server.url).hset("test:label-set:pets", "versions", versions)  # type: ignore[arg-type]
+    await sets.put("pets", {"labels": ["dog"]}, ANY)
+    assert (await sets.get("pets", fresh=True)).label_set.names == ("dog",)
+    await link.close()
+
+
+async def test_a_key_that_holds_something_else_spoils_one_name_only(redis_server: RedisServer) -> None:
+    link = RedisLink(redis_server.url, 0.5)
+    await link.start()
+    sets = LabelSets(RedisStore(link, "test"), {}, LabelLimits())
+    await sets.put("pets", {"labels": ["cat"]}, ANY)
+    client = sync_redis.Redis.from_url(redis_server.url)
+    client.set("test:label-set:poison", "x")
+    client.sadd("test:label-sets", "poison")
+    for _ in range(5):
+        with pytest.raises(Unavailable, match="something else under this key"):
+            await sets.get("poison")
+        with pytest.raises(Unavailable, match="something else under this key"):
+            await sets.put("poison", {"labels": ["dog"]}, ANY)
+    assert link.available
+    assert [name for name, *_ in await sets.names()] == ["pets"]
+    assert (await sets.get("pets", fresh=True)).label_set.names == ("cat",)
     await link.close()
 
 

@@ -78,10 +78,11 @@ def test_a_well_signed_value_of_the_wrong_kind_is_refused(name: str, value: np.n
         unpack(pack({**arrays(), name: value}, key=KEY), SCHEMA, key=KEY)
 
 
-def test_a_shape_that_claims_more_than_is_there_allocates_nothing() -> None:
+@pytest.mark.parametrize("shape", [(2**31, 2**31), (2**32 - 1,) * 4, (2**32 - 1,) * 4 + (0,), (1,) * 100])
+def test_a_shape_that_claims_more_than_is_there_allocates_nothing(shape: tuple[int, ...]) -> None:
     import hashlib
 
-    huge = b"ICV1" + b"\x01" + b"\x01x" + struct.pack("<BBII", 1, 2, 2**31, 2**31)
+    huge = b"ICV1" + b"\x01" + b"\x01x" + struct.pack(f"<BB{len(shape)}I", 1, len(shape), *shape)
     mac = hashlib.blake2b(struct.pack("<I", len(KEY)) + KEY + huge, digest_size=16).digest()
     with pytest.raises(ValueRejected, match="form"):
         unpack(huge + mac, {"x": ("float32", (None, None))}, key=KEY)
