@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# Before torch starts OpenMP: threads that spin while they wait slow tests and service processes side by side
+# to a crawl.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import open_clip
 import pytest
