@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,7 +36,6 @@ _BANK_SCHEMA: Schema = {
     "rows": ("int64", (None,)),
     "counts": ("int64", (None, None)),
 }
-_CLASSIFIERS = 512
 
 
 @dataclass(frozen=True)
@@ -141,29 +140,48 @@ def feature_scope(served: ServedEncoder, defence: Mapping[str, Any]) -> bytes:
     return scope.digest()
 
 
+class _Flight:
+    __slots__ = ("future", "waiters")
+
+    def __init__(self, future: asyncio.Future[Any]) -> None:
+        self.future = future
+        self.waiters = 0
+
+
 class SingleFlight:
     """Runs one piece of work for a key at a time; whoever comes meanwhile waits for the same result.
 
-    A caller that is cancelled leaves the work running: the others, or the next one, will want it.
+    A caller that is cancelled leaves the work to the others; with the last one it is given up.
     """
 
     def __init__(self) -> None:
-        self._running: dict[object, asyncio.Future[Any]] = {}
+        self._running: dict[object, _Flight] = {}
 
     async def run(self, key: object, work: Callable[[], Awaitable[T]]) -> T:
         """Return the result of `work`, started here or already under way."""
-        future = self._running.get(key)
-        if future is None:
-            future = asyncio.ensure_future(work())
-            self._running[key] = future
-            future.add_done_callback(lambda done: self._finish(key, done))
-        result: T = await asyncio.shield(future)
+        flight = self._running.get(key)
+        if flight is None:
+            flight = self._running[key] = _Flight(asyncio.ensure_future(work()))
+            flight.future.add_done_callback(partial(self._finish, key, flight))
+        flight.waiters += 1
+        try:
+            result: T = await asyncio.shield(flight.future)
+        finally:
+            flight.waiters -= 1
+            if not flight.waiters and not flight.future.done():
+                # Taken out at once: who comes before the work has ended must not share its cancellation.
+                self._forget(key, flight)
+                flight.future.cancel()
         return result
 
-    def _finish(self, key: object, future: asyncio.Future[Any]) -> None:
-        del self._running[key]
+    def _finish(self, key: object, flight: _Flight, future: asyncio.Future[Any]) -> None:
+        self._forget(key, flight)
         if not future.cancelled():
             future.exception()  # taken note of, for when every caller has gone
+
+    def _forget(self, key: object, flight: _Flight) -> None:
+        if self._running.get(key) is flight:
+            del self._running[key]
 
 
 class Classifiers:
@@ -185,6 +203,7 @@ class Classifiers:
 
         Raises:
             LabelError, TreeError, OptionError: as the library says.
+            Overloaded, NotReady: as `ServedEncoder.text_bank`.
         """
         kept = self._kept.get(plan.key)
         if kept is not None:
@@ -193,11 +212,14 @@ class Classifiers:
 
     async def _make(self, plan: Plan) -> Classifier:
         encoder = plan.served.encoder
+        level_sets: dict[str, LabelSet] = {}
+        if plan.tree is not None and plan.levels == "prompts":
+            # Before anything is encoded: it may be too much.
+            level_sets = await asyncio.to_thread(level_label_sets, plan.tree, plan.label_set)
         bank = await self._bank(plan.served, plan.label_set, plan.defence)
         level_banks: dict[str, TextBank] = {}
-        if plan.tree is not None and plan.levels == "prompts":
-            for name, level_set in level_label_sets(plan.tree, plan.label_set).items():
-                level_banks[name] = await self._bank(plan.served, level_set.resolve(encoder), plan.defence)
+        for name, level_set in level_sets.items():
+            level_banks[name] = await self._bank(plan.served, level_set.resolve(encoder), plan.defence)
         classifier = await asyncio.to_thread(
             Classifier,
             encoder,

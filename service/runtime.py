@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +17,23 @@ from torch import Tensor
 
 from ironclip.defences import Defence
 from ironclip.encoder import Encoder
-from ironclip.errors import LabelError, NotReady, OptionError
+from ironclip.errors import OptionError
 from ironclip.labels import LabelSet
 from ironclip.loading import load_encoder
 from ironclip.preprocessing import to_float
-from ironclip.textbank import TextBank, build_text_bank
+from ironclip.textbank import TextBank
+from service.banks import Banks
 from service.batching import Batcher
 from service.dtype import choose_dtype
+from service.tokenizing import Tokenizing
 
 # (tower, items, seconds, seconds that the oldest item waited)
 BatchObserver = Callable[[str, int, float, float], None]
 TOWERS = ("image", "text")
+# How much more than for a tower may wait for the tokenizer (which is far quicker than a tower) and for the text
+# banks (whose callers wait for a label set once).
+_TOKENS_AHEAD = 8
+_PROMPTS_AHEAD = 32
 _SWITCH_SECONDS = 0.0005
 
 
@@ -96,8 +101,8 @@ class ServedEncoder:
             idle_wait_ms=0,
             on_batch=self._observer("text"),
         )
-        # One thread: several label sets at once would only slow each other and the towers down.
-        self._banks = ThreadPoolExecutor(1, thread_name_prefix=f"bank-{name}")
+        self.tokens = Tokenizing(name, self.encoder, max_queue=_TOKENS_AHEAD * max_queue)
+        self.banks = Banks(name, self.encoder, self.encode_texts, part=max_batch, max_ahead=_PROMPTS_AHEAD * max_queue)
 
     @property
     def dtype(self) -> str:
@@ -128,7 +133,7 @@ class ServedEncoder:
 
     async def stop(self, drain: bool = True) -> None:
         """Stop the workers; with `drain`, after what waits has been run."""
-        self._banks.shutdown(wait=False, cancel_futures=True)
+        self.tokens.stop()
         await asyncio.gather(self.images.stop(drain), self.texts.stop(drain))
 
     async def encode_images(self, pixels: Sequence[Tensor], defence: Defence) -> list[Tensor | Exception]:
@@ -152,33 +157,19 @@ class ServedEncoder:
         Raises:
             Overloaded, NotReady: as `Batcher.submit`.
         """
-        tokens = await asyncio.to_thread(self._tokenize, texts, truncate)
+        tokens = await self.tokens.rows(texts, truncate=truncate)
         readable = [row for row in tokens if isinstance(row, Tensor)]
         features = iter(await self.texts.submit_many(readable))
         return [next(features) if isinstance(row, Tensor) else row for row in tokens]
 
     async def text_bank(self, label_set: LabelSet, *, descriptions: bool = False) -> TextBank:
-        """Encode a label set in a thread of its own; callers see to it that each set is asked for once.
+        """Encode a label set; callers see to it that each set is asked for once.
 
         Raises:
             LabelError: a text is too long.
-            NotReady: stopping.
+            Overloaded, NotReady: as `Batcher.submit`.
         """
-        loop = asyncio.get_running_loop()
-        try:
-            work = self._banks.submit(build_text_bank, self.encoder, label_set, descriptions=descriptions)
-        except RuntimeError:
-            raise NotReady("The service is stopping.") from None
-        return await asyncio.wrap_future(work, loop=loop)
-
-    def _tokenize(self, texts: Sequence[str], truncate: bool) -> list[Tensor | LabelError]:
-        rows: list[Tensor | LabelError] = []
-        for text in texts:
-            try:
-                rows.append(self.encoder.tokenize([text], truncate=truncate)[0])
-            except LabelError as error:
-                rows.append(error)
-        return rows
+        return await self.banks.build(label_set, descriptions=descriptions)
 
     def _run_images(self, jobs: Sequence[ImageJob]) -> list[Tensor]:
         groups: dict[tuple[Any, ...], list[int]] = {}

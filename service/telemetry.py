@@ -76,13 +76,14 @@ def watch_encoder(served: ServedEncoder) -> None:
     """Publish an encoder's identity, and let its queues be read whenever the metrics are."""
     encoder = served.encoder
     MODEL_INFO.labels(served.name, encoder.digest, served.dtype, encoder.head.type).set(1)
-    for tower, batcher in (("image", served.images), ("text", served.texts)):
+    # "bank": prompts of label sets, which go to the text tower a few at a time.
+    for tower, queue in (("image", served.images), ("text", served.texts), ("bank", served.banks)):
         for gauge, value in (
             (QUEUE_ITEMS, "queued"),
             (QUEUE_ESTIMATE, "estimated_wait_seconds"),
             (STALLED, "stalled_seconds"),
         ):
-            gauge.labels(served.name, tower).set_function(partial(getattr, batcher, value))
+            gauge.labels(served.name, tower).set_function(partial(getattr, queue, value))
 
 
 class Stages:
