@@ -185,13 +185,18 @@ class Answers:
         if not items:
             return
         features = torch.from_numpy(np.stack([item.features for item in items if item.features is not None]))
-        if len(items) * len(plan.label_set) > _THREAD_SCORES:
+        if len(items) * scores_of(plan) > _THREAD_SCORES:
             rows = await asyncio.to_thread(_judge, plan, classifier, features)
         else:
             rows = _judge(plan, classifier, features)
         for item, arrays in zip(items, rows, strict=True):
             item.scores = arrays
             self.scores.put(image_key(plan.key, item.pixels_digest), arrays)
+
+
+def scores_of(plan: Plan) -> int:
+    """Scores of one picture: of the labels, and of every level above them."""
+    return len(plan.label_set) + sum(map(len, plan.level_nodes.values()))
 
 
 def _judge(plan: Plan, classifier: Any, features: Tensor) -> list[Arrays]:

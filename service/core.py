@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import json
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-from cachetools import LRUCache
-from pydantic_core import to_json
-
-from ironclip.classifier import LevelMode
-from ironclip.defences import Defence, make_defence
 from ironclip.domain import Domain, load_domain
-from ironclip.errors import EncoderNotFound, IronclipError, NotReady, OptionError
-from ironclip.labels import LabelLimits, LabelSet
+from ironclip.errors import EncoderNotFound, IronclipError, NotReady
+from ironclip.labels import LabelLimits
 from ironclip.loading import DEMO_FOLDER
 from service import telemetry
 from service.answers import Answers
@@ -24,18 +17,15 @@ from service.cache import ArrayCache
 from service.decisions import Classifiers, Plan
 from service.errors import RequestInvalid
 from service.images import ImageDecoder, ImageLimits
-from service.label_sets import LabelSets, Registered, Trees, load_built_in, parse_tree
+from service.label_sets import LabelSets, Registered, load_built_in
 from service.label_stores import FileStore, RedisStore, Store
+from service.plans import Plans
 from service.redis_link import RedisLink
 from service.runtime import ServedEncoder, load_served_encoder, use_threads
 from service.schemas import Options
 from service.settings import DEFAULT_ALIAS, Settings
 
 State = Literal["loading", "ready", "draining", "failed"]
-# Plans kept, by a guess at their size; and what is too much JSON to be taken apart on the event loop.
-_PLAN_BYTES = 128 * 1024 * 1024
-_LARGE_BYTES = 100_000
-_LARGE_SET = 2000
 # A model worker that has work and has not moved for so long will not move again.
 _STALLED_SECONDS = 120.0
 # A text bank is large and slow to make: a look-up in Redis may take longer than for a score vector.
@@ -60,7 +50,7 @@ class Service:
         self._on_fatal = on_fatal
         self._failure = ""
         self._loading: asyncio.Task[None] | None = None
-        self._plans: LRUCache[bytes, tuple[Plan, int]] = LRUCache(_PLAN_BYTES, getsizeof=lambda entry: entry[1])
+        self._plans = Plans(self.label_limits)
         self._warming: set[asyncio.Task[None]] = set()
         self._log = telemetry.get_logger()
         url = settings.redis_url
@@ -150,8 +140,10 @@ class Service:
             f"{DEFAULT_ALIAS!r}."
         )
 
-    async def plan(self, options: Options) -> Plan:
+    async def plan(self, options: Options, size: int = 0) -> Plan:
         """What a classification with these options means; kept for the next request that asks the same.
+
+        `size` is what the options took in bytes as they came: large ones are not taken apart on the event loop.
 
         Raises:
             IronclipError: an option, the labels or the tree cannot be used, or a name is not known.
@@ -160,27 +152,7 @@ class Service:
             raise RequestInvalid("Give exactly one of labels and label_set.")
         served = self.encoder(options.encoder)
         entry = await self.label_sets.get(options.label_set) if options.label_set is not None else None
-        asked = to_json(
-            [
-                served.name,
-                [entry.name, entry.digest] if entry is not None else options.labels,
-                options.templates,
-                options.tree,
-                options.levels,
-                options.defence,
-            ]
-        )
-        key = hashlib.sha256(asked).digest()
-        kept = self._plans.get(key)
-        if kept is not None:
-            return kept[0]
-        large = len(asked) > _LARGE_BYTES or (entry is not None and len(entry.label_set) > _LARGE_SET)
-        make = (served, options, entry)
-        plan = await asyncio.to_thread(self._make_plan, *make) if large else self._make_plan(*make)
-        cost = 4096 + 10 * len(asked)
-        if cost <= _PLAN_BYTES:
-            self._plans[key] = (plan, cost)
-        return plan
+        return await self._plans.get(served, self.domains.get(served.name), options, entry, size)
 
     def warm(self, entry: Registered) -> None:
         """Begin to encode a newly registered set for the default encoder, before the first picture asks for it."""
@@ -195,28 +167,6 @@ class Service:
             task = asyncio.create_task(encode())
             self._warming.add(task)
             task.add_done_callback(self._warming.discard)
-
-    def _make_plan(self, served: ServedEncoder, options: Options, entry: Registered | None) -> Plan:
-        defence = parse_defence(options.defence)
-        tree: Trees | None = parse_tree(options.tree) if options.tree is not None else None
-        if entry is None:
-            label_set = LabelSet.parse(options.labels, options.templates, limits=self.label_limits)
-            reference = {"digest": label_set.digest}
-        else:
-            label_set = entry.label_set
-            reference = {"name": entry.name, "digest": entry.digest}
-            if options.templates is not None:
-                labels = label_set.canonical()["labels"]
-                label_set = LabelSet.parse(labels, options.templates, limits=label_set.limits)
-            if tree is None and options.levels is not None:
-                tree = entry.tree
-        if options.levels is not None and tree is None:
-            raise OptionError("levels needs a tree, or a label set registered with one.", pointer="/levels")
-        levels: LevelMode = options.levels or "rollup"
-        domain = self.domains.get(served.name)
-        plan = Plan(served, label_set.resolve(served.encoder), tree, levels, defence, reference, domain)
-        _ = plan.level_nodes  # a tree that does not fit the labels is an error of this request, told at once
-        return plan
 
     def _load_one(self, name: str, spec: str) -> ServedEncoder:
         settings = self.settings
@@ -272,16 +222,3 @@ class Service:
             secret=self.settings.redis_mac_key.get_secret_value().encode(),
             shared_timeout=shared_timeout,
         )
-
-
-def parse_defence(value: dict[str, Any] | str) -> Defence:
-    """Read `{"name": ..., option: ...}` or a bare name; raises OptionError listing what exists."""
-    if isinstance(value, str):
-        return make_defence(value)
-    name = value.get("name")
-    if not isinstance(name, str):
-        raise OptionError('A defence is {"name": ..., option: ...} or a bare name.', pointer="/defence/name")
-    options = {key: option for key, option in value.items() if key != "name"}
-    if len(json.dumps(options)) > 4096:
-        raise OptionError("The defence's options are too large.", pointer="/defence")
-    return make_defence(name, options)

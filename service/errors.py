@@ -23,6 +23,9 @@ from service import telemetry
 from service.settings import SettingsInvalid
 
 PROBLEM_JSON = "application/problem+json"
+# What is shown of one key of the caller's, and of how many faults any is shown.
+_POINTER_CHARS = 100
+_MAX_FAULTS = 10_000
 
 
 class BodyMalformed(lib.InputError):
@@ -200,12 +203,15 @@ def error_response(error: lib.IronclipError, path: str, request_id: str | None) 
 
 
 def pointer_of(location: Sequence[str | int]) -> str:
-    """JSON Pointer (RFC 6901) of a pydantic error location."""
-    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in location)
+    """JSON Pointer (RFC 6901) of a pydantic error location, long keys cut short: they are the caller's."""
+    parts = (part if len(part) <= _POINTER_CHARS else part[:_POINTER_CHARS] + "..." for part in map(str, location))
+    return "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in parts)
 
 
 def from_validation(error: ValidationError) -> lib.IronclipError:
     """Return pydantic's findings as our error; the input itself is left out."""
+    if error.error_count() > _MAX_FAULTS:  # to have them listed would take longer than to find them
+        return RequestInvalid(f"{error.error_count()} fields are unknown or not of the documented form.")
     return from_faults(error.errors(include_url=False, include_context=False, include_input=False))
 
 

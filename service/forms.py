@@ -6,12 +6,13 @@ What is wrong with one picture stays with that picture; everything else is the r
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartParser
 from starlette.requests import ClientDisconnect, Request
@@ -27,6 +28,9 @@ _ACCEPTED = "application/json, multipart/form-data, image/jpeg, image/png and im
 # Bodies larger than this are taken apart in a thread: base64 and SHA-256 would hold up the event loop.
 _THREAD_BYTES = 1 << 20
 _MAX_FIELDS = 10_000
+# Values in one JSON text at most. A parser keeps the interpreter to itself from the first byte to the last, in a
+# thread too, and makes a hundred bytes of memory out of three: so they are counted, by their commas, before it runs.
+_MAX_VALUES = 500_000
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,13 @@ class Ask(Generic[M]):
         options: the checked fields.
         pictures: in the caller's order.
         single: one picture was sent as such, so the answer is one object and its fault is the request's.
+        size: bytes that the options took as they came.
     """
 
     options: M
     pictures: list[Picture]
     single: bool
+    size: int = 0
 
 
 def media_type(request: Request) -> str:
@@ -68,17 +74,14 @@ async def read_json(request: Request, model: type[M]) -> M:
 
     Raises:
         MediaTypeUnsupported: the body is not declared to be JSON.
-        BodyMalformed, RequestInvalid: as their names say.
+        BodyMalformed, RequestInvalid, InputTooLarge: as their names say.
     """
     kind = media_type(request)
     if kind != "application/json" and not kind.endswith("+json"):
         raise MediaTypeUnsupported(f"Send application/json (Content-Type), not {_shown(kind)}.")
     body = await request.body()
-    try:
-        # Strict: a number in quotes is a caller's mistake, better told than guessed at.
-        return model.model_validate_json(body, strict=True)
-    except ValidationError as error:
-        raise from_validation(error) from None
+    parsed: M = await _run(len(body), _parse_json, body, model)
+    return parsed
 
 
 async def read_ask(request: Request, model: type[M], options: type[M], limits: ImageLimits, max_images: int) -> Ask[M]:
@@ -101,15 +104,16 @@ async def read_ask(request: Request, model: type[M], options: type[M], limits: I
         return await _read_multipart(request, options, limits, max_images)
     if _is_raw(kind):
         data = await request.body()
-        fields = _fields(list(request.query_params.multi_items()))
-        return Ask(_validate(options, fields), [await _run(len(data), _picture, data, kind, limits)], True)
+        asked, size = await _read_fields(options, request.query_params.multi_items())
+        return Ask(asked, [await _run(len(data), _picture, data, kind, limits)], True, size)
     if kind != "application/json" and not kind.endswith("+json"):
         raise MediaTypeUnsupported(f"Send {_ACCEPTED} (Content-Type), not {_shown(kind)}.")
     asked = await read_json(request, model)
     one: str | None = getattr(asked, "image", None)
     texts: list[str] = [one] if one is not None else (getattr(asked, "images", None) or [])
     pointer = "/image" if one is not None else "/images/{}"
-    return Ask(asked, await pictures_from_text(texts, limits, max_images, pointer), one is not None)
+    size = len(await request.body()) - sum(map(len, texts))
+    return Ask(asked, await pictures_from_text(texts, limits, max_images, pointer), one is not None, size)
 
 
 async def pictures_from_text(
@@ -126,6 +130,10 @@ async def pictures_from_text(
 
 
 async def _read_multipart(request: Request, options: type[M], limits: ImageLimits, max_images: int) -> Ask[M]:
+    _, parameters = parse_options_header(request.headers["content-type"])
+    if parameters.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+        # The form parser would decode the fields by any codec that Python has, those that write escapes among them.
+        raise MediaTypeUnsupported("The texts of a form are read as UTF-8; leave the charset out.")
     parser = _InMemoryParser(
         request.headers,
         request.stream(),
@@ -164,7 +172,8 @@ async def _read_multipart(request: Request, options: type[M], limits: ImageLimit
             pictures.append(_picture_from_text(value, limits, pointer))
     if not pictures:
         raise RequestInvalid("The form has no image: add a file field called image, or several called images.")
-    return Ask(_validate(options, _fields(fields)), pictures, single)
+    asked, size = await _read_fields(options, fields)
+    return Ask(asked, pictures, single, size)
 
 
 class _InMemoryParser(MultiPartParser):
@@ -191,17 +200,43 @@ def _fields(items: Sequence[tuple[str, str]]) -> dict[str, Any]:
 def _object(name: str, value: str) -> object:
     if not value.lstrip().startswith("{"):
         return value
+    _check_values(value.encode("utf-8", "replace"))
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
+        # Not the standard library's parser: that one lets lone surrogates in, and any depth.
+        return from_json(value)
+    except ValueError:
         raise RequestInvalid(f"The field {name!r} looks like JSON and is not.") from None
 
 
-def _validate(model: type[M], fields: Mapping[str, Any]) -> M:
+async def _read_fields(model: type[M], items: Sequence[tuple[str, str]]) -> tuple[M, int]:
+    """The options from form fields or query parameters, and how long these are together."""
+    size = sum(len(value) for _, value in items)
+    return await _run(size, _validate, model, items), size
+
+
+def _validate(model: type[M], items: Sequence[tuple[str, str]]) -> M:
     try:
-        return model.model_validate(fields)
+        return model.model_validate(_fields(items))
     except ValidationError as error:
         raise from_validation(error) from None
+
+
+def _parse_json(body: bytes, model: type[M]) -> M:
+    _check_values(body)
+    try:
+        # Strict: a number in quotes is a caller's mistake, better told than guessed at.
+        return model.model_validate_json(body, strict=True)
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+def _check_values(text: bytes) -> None:
+    """Raise InputTooLarge for JSON with too many values (commas within texts count too)."""
+    commas = 0
+    for start in range(0, len(text) if len(text) > _MAX_VALUES else 0, _THREAD_BYTES):
+        commas += text.count(b",", start, start + _THREAD_BYTES)
+        if commas > _MAX_VALUES:
+            raise InputTooLarge(f"At most {_MAX_VALUES} values fit into one request.", limit=_MAX_VALUES)
 
 
 def _pictures_from_text(texts: Sequence[str], limits: ImageLimits, pointer: str) -> list[Picture]:

@@ -179,8 +179,7 @@ class LabelSets:
             Unavailable: the store does not answer.
         """
         self._refuse_built_in(name)
-        entry = await asyncio.to_thread(parse_document, name, content, self.limits)
-        document = json.dumps(entry.document(), ensure_ascii=False).encode()
+        entry, document = await asyncio.to_thread(_parse_and_dump, name, content, self.limits)
         try:
             created = await self.store.put(name, entry.digest, document, expect)
         except StoreDown as error:
@@ -266,6 +265,11 @@ class LabelSets:
             raise LabelError(f"A label set's name is to match {NAME_PATTERN}.")
         if name in self.built_in:
             raise LabelSetReadOnly(f"The label set {name!r} ships with the service; use another name.")
+
+
+def _parse_and_dump(name: str, content: object, limits: LabelLimits) -> tuple[Registered, bytes]:
+    entry = parse_document(name, content, limits)
+    return entry, json.dumps(entry.document(), ensure_ascii=False).encode()
 
 
 def _parse_stored(name: str, document: bytes, limits: LabelLimits) -> Registered:

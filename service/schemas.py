@@ -33,7 +33,13 @@ _TREE = {
     "additionalProperties": False,
 }
 
-Labels = Annotated[list[Any], WithJsonSchema({"type": "array", "items": _LABEL, "minItems": 1})]
+# What the settings allow is checked by the routes. These bounds lie above what anybody sets and are there so that
+# pydantic makes no objects of what nobody means; the schema leaves them out, since the settings' ones bind.
+_MOST_LABELS, _MOST_IMAGES, _MOST_TEXTS = 1_000_000, 4096, 65_536
+
+Labels = Annotated[
+    list[Any], Field(max_length=_MOST_LABELS), WithJsonSchema({"type": "array", "items": _LABEL, "minItems": 1})
+]
 Templates = Annotated[
     list[Any] | str,
     WithJsonSchema({"anyOf": [{"type": "string"}, {**_TEXTS, "minItems": 1}]}),
@@ -59,6 +65,11 @@ Defence = Annotated[
     ),
 ]
 ImageText = Annotated[str, Field(description="JPEG, PNG or WebP as base64, or as a base64 `data:` URI.")]
+_IMAGE_TEXT = {"type": "string", "description": "JPEG, PNG or WebP as base64, or as a base64 `data:` URI."}
+ImageTexts = Annotated[
+    list[ImageText], Field(max_length=_MOST_IMAGES), WithJsonSchema({"type": "array", "items": _IMAGE_TEXT})
+]
+Texts = Annotated[list[str], Field(max_length=_MOST_TEXTS), WithJsonSchema(_TEXTS)]
 LevelMode = Literal["rollup", "prompts"]
 EncodingFormat = Literal["float", "base64"]
 
@@ -106,7 +117,7 @@ class ClassifyRequest(Options):
     )
 
     image: ImageText | None = Field(default=None, description="One image; the answer is one object.")
-    images: list[ImageText] | None = Field(
+    images: ImageTexts | None = Field(
         default=None, description="Several images (64 if not set otherwise); the answer is a list, in order."
     )
 
@@ -125,6 +136,7 @@ class EmbedOptions(Closed):
     truncate: bool = Field(
         default=False, description="Cut texts longer than the encoder reads instead of refusing them."
     )
+    texts: Texts = Field(default_factory=list)
 
 
 class EmbedRequest(EmbedOptions):
@@ -132,8 +144,7 @@ class EmbedRequest(EmbedOptions):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"texts": ["a photo of a cat"], "images": []}]})
 
-    images: list[ImageText] = Field(default_factory=list)
-    texts: list[str] = Field(default_factory=list)
+    images: ImageTexts = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _something(self) -> EmbedRequest:

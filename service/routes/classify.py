@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import Any
 
@@ -12,8 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ironclip.domain import Domain
-from ironclip.errors import OptionError
-from service.answers import Item
+from ironclip.errors import InputTooLarge, OptionError
+from service.answers import Item, scores_of
 from service.decisions import Plan
 from service.errors import problem
 from service.forms import read_ask
@@ -23,8 +24,13 @@ from service.schemas import ClassifyRequest, Options
 router = APIRouter(tags=["inference"])
 
 DEFAULT_TOP_K = 100
-# A bound on the answer's size: predictions over all images of one request.
+# Bounds on one request: predictions in its answer, and scores to take them from, over all images and levels.
 _MAX_PREDICTIONS = 200_000
+_MAX_SCORES = 20_000_000
+# Writing this many predictions is left to a thread, so that it does not hold up other requests; a score that is only
+# sorted counts as a fiftieth of one that is written.
+_THREAD_PREDICTIONS = 2000
+_SCORES_PER_PREDICTION = 50
 
 
 @router.post("/classify", operation_id="classify", summary="Classify pictures among labels")
@@ -40,29 +46,57 @@ async def classify(request: Request) -> Response:
     with deadline.receiving():
         ask = await read_ask(request, ClassifyRequest, Options, service.image_limits, service.settings.max_images)
     top_k = ask.options.top_k or DEFAULT_TOP_K
-    if top_k * len(ask.pictures) > _MAX_PREDICTIONS:
-        raise OptionError(
-            f"top_k times images is over {_MAX_PREDICTIONS}; ask for fewer.", pointer="/top_k", limit=_MAX_PREDICTIONS
-        )
 
     async def work() -> tuple[Plan, list[Item]]:
-        plan = await service.plan(ask.options)
         if ask.single and ask.pictures[0].error is not None:
             raise ask.pictures[0].error
+        plan = await service.plan(ask.options, ask.size)
+        check_size(plan, len(ask.pictures), top_k)
         return plan, await service.answers.classify(plan, ask.pictures, stages)
 
     plan, items = await deadline.within(work())
     request_id = request.state.request_id
-    if ask.single:
-        if items[0].error is not None:
-            raise items[0].error
-        content: Any = render(plan, items[0], top_k)
-    else:
-        content = [
+    if ask.single and items[0].error is not None:
+        raise items[0].error
+
+    def write() -> Response:
+        forms = [
             {"error": problem(item.error, request_id)} if item.error is not None else render(plan, item, top_k)
             for item in items
         ]
-    return json_response(content, stages, headers={"Cache-Status": cache_status(items)})
+        content: Any = forms[0] if ask.single else forms
+        return json_response(content, stages, headers={"Cache-Status": cache_status(items)})
+
+    written = predictions_of(plan, top_k) + scores_of(plan) // _SCORES_PER_PREDICTION
+    return await asyncio.to_thread(write) if written * len(items) > _THREAD_PREDICTIONS else write()
+
+
+def predictions_of(plan: Plan, top_k: int) -> int:
+    """Predictions in the answer for one picture, those of the levels above the labels among them."""
+    return min(top_k, len(plan.label_set)) + sum(min(top_k, len(nodes)) for nodes in plan.level_nodes.values())
+
+
+def check_size(plan: Plan, images: int, top_k: int) -> None:
+    """Refuse what would take too much memory to decide or to answer.
+
+    Raises:
+        InputTooLarge: too many scores.
+        OptionError: too many predictions.
+    """
+    scores = images * scores_of(plan)
+    if scores > _MAX_SCORES:
+        raise InputTooLarge(
+            f"{scores} scores of labels and levels over all images, at most {_MAX_SCORES} are made in one request.",
+            limit=_MAX_SCORES,
+        )
+    predictions = images * predictions_of(plan, top_k)
+    if predictions > _MAX_PREDICTIONS:
+        raise OptionError(
+            f"The answer would hold {predictions} predictions over all images and levels, at most {_MAX_PREDICTIONS} "
+            "fit; ask for a smaller top_k.",
+            pointer="/top_k",
+            limit=_MAX_PREDICTIONS,
+        )
 
 
 def render(plan: Plan, item: Item, top_k: int) -> dict[str, Any]:

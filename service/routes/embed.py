@@ -44,15 +44,15 @@ def _plain_key(served: ServedEncoder) -> bytes:
 async def embed(request: Request) -> Response:
     """Vectors of length 1 for `images` and `texts`, in the same order; their dot product is the cosine.
 
-    Send JSON, a multipart form (`images` as files), or the bare image with the options as query parameters. An
-    item that cannot be used has `{"error": problem}` in its place.
+    Send JSON, a multipart form (`images` as files, `texts` repeated), or the bare image with the options as query
+    parameters. An item that cannot be used has `{"error": problem}` in its place.
     """
     service, stages = service_of(request), stages_of(request)
     deadline = Deadline(request)
     with deadline.receiving():
         ask = await read_ask(request, EmbedRequest, EmbedOptions, service.image_limits, service.settings.max_images)
     options = ask.options
-    texts = options.texts if isinstance(options, EmbedRequest) else []
+    texts = options.texts
     served = service.encoder(options.encoder)
     check_texts(texts, service.settings.max_texts)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -30,7 +32,11 @@ async def get_label_set(request: Request, name: str) -> Response:
     entry = await service_of(request).label_sets.get(name, fresh=True)
     if _etag_matches(request.headers.get("if-none-match", ""), entry.digest):
         return Response(status_code=304, headers=_headers(entry))
-    return json_response({**_summary(entry), **entry.document()}, headers=_headers(entry))
+
+    def write() -> Response:
+        return json_response({**_summary(entry), **entry.document()}, headers=_headers(entry))
+
+    return await asyncio.to_thread(write)  # a set may be megabytes of JSON
 
 
 @router.put("/label-sets/{name}", operation_id="putLabelSet", summary="Register a label set")
@@ -42,7 +48,7 @@ async def put_label_set(request: Request, name: str) -> Response:
     """
     with Deadline(request).receiving():
         document = await read_json(request, LabelSetDocument)
-    content = document.model_dump(exclude_none=True)
+    content = {key: value for key, value in document if value is not None}
     service = service_of(request)
     entry, created = await service.label_sets.put(name, content, _expect(request))
     service.warm(entry)

@@ -1,0 +1,158 @@
+"""From the options of a classification to its plan: the key it is kept under, its making, and what keeping it costs."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from sys import getsizeof
+from typing import Any
+
+from cachetools import LRUCache
+from pydantic_core import to_json
+
+from ironclip.classifier import LevelMode
+from ironclip.defences import Defence, make_defence
+from ironclip.domain import Domain
+from ironclip.errors import OptionError, TreeError
+from ironclip.hierarchy import LabelTree
+from ironclip.labels import LabelLimits, LabelSet
+from service.answers import scores_of
+from service.decisions import Plan
+from service.errors import RequestInvalid
+from service.label_sets import Registered, Trees, parse_tree
+from service.runtime import ServedEncoder
+from service.schemas import Options
+
+# Plans kept, by what they hold of memory; and what is too much to be taken apart on the event loop.
+_PLAN_BYTES = 128 * 1024 * 1024
+_LARGE_BYTES = 100_000
+_LARGE_SET = 2000
+# Levels of all trees of one request: each costs scores for every picture and a list in every answer.
+_MAX_LEVELS = 64
+# What an object holds beside its texts: a label, an edge of a tree, a node of a level.
+_LABEL_BYTES, _EDGE_BYTES, _NODE_BYTES = 300, 300, 16
+
+
+class Plans:
+    """Makes plans, and keeps the recent ones.
+
+    Args:
+        limits: for labels that come with the request.
+    """
+
+    def __init__(self, limits: LabelLimits) -> None:
+        self.limits = limits
+        self._kept: LRUCache[bytes, tuple[Plan, int]] = LRUCache(_PLAN_BYTES, getsizeof=lambda entry: entry[1])
+
+    @property
+    def bytes_kept(self) -> int:
+        """Memory of the plans kept, as far as it is counted."""
+        return int(self._kept.currsize)
+
+    async def get(
+        self, served: ServedEncoder, domain: Domain | None, options: Options, entry: Registered | None, size: int
+    ) -> Plan:
+        """The plan for these options.
+
+        Args:
+            served: the encoder that the options name.
+            domain: what it was trained on.
+            options: what is asked for.
+            entry: the registered set that the options name, or None where they hold the labels.
+            size: bytes of the options as they came.
+
+        Raises:
+            IronclipError: an option, the labels or the tree cannot be used.
+        """
+        long = size > _LARGE_BYTES
+        ask = (served, options, entry)
+        key = await asyncio.to_thread(plan_key, *ask) if long else plan_key(*ask)
+        kept = self._kept.get(key)
+        if kept is not None:
+            return kept[0]
+        make = (served, domain, options, entry)
+        large = long or (entry is not None and len(entry.label_set) + _edges(entry.tree) > _LARGE_SET)
+        plan, cost = await asyncio.to_thread(self._make, *make) if large else self._make(*make)
+        if cost <= _PLAN_BYTES:
+            self._kept[key] = (plan, cost)
+        return plan
+
+    def _make(
+        self, served: ServedEncoder, domain: Domain | None, options: Options, entry: Registered | None
+    ) -> tuple[Plan, int]:
+        defence = parse_defence(options.defence)
+        tree: Trees | None = parse_tree(options.tree) if options.tree is not None else None
+        if entry is None:
+            label_set = LabelSet.parse(options.labels, options.templates, limits=self.limits)
+            reference = {"digest": label_set.digest}
+        else:
+            label_set = entry.label_set
+            reference = {"name": entry.name, "digest": entry.digest}
+            if options.templates is not None:
+                label_set = label_set.with_templates(options.templates)
+            if tree is None and options.levels is not None:
+                tree = entry.tree
+        if options.levels is not None and tree is None:
+            raise OptionError("levels needs a tree, or a label set registered with one.", pointer="/levels")
+        _check_levels(sum(len(one.levels) for one in _each(tree)))
+        levels: LevelMode = options.levels or "rollup"
+        plan = Plan(served, label_set.resolve(served.encoder), tree, levels, defence, reference, domain)
+        # A tree that does not fit the labels is an error of this request, told at once.
+        _check_levels(len(plan.level_nodes))
+        return plan, plan_bytes(plan)
+
+
+def plan_key(served: ServedEncoder, options: Options, entry: Registered | None) -> bytes:
+    """Digest of all that decides a plan; raises RequestInvalid for what cannot be written as JSON."""
+    # Tagged, so that two labels that read like a set's name and digest are not taken for the set.
+    labels = ["set", entry.name, entry.digest] if entry is not None else ["labels", options.labels]
+    try:
+        asked = to_json([served.name, labels, options.templates, options.tree, options.levels, options.defence])
+    except ValueError:  # PydanticSerializationError is one
+        raise RequestInvalid("The options hold text that is not Unicode, or are nested too deep.") from None
+    return hashlib.sha256(asked).digest()
+
+
+def plan_bytes(plan: Plan) -> int:
+    """Memory that a plan keeps alive, by a guess: also a registered set's, which may be replaced meanwhile."""
+    size = 4096 + sum(map(getsizeof, plan.label_set.templates))
+    for label in plan.label_set.labels:
+        size += _LABEL_BYTES + getsizeof(label.name)
+        size += sum(map(getsizeof, label.prompts)) + sum(map(getsizeof, label.descriptions))
+    for tree in _each(plan.tree):
+        size += sum(_EDGE_BYTES + getsizeof(child) for child in tree.parents)
+        size += sum(getsizeof(text) for texts in tree.prompts.values() for text in texts)
+    return size + _NODE_BYTES * scores_of(plan)
+
+
+def parse_defence(value: dict[str, Any] | str) -> Defence:
+    """Read `{"name": ..., option: ...}` or a bare name; raises OptionError listing what exists."""
+    if isinstance(value, str):
+        return make_defence(value)
+    name = value.get("name")
+    if not isinstance(name, str):
+        raise OptionError('A defence is {"name": ..., option: ...} or a bare name.', pointer="/defence/name")
+    options = {key: option for key, option in value.items() if key != "name"}
+    if len(json.dumps(options)) > 4096:
+        raise OptionError("The defence's options are too large.", pointer="/defence")
+    return make_defence(name, options)
+
+
+def _check_levels(count: int) -> None:
+    if count > _MAX_LEVELS:
+        raise TreeError(
+            f"The trees have {count} levels together, at most {_MAX_LEVELS} are allowed in one request.",
+            pointer="/tree",
+            limit=_MAX_LEVELS,
+        )
+
+
+def _each(tree: Trees | None) -> list[LabelTree]:
+    if tree is None:
+        return []
+    return [tree] if isinstance(tree, LabelTree) else list(tree.values())
+
+
+def _edges(tree: Trees | None) -> int:
+    return sum(len(one.parents) for one in _each(tree))
