@@ -161,16 +161,17 @@ class Encoder(nn.Module):
         for text in texts:
             check_words(self.tokenizer, text)
         with self._tokenizing:
+            tokens: Tensor = self.tokenizer(list(texts))
             if not truncate:
-                for text in texts:
-                    count = self._count(text)
-                    if count > self.context_length:
+                for text, row in zip(texts, tokens, strict=True):
+                    # A row of open_clip's that is not full cannot have been cut; counting would read it again.
+                    full = not isinstance(self.tokenizer, open_clip.SimpleTokenizer) or bool(row[-1])
+                    if full and (count := self._count(text)) > self.context_length:
                         raise LabelError(
                             f"A text has {count} tokens, this encoder reads {self.context_length}: shorten "
                             f"{text[:60]!r}, or set truncate.",
                             limit=self.context_length,
                         )
-            tokens: Tensor = self.tokenizer(list(texts))
         return tokens
 
     def count_tokens(self, text: str) -> int:
