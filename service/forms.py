@@ -133,7 +133,7 @@ async def _read_multipart(request: Request, options: type[M], limits: ImageLimit
     _, parameters = parse_options_header(request.headers["content-type"])
     if parameters.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
         # The form parser would decode the fields by any codec that Python has, those that write escapes among them.
-        raise MediaTypeUnsupported("The texts of a form are read as UTF-8; leave the charset out.")
+        raise BodyMalformed("The texts of a form are read as UTF-8; leave the charset out.")
     parser = _InMemoryParser(
         request.headers,
         request.stream(),
