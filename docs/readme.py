@@ -13,7 +13,7 @@ RESULTS = ROOT / "loadtests" / "results"
 
 def settings_table() -> str:
     """Every setting of the service."""
-    from service.settings import settings_markdown
+    from service.settings_table import settings_markdown
 
     return settings_markdown()
 

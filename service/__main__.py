@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import json
 import os
 import signal
+import socket
 import sys
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -22,15 +24,15 @@ from service.settings import (
     SettingsInvalid,
     let_idle_threads_sleep,
     load_settings,
-    settings_markdown,
 )
+from service.settings_table import settings_markdown
 
 if TYPE_CHECKING:
     from service.core import Service
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status (2: the settings cannot be used, 3: an encoder cannot be loaded)."""
+    """Run one command; returns the exit status, as `--help` explains it."""
     arguments = _parser().parse_args(argv)
     if arguments.command == "settings":
         print(settings_markdown() if arguments.markdown else _settings_text(), end="")
@@ -49,6 +51,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(settings: Settings) -> int:
     """Serve until a signal comes; returns the exit status."""
+    fault = _address_fault(settings.host, settings.port)
+    if fault is not None:
+        _say(f"Cannot listen on {settings.host}:{settings.port}: {fault}")
+        return 1
     let_idle_threads_sleep()
     from service.app import create_app
 
@@ -75,7 +81,10 @@ def serve(settings: Settings) -> int:
     )
     server = _Server(config, app.state.service, settings)
     _say(f"Ironclip {__version__} on http://{settings.host}:{settings.port} (documentation: /docs); loading ...")
-    server.run()
+    try:
+        server.run()
+    except SystemExit:  # the address was taken since it was looked at; uvicorn has logged why
+        return 1
     if failures:
         _say(f"An encoder cannot be loaded: {failures[0].detail}")
         return 3
@@ -105,13 +114,34 @@ class _Server(uvicorn.Server):
             self.should_exit = True
 
 
+def _address_fault(host: str, port: int) -> str | None:
+    """Why the address cannot be listened on, or None; found out before minutes are spent on loading."""
+    faults: list[OSError] = []
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        return str(error)
+    for family, kind, protocol, _, address in found:
+        try:
+            with socket.socket(family, kind, protocol) as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                sock.bind(address)
+        except OSError as error:
+            faults.append(error)
+    taken = [error for error in faults if error.errno == errno.EADDRINUSE]
+    # One family of addresses may be missing on this machine; both may not.
+    return (taken or faults)[0].strerror if taken or len(faults) == len(found) else None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m service",
         description="Serve CLIP encoders over HTTP: /classify, /embed, and more on /docs.",
         epilog=f"Settings come from IRONCLIP_* variables and the TOML file that {CONFIG_VARIABLE} names; "
-        "`python -m service settings` lists them. Exit status: 2 the settings cannot be used, 3 an encoder cannot "
-        "be loaded.",
+        "`python -m service settings` lists them. Exit status: 1 the address cannot be listened on, 2 the "
+        "settings cannot be used, 3 an encoder cannot be loaded.",
     )
     parser.add_argument(
         "command",
@@ -138,7 +168,7 @@ def _settings_text() -> str:
 def _print_openapi() -> int:
     from service.app import create_app
 
-    print(json.dumps(create_app(Settings()).openapi(), indent=1, ensure_ascii=False, sort_keys=True))
+    print(json.dumps(create_app(load_settings()).openapi(), indent=1, ensure_ascii=False, sort_keys=True))
     return 0
 
 

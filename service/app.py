@@ -17,7 +17,7 @@ from ironclip.errors import IronclipError
 from service import openapi
 from service.core import Service
 from service.errors import handle_error
-from service.middleware import Accounting, BodyGuard
+from service.middleware import Accounting, BodyGuard, HeadAsGet
 from service.routes import classify, embed, label_sets, models, ops
 from service.routes import openai as openai_routes
 from service.settings import Settings, load_settings
@@ -67,6 +67,7 @@ def create_app(settings: Settings | None = None, *, on_fatal: Callable[[Ironclip
     )
     app.add_middleware(BodyGuard, max_bytes=settings.max_body_bytes, max_held_bytes=settings.max_held_bytes)
     app.add_middleware(Accounting, ops=ops_names)
+    app.add_middleware(HeadAsGet)
     return app
 
 

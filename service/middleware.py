@@ -1,4 +1,4 @@
-"""Two layers around the routes, in plain ASGI: one that accounts for each request, one that guards its body."""
+"""Layers around the routes, in plain ASGI: accounts for each request, guards its body, and answers HEAD."""
 
 from __future__ import annotations
 
@@ -159,3 +159,33 @@ class BodyGuard:
             "IRONCLIP_MAX_BODY_BYTES.",
             limit=self.max_bytes,
         )
+
+
+class HeadAsGet:
+    """Answer HEAD wherever GET is answered: the same, without the body (RFC 9110, section 9.3.2).
+
+    Args:
+        app: the layers below, which see a GET.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        head = scope["method"] == "HEAD"
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 405:
+                headers = MutableHeaders(scope=message)
+                allowed = [method.strip() for method in headers.get("allow", "").split(",")]
+                if "GET" in allowed and "HEAD" not in allowed:
+                    headers["Allow"] = ", ".join([*allowed, "HEAD"])
+            if head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        await self.app({**scope, "method": "GET"} if head else scope, receive, send_head)

@@ -11,10 +11,9 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -23,6 +22,8 @@ from pydantic_settings import (
     SettingsError,
     TomlConfigSettingsSource,
 )
+from redis.asyncio import ConnectionPool
+from redis.exceptions import RedisError
 
 from ironclip.errors import IronclipError
 
@@ -34,6 +35,8 @@ DEFAULT_ALIAS = "default"
 _SERVICE_LINK = re.compile(r"^IRONCLIP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?)$")
 
 MIB = 1024 * 1024
+# Pillow refuses beyond this by itself (half of its error bound), so a higher limit could not be kept.
+MOST_PIXELS = 89_000_000
 
 
 class SettingsInvalid(IronclipError):
@@ -60,7 +63,9 @@ class Settings(BaseSettings):
     )
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Compute type; `auto` measures at start and checks the drift against float32."
+        default="auto",
+        description="Compute type; `auto` measures at start and checks the drift against float32. What is fastest may "
+        "come out differently on each replica: pin it where several are to give the same scores and share a cache.",
     )
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads for the model; 0 leaves it to torch.")
     max_batch: int = Field(default=32, ge=1, le=4096, description="Items in one forward pass at most.")
@@ -125,7 +130,7 @@ class Settings(BaseSettings):
         description="Bytes of all requests under way at most; more are answered 429.",
     )
     max_image_bytes: int = Field(default=16 * MIB, ge=1024, description="Bytes of one encoded image at most.")
-    max_pixels: int = Field(default=25_000_000, ge=1, description="Pixels of one image at most.")
+    max_pixels: int = Field(default=25_000_000, ge=1, le=MOST_PIXELS, description="Pixels of one image at most.")
     max_side: int = Field(default=16_384, ge=1, le=65_535, description="Pixels along one side of an image at most.")
     max_images: int = Field(default=64, ge=1, le=4096, description="Images in one request at most.")
     max_texts: int = Field(default=1024, ge=1, le=65_536, description="Texts in one embedding request at most.")
@@ -166,6 +171,13 @@ class Settings(BaseSettings):
             return None
         if not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("must begin with redis://, rediss:// or unix://")
+        try:
+            ConnectionPool.from_url(value.get_secret_value()).make_connection()  # type: ignore[no-untyped-call]
+        except (ValueError, TypeError, RedisError):  # whose text may quote the password
+            raise ValueError(
+                "must be redis://[user:password@]host[:port][/number], with %XX for a password's special characters, "
+                "and only options that redis-py knows"
+            ) from None
         return value
 
     @model_validator(mode="after")
@@ -268,34 +280,3 @@ def _fault(item: Mapping[str, Any]) -> str:
         message = "there is no such setting" + (f"; did you mean {near[0]!r}?" if near else "")
         return f"{location[0]}: {message}"
     return f"{name}: {message}"
-
-
-def settings_markdown() -> str:
-    """Return the table of all settings for the README."""
-    rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
-    for name, field in Settings.model_fields.items():
-        bounds = _bounds(field)
-        meaning = (field.description or "") + (f" ({bounds})" if bounds else "")
-        rows.append(
-            f"| `{PREFIX}{name.upper()}` | {_default(field)} | {meaning.replace(chr(124), chr(92) + chr(124))} |"
-        )
-    return "\n".join(rows) + "\n"
-
-
-def _default(field: FieldInfo) -> str:
-    value = field.default
-    if isinstance(value, SecretStr) or value is None or value == "":
-        return ""
-    if isinstance(value, dict):
-        value = ",".join(f"{name}={spec}" for name, spec in value.items())
-    return f"`{value}`"
-
-
-def _bounds(field: FieldInfo) -> str:
-    if get_origin(field.annotation) is Literal:
-        return "one of " + ", ".join(f"`{choice}`" for choice in get_args(field.annotation))
-    least = next((item.ge for item in field.metadata if hasattr(item, "ge")), None)
-    most = next((item.le for item in field.metadata if hasattr(item, "le")), None)
-    if least is not None and most is not None:
-        return f"{least} to {most}"
-    return f"at least {least}" if least is not None else ""

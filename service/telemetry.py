@@ -127,7 +127,9 @@ def configure_logging(level: str, log_format: str) -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    last: list[structlog.typing.Processor] = [structlog.dev.ConsoleRenderer()]
+    # Not the renderer's own choice: with `rich` installed it prints every frame's locals, a caller's data among them.
+    plain = structlog.dev.plain_traceback
+    last: list[structlog.typing.Processor] = [structlog.dev.ConsoleRenderer(exception_formatter=plain)]
     if not console:
         last = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_to_json)]
     structlog.configure(

@@ -42,6 +42,38 @@ def test_health(client: httpx.Client) -> None:
     assert client.get("/readyz").json() == {"status": "ready"}
 
 
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics", "/models", "/label-sets/emoji", "/docs", "/nowhere"])
+def test_head_is_get_without_the_body(client: httpx.Client, path: str) -> None:
+    get, head = client.get(path), client.head(path)
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    same = ("content-type", "etag") if path in ("/metrics", "/nowhere") else ("content-type", "content-length", "etag")
+    assert [head.headers.get(name) for name in same] == [get.headers.get(name) for name in same]
+    assert client.get("/livez").json() == {"status": "ok"}  # the connection is still in step
+
+
+def test_where_head_is_answered(client: httpx.Client) -> None:
+    assert client.post("/livez").headers["allow"] == "GET, HEAD"
+    assert client.head("/classify").status_code == 405
+    assert client.head("/classify").headers["allow"] == "POST"
+
+
+def test_a_traceback_on_a_terminal_shows_no_locals() -> None:
+    code = """
+from service import telemetry
+telemetry.configure_logging("info", "console")
+def fault(text):
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        telemetry.get_logger().exception("fault")
+        import logging; logging.getLogger("uvicorn.error").exception("fault")
+fault("what a " + "caller sent")
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stderr.count("ValueError: broken") == 2
+    assert "what a caller sent" not in result.stderr
+
+
 def test_models_tell_what_is_served(client: httpx.Client) -> None:
     listed = client.get("/models").json()
     (model,) = listed["models"]

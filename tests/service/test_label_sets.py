@@ -188,8 +188,7 @@ async def test_only_so_many_names_are_kept(replica: Replica) -> None:
     async def create(i: int) -> str:
         try:
             await replicas[i % 4].put(f"pets{i}", {"labels": ["cat"]}, ANY)
-        except TooManyLabelSets as error:
-            assert error.limit == 3
+        except TooManyLabelSets:
             return ""
         return f"pets{i}"
 

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from service.settings import Settings, SettingsInvalid, load_settings, settings_markdown
+from service.containers import ImageLimits
+from service.settings import Settings, SettingsInvalid, load_settings
+from service.settings_table import settings_markdown
+from tests.service.conftest import service_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,6 +67,9 @@ def test_encoders_are_named_in_three_ways(monkeypatch: pytest.MonkeyPatch, text:
         ("IRONCLIP_ENCODERS", "a=x,a=y", "named twice"),
         ("IRONCLIP_DEFAULT_ENCODER", "nope", "not among the encoders: demo"),
         ("IRONCLIP_REDIS_URL", "http://x", "redis://"),
+        ("IRONCLIP_REDIS_URL", "redis://localhost:abc", "IRONCLIP_REDIS_URL: must be redis://"),
+        ("IRONCLIP_REDIS_URL", "redis://localhost?no_such_option=1", "IRONCLIP_REDIS_URL: must be redis://"),
+        ("IRONCLIP_MAX_PIXELS", "89000001", "IRONCLIP_MAX_PIXELS"),
         ("IRONCLIP_CONFIG", "/no/such/file.toml", "no file"),
         ("IRONCLIP_PORT", "tcp://10.0.0.7:80", "enableServiceLinks"),
     ],
@@ -113,3 +120,39 @@ def test_a_bad_setting_ends_the_program_with_2_and_one_clear_line() -> None:
     assert result.returncode == 2
     assert "IRONCLIP_PROT: there is no such setting; did you mean IRONCLIP_PORT?" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_most_pixels_that_may_be_set_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IRONCLIP_MAX_PIXELS", "89000000")
+    assert ImageLimits(max_pixels=load_settings().max_pixels).max_pixels == 89_000_000
+
+
+def test_a_password_in_a_bad_url_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IRONCLIP_REDIS_URL", "redis://:hunter2/x@localhost")
+    with pytest.raises(SettingsInvalid) as caught:
+        load_settings()
+    assert "hunter2" not in caught.value.detail
+
+
+def run(*arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "service", *arguments]
+    environment = service_environment(**settings)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_a_bad_setting_ends_every_command_with_2() -> None:
+    result = run("openapi", port="abc")
+    assert result.returncode == 2
+    assert "IRONCLIP_PORT" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_address_that_cannot_be_listened_on_ends_the_program_with_1() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        in_use = run(port=taken.getsockname()[1])
+    assert in_use.returncode == 1
+    assert "in use" in in_use.stderr
+    nowhere = run(host="no.such.host.invalid")
+    assert nowhere.returncode == 1
+    assert "Cannot listen on no.such.host.invalid:8000" in nowhere.stderr
+    assert "Traceback" not in in_use.stderr + nowhere.stderr
