@@ -10,75 +10,16 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from dataclasses import dataclass, field
-from typing import Any
 
-from ironclip.errors import ImageInvalid, ImageTooLarge, ImageUnsupported, OptionError
+from ironclip.errors import ImageInvalid, ImageUnsupported
+from service.container import Container, ImageLimits, note_trailing
+from service.jpeg_container import read_jpeg
 
 ACCEPTED = "JPEG, PNG and WebP are accepted"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-# Pillow refuses beyond this by itself (half of its error bound), so a higher limit could not be kept.
-_MOST_PIXELS = 89_000_000
-_MAX_JPEG_SEGMENTS, _MAX_JPEG_SCANS, _MAX_PNG_CHUNKS, _MAX_WEBP_CHUNKS = 4096, 64, 20_000, 256
-# The end of entropy-coded data: a marker that is neither a stuffed zero nor a restart.
-_JPEG_SCAN_END = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
-_JPEG_MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)
+_MAX_PNG_CHUNKS, _MAX_WEBP_CHUNKS = 20_000, 256
 _PNG_CHUNK_NAME = re.compile(rb"[A-Za-z]{4}")
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
-
-
-@dataclass(frozen=True)
-class ImageLimits:
-    """What one encoded picture may claim and cost; checked from headers, before anything is decoded.
-
-    Args:
-        max_bytes: bytes of the encoded file.
-        max_pixels: width x height, at most 89 million.
-        max_side: pixels along one side.
-    """
-
-    max_bytes: int = 16 * 1024 * 1024
-    max_pixels: int = 25_000_000
-    max_side: int = 16_384
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.max_pixels <= _MOST_PIXELS:
-            raise OptionError(f"max_pixels must lie in 1..{_MOST_PIXELS}", limit=_MOST_PIXELS)
-
-    def check_bytes(self, count: int) -> None:
-        """Raise ImageTooLarge if an encoded picture of `count` bytes is over the limit."""
-        if count > self.max_bytes:
-            raise ImageTooLarge(
-                f"The picture has {count} bytes; at most {self.max_bytes} are accepted.", limit=self.max_bytes
-            )
-
-    def check_size(self, width: int, height: int) -> None:
-        """Raise ImageInvalid for an empty picture, ImageTooLarge for one over the limits."""
-        if width < 1 or height < 1:
-            raise ImageInvalid("The picture's header says that it has no pixels.")
-        if max(width, height) > self.max_side:
-            raise ImageTooLarge(
-                f"The picture is {width} x {height}; a side may have {self.max_side} pixels at most.",
-                limit=self.max_side,
-            )
-        if width * height > self.max_pixels:
-            raise ImageTooLarge(
-                f"The picture is {width} x {height} = {width * height} pixels; at most {self.max_pixels} are "
-                "accepted. Scale it down before sending; the encoder's input is far smaller.",
-                limit=self.max_pixels,
-            )
-
-
-@dataclass
-class Container:
-    """A checked container: `data` holds only what decoding needs, `info` what preprocessing asks about."""
-
-    format: str
-    width: int
-    height: int
-    data: bytes
-    info: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
 
 
 def sniff(data: bytes) -> str:
@@ -108,7 +49,7 @@ def read_container(data: bytes, limits: ImageLimits) -> Container:
         ImageTooLarge: over one of the limits.
     """
     limits.check_bytes(len(data))
-    reader = {"JPEG": _read_jpeg, "PNG": _read_png, "WEBP": _read_webp}[sniff(data)]
+    reader = {"JPEG": read_jpeg, "PNG": _read_png, "WEBP": _read_webp}[sniff(data)]
     return reader(data, limits)
 
 
@@ -126,87 +67,6 @@ def _recognise(data: bytes) -> str:
         (data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")), "This is a JPEG XL"),
     ]
     return next((name for matches, name in known if matches), "This is not a picture format known here")
-
-
-# --- JPEG -------------------------------------------------------------------------------------------------------
-
-
-def _read_jpeg(data: bytes, limits: ImageLimits) -> Container:
-    view = memoryview(data)
-    found = Container("JPEG", 0, 0, b"")
-    keep: list[bytes | memoryview] = [b"\xff\xd8"]
-    position, scans = 2, 0
-    for _ in range(_MAX_JPEG_SEGMENTS):
-        match = _JPEG_MARKER.match(data, position)
-        if match is None:
-            raise ImageInvalid(
-                "The JPEG is truncated." if position >= len(data) else "The JPEG has no marker where one is due."
-            )
-        marker, position = match[1][0], match.end()
-        if marker == 0xD9:
-            return _finish_jpeg(found, keep, scans, data, position)
-        if marker < 0xC0 or marker in (0xC8, 0xD8, 0xDE, 0xDF) or 0xD0 <= marker <= 0xD7 or 0xF0 <= marker <= 0xFD:
-            raise ImageInvalid(f"The JPEG is corrupt: marker 0x{marker:02x} out of place.")
-        length = int.from_bytes(view[position : position + 2], "big")
-        body = view[position + 2 : position + length]
-        if length < 2 or len(body) != length - 2:
-            raise ImageInvalid("The JPEG is truncated, or a segment's length is wrong.")
-        position += length
-        segment: list[bytes | memoryview] = [bytes((0xFF, marker)), length.to_bytes(2, "big"), body]
-        if marker in (0xC4, 0xDB, 0xDD):
-            keep += segment
-        elif marker == 0xDA:
-            scans += 1
-            end = _JPEG_SCAN_END.search(data, position)
-            if not found.width or end is None:
-                raise ImageInvalid("The JPEG is truncated." if found.width else "The JPEG has no frame header.")
-            if scans > _MAX_JPEG_SCANS:
-                raise ImageUnsupported(f"The JPEG has more than {_MAX_JPEG_SCANS} scans.", limit=_MAX_JPEG_SCANS)
-            keep += [*segment, view[position : end.start()]]
-            position = end.start()
-        elif 0xC0 <= marker <= 0xCF and marker != 0xCC:
-            if found.width:
-                raise ImageInvalid("The JPEG has more than one frame header.")
-            found.width, found.height = _read_frame_header(marker, bytes(body), limits)
-            keep += segment
-        elif _note_application(found, marker, body):
-            keep += segment
-    raise ImageInvalid(f"The JPEG has more than {_MAX_JPEG_SEGMENTS} segments.", limit=_MAX_JPEG_SEGMENTS)
-
-
-def _read_frame_header(marker: int, body: bytes, limits: ImageLimits) -> tuple[int, int]:
-    if marker not in (0xC0, 0xC1, 0xC2):
-        raise ImageUnsupported(
-            "The JPEG is lossless, hierarchical or arithmetic-coded; baseline and progressive are read."
-        )
-    if len(body) < 6 or len(body) != 6 + 3 * body[5]:
-        raise ImageInvalid("The JPEG's frame header is broken.")
-    precision, height, width, components = struct.unpack(">BHHB", body[:6])
-    if precision != 8 or components not in (1, 3, 4):
-        raise ImageUnsupported(f"JPEGs of {precision} bits and {components} components are not accepted.")
-    limits.check_size(width, height)
-    return width, height
-
-
-def _note_application(found: Container, marker: int, body: memoryview) -> bool:
-    """Take from an APPn or comment segment what preprocessing needs; True if libjpeg needs the segment too."""
-    head = bytes(body[:14])
-    if marker == 0xE1 and head.startswith(b"Exif\0\0"):
-        found.info.setdefault("exif", bytes(body))
-    elif marker == 0xE2 and head.startswith(b"ICC_PROFILE\0"):
-        found.info["icc_profile"] = b"not read"
-    elif marker == 0xE2 and head.startswith(b"MPF\0") and "multi-picture" not in found.warnings:
-        found.warnings.append("multi-picture")
-    # These two tell libjpeg which colour space the components are in.
-    return (marker == 0xE0 and head.startswith(b"JFIF\0")) or (marker == 0xEE and head.startswith(b"Adobe"))
-
-
-def _finish_jpeg(found: Container, keep: list[bytes | memoryview], scans: int, data: bytes, position: int) -> Container:
-    if not scans:
-        raise ImageInvalid("The JPEG ends before its first scan.")
-    found.data = b"".join([*keep, b"\xff\xd9"])
-    _note_trailing(found, data, position)
-    return found
 
 
 # --- PNG --------------------------------------------------------------------------------------------------------
@@ -240,7 +100,7 @@ def _read_png(data: bytes, limits: ImageLimits) -> Container:
             if b"IDAT" not in seen:
                 raise ImageInvalid("The PNG has no pixel data.")
             found.data = b"".join(keep)
-            _note_trailing(found, data, position)
+            note_trailing(found, data, position)
             return found
     raise ImageInvalid(f"The PNG has more than {_MAX_PNG_CHUNKS} chunks.", limit=_MAX_PNG_CHUNKS)
 
@@ -310,7 +170,7 @@ def _read_webp(data: bytes, limits: ImageLimits) -> Container:
             found.info.setdefault("exif", body)
     if position < end or frames != 1 or (canvas is not None and canvas != (found.width, found.height)):
         raise ImageInvalid("The WebP is corrupt: it must hold one frame of its own size.")
-    _note_trailing(found, data, end)
+    note_trailing(found, data, end)
     return found
 
 
@@ -322,9 +182,3 @@ def _webp_frame_size(name: bytes, body: bytes) -> tuple[int, int]:
         bits = int.from_bytes(body[1:5], "little")
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     raise ImageInvalid("The WebP's frame header is broken.")
-
-
-def _note_trailing(found: Container, data: bytes, position: int) -> None:
-    # Cameras pad with zeros; anything else is worth saying.
-    if len(data) > position and data[position:].strip(b"\0") and "multi-picture" not in found.warnings:
-        found.warnings.append("trailing-bytes-ignored")

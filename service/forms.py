@@ -18,7 +18,8 @@ from starlette.formparsers import MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from ironclip.errors import ImageError, InputTooLarge, IronclipError
-from service.containers import ImageLimits, sniff
+from service.container import ImageLimits
+from service.containers import sniff
 from service.errors import BodyMalformed, MediaTypeUnsupported, RequestInvalid, from_validation
 from service.images import bytes_digest, check_declared_type, parse_data
 

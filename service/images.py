@@ -32,7 +32,8 @@ from ironclip.errors import (
     Overloaded,
 )
 from ironclip.preprocessing import Preprocessing
-from service.containers import ACCEPTED, Container, ImageLimits, read_container, sniff
+from service.container import Container, ImageLimits
+from service.containers import ACCEPTED, read_container, sniff
 
 __all__ = ["DecodedImage", "ImageDecoder", "ImageLimits", "bytes_digest", "decode", "parse_data", "pixels_digest"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.containers import ImageLimits
+from service.container import ImageLimits
 from service.settings import Settings, SettingsInvalid, load_settings
 from service.settings_table import settings_markdown
 from tests.service.conftest import service_environment
