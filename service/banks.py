@@ -112,10 +112,10 @@ class Banks:
 
     async def _encode_part(self, texts: list[str]) -> list[Tensor]:
         async with self._turn:
-            start = time.perf_counter()
+            start = time.monotonic()
             outcomes = await self._patiently(texts)
             self._moved = time.monotonic()
-            self._seconds = _MEMORY * self._seconds + time.perf_counter() - start
+            self._seconds = _MEMORY * self._seconds + self._moved - start
             self._prompts = _MEMORY * self._prompts + len(texts)
         rows: list[Tensor] = []
         for outcome in outcomes:

@@ -82,17 +82,16 @@ def test_a_served_bank_is_the_librarys(tiny_encoder: Encoder) -> None:
 def test_small_requests_pass_by_a_large_label_set(tiny_encoder: Encoder) -> None:
     async def scenario(served: ServedEncoder) -> None:
         telemetry.watch_encoder(served)
-        large = asyncio.create_task(served.text_bank(labels(4000)))
+        large = asyncio.create_task(served.text_bank(labels(20_000)))  # 10 s at least
         await asyncio.sleep(0.3)
         start = time.perf_counter()
         await served.text_bank(labels(2, "other"))
         await served.encode_texts(["a text of another caller"])
-        assert time.perf_counter() - start < 1
+        assert time.perf_counter() - start < 4  # a few parts of 16 ms, on a machine that may be busy
         assert not large.done()
         waiting = next(iter(telemetry.QUEUE_ITEMS.labels("tiny", "bank").collect())).samples[0].value
-        assert 100 < waiting < 4000
-        assert len((await large).weights) == 4000
-        assert served.banks.queued == 0
+        assert 100 < waiting < 20_000
+        large.cancel()
 
     serve(tiny_encoder, scenario)
 
@@ -105,7 +104,7 @@ def test_too_many_prompts_are_refused_with_the_time_they_take(tiny_encoder: Enco
             await served.text_bank(labels(3000, "other"))
         assert 3000 * PER_TEXT * 0.5 < float(caught.value.retry_after or 0) < 60
         assert len((await served.text_bank(labels(200, "few"))).weights) == 200
-        await first
+        first.cancel()
 
     serve(tiny_encoder, scenario, max_queue=32)
 
