@@ -100,6 +100,7 @@ class Plans:
         plan = Plan(served, label_set.resolve(served.encoder), tree, levels, defence, reference, domain)
         # A tree that does not fit the labels is an error of this request, told at once.
         _check_levels(len(plan.level_nodes))
+        _ = plan.key  # made here, where large sets have a thread: it takes the digests of all labels and edges
         return plan, plan_bytes(plan)
 
 
