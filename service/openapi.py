@@ -28,7 +28,7 @@ _DESCRIPTION = """CLIP encoders that are hard to fool, over HTTP.
 Every error is an RFC 9457 problem (below `/v1`: OpenAI's error object) with a stable `code`, which
 `/problems/{code}` explains. Every answer carries `X-Request-Id` (yours, if it matches
 `^[A-Za-z0-9._-]{8,128}$`) and, where there was work, `Server-Timing`. A request may say how long it waits with
-`X-Request-Timeout-Ms`.
+`X-Request-Timeout-Ms`. HEAD is answered wherever GET is, the same without the body.
 """
 _MODELS: tuple[type[BaseModel], ...] = (
     schemas.ClassifyRequest,
