@@ -8,17 +8,19 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from service import plans
+from service import answers, plans
 from service.app import create_app
 from service.core import Service
 from service.errors import RequestInvalid
 from service.label_sets import Registered, parse_document
+from service.routes import classify
 from service.schemas import Options
 from service.settings import Settings
 from tests.service.conftest import as_base64, picture
@@ -265,3 +267,28 @@ def test_a_sets_json_is_made_off_the_event_loop(app: TestClient, monkeypatch: py
     app.put("/label-sets/dumped", json={"labels": LABELS}).raise_for_status()
     assert json.loads(app.get("/label-sets/dumped").content)["labels"] == LABELS
     assert threads
+
+
+def test_levels_count_in_what_is_decided_and_written_off_the_event_loop(
+    app: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_loop = []
+
+    def watch(module: ModuleType, name: str) -> None:
+        work = getattr(module, name)
+
+        def watched(*args: Any) -> Any:
+            on_loop.append(asyncio._get_running_loop() is not None)
+            return work(*args)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(answers, "_judge")
+    watch(classify, "render")
+    monkeypatch.setattr(answers, "_THREAD_SCORES", 60)
+    monkeypatch.setattr(classify, "_THREAD_PREDICTIONS", 60)
+    asked = {"image": as_base64(picture(3)), "labels": [f"label {i}" for i in range(50)]}
+    for tree, expected in (({}, True), ({"tree": tree_over(50, 40, 3)}, False)):
+        on_loop.clear()
+        assert app.post("/classify", json={**asked, **tree}).status_code == 200
+        assert on_loop == [expected, expected]
