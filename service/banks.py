@@ -20,6 +20,9 @@ from ironclip.labels import LabelSet
 from ironclip.textbank import BankTexts, TextBank
 
 _MEMORY = 0.9  # weight of the past in the running mean of seconds per prompt
+# What was encoded of the last set that was given up is kept within these bounds: a caller whose deadline is too
+# short for the whole of it gets there by asking again.
+_LEAST_KEPT, _KEPT_BYTES = 500, 128 * 1024 * 1024
 _PAUSE = 0.05  # before asking again while the tower's queue is full, seconds
 
 Encode = Callable[[Sequence[str]], Awaitable[list[Tensor | Exception]]]
@@ -46,6 +49,7 @@ class Banks:
         self._turn = asyncio.Lock()  # wakes those who wait in the order in which they came
         self._seconds, self._prompts = 0.0, 0.0
         self._moved = time.monotonic()
+        self._given_up: tuple[object, Tensor, int] | None = None  # whose, features, how many are there
 
     @property
     def queued(self) -> int:
@@ -78,7 +82,7 @@ class Banks:
         self._left[ticket] = size
         try:
             needed = await asyncio.to_thread(BankTexts.of, self._encoder, label_set, descriptions=descriptions)
-            features = await self._features(ticket, needed.texts)
+            features = await self._features(ticket, needed)
         finally:
             del self._left[ticket]
         return await asyncio.to_thread(needed.bank, self._encoder, features)
@@ -98,16 +102,25 @@ class Banks:
                 limit=self.max_ahead,
             )
 
-    async def _features(self, ticket: object, texts: Sequence[str]) -> Tensor:
+    async def _features(self, ticket: object, needed: BankTexts) -> Tensor:
+        texts, whose = needed.texts, (needed.label_set.digest, needed.descriptions)
         # Longest first: what is too long is found at once, and texts of like length share a batch.
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        features = torch.empty(len(texts), self._encoder.dim)
-        self._left[ticket] = len(texts)
-        for start in range(0, len(order), self._part):
-            places = order[start : start + self._part]
-            rows = await self._encode_part([texts[place] for place in places])
-            features[places] = torch.stack(rows)
-            self._left[ticket] -= len(places)
+        features, done = torch.empty(len(texts), self._encoder.dim), 0
+        if self._given_up is not None and self._given_up[0] == whose:
+            _, features, done = self._given_up
+            self._given_up = None
+        self._left[ticket] = len(texts) - done
+        try:
+            while done < len(order):
+                places = order[done : done + self._part]
+                features[places] = torch.stack(await self._encode_part([texts[place] for place in places]))
+                done += len(places)
+                self._left[ticket] = len(order) - done
+        except asyncio.CancelledError:
+            if done >= _LEAST_KEPT and features.nbytes <= _KEPT_BYTES:
+                self._given_up = (whose, features, done)
+            raise
         return features
 
     async def _encode_part(self, texts: list[str]) -> list[Tensor]:

@@ -146,6 +146,23 @@ def test_a_set_that_nobody_waits_for_is_given_up(tiny_encoder: Encoder) -> None:
     serve(tiny_encoder, scenario)
 
 
+def test_a_caller_with_a_short_deadline_gets_there_by_asking_again(tiny_encoder: Encoder) -> None:
+    async def scenario(served: ServedEncoder) -> None:
+        wanted, asked = labels(4000), 0
+        bank = None
+        while bank is None and asked < 60:
+            asked += 1
+            try:
+                bank = await asyncio.wait_for(served.text_bank(wanted), 1)  # the whole takes 2 s at least
+            except asyncio.TimeoutError:
+                continue
+        assert asked > 1
+        assert bank is not None
+        torch.testing.assert_close(bank.weights, build_text_bank(tiny_encoder, wanted).weights)
+
+    serve(tiny_encoder, scenario)
+
+
 def test_a_stop_does_not_wait_for_banks(tiny_encoder: Encoder) -> None:
     outcomes: list[object] = []
 
