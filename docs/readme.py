@@ -49,6 +49,20 @@ def demo_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def demo_limits() -> str:
+    """What the demo encoder's own numbers say of its limits."""
+    trained = json.loads((ROOT / "docs" / "demo-scores-trained.json").read_text(encoding="utf-8"))["scores"]
+    shares = [parts["without_flags"]["top1"] for parts in trained.values()]
+    meta = _meta("convnet")
+    seen = meta["config"]["steps"] * meta["config"]["batch_size"]
+    outside = meta["domain"]["called_outside_percent"]["photos"]
+    return (
+        f"It is underfitted: on art that it was trained on ({', '.join(trained)}), top-1 is {min(shares):.0f} to "
+        f"{max(shares):.0f} %. The run saw {seen:,} pictures; longer training is the next step. Its `domain` warning "
+        f"catches {outside:.0f} % of the photographs (random crops of them) that it was measured on.\n"
+    )
+
+
 def bench_table() -> str:
     """Medians of the last run of `make bench`."""
     report = json.loads((RESULTS / "bench_floor.json").read_text(encoding="utf-8"))
