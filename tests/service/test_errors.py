@@ -49,7 +49,8 @@ GOOD = base64.b64encode(png()).decode()
 
 
 def test_every_error_class_has_a_status_and_a_code_of_its_own() -> None:
-    classes = list(error_classes())
+    # The trainer's own errors, if its tests were imported in this run, never reach the service.
+    classes = [kind for kind in error_classes() if not kind.__module__.startswith("training")]
     assert set(classes) == set(STATUS)
     codes = [kind.code for kind in classes]
     assert len(codes) == len(set(codes))
