@@ -9,6 +9,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "ironclip" / "demo"
 RESULTS = ROOT / "loadtests" / "results"
+SHARE_AIM, LATENCY_AIM = 0.85, 1.2
 
 
 def settings_table() -> str:
@@ -73,12 +74,18 @@ def bench_table() -> str:
     for size, result in report["sizes"].items():
         for concurrency, row in result["median"]["embed"].items():
             rows.append(
-                f"| {size} | {concurrency.removeprefix('c')} | {row['images_per_second']:.1f} | "
+                f"| {size} | {concurrency} | {row['images_per_second']:.1f} | "
                 f"{row['share_of_floor']:.0%} | {row['share_of_floor_by_cpu_time']:.0%} | {row['p50_ms']:.0f} ms | "
                 f"{row['p99_ms']:.0f} ms | {row['latency_over_decode_and_forward']:.2f} |"
             )
     machine = report["machine"]
+    served = [result["median"]["embed"] for result in report["sizes"].values()]
+    share = min(row["32"]["share_of_floor"] for row in served)
+    latency = max(row["1"]["latency_over_decode_and_forward"] for row in served)
     rows += [
+        "",
+        f"Least share at 32 clients {share:.0%} ({'met' if share >= SHARE_AIM else 'not met yet'}); largest latency at "
+        f"one client {latency:.2f} ({'met' if latency <= LATENCY_AIM else 'not met yet'}).",
         "",
         f"`{report['command'].strip()}`, {report['model']}, {report['dtype']['chosen']}; {machine['cpu']}, "
         f"{machine['cores']} cores; seed {report['seed']}, commit {report['commit'][:12]}; "
