@@ -36,7 +36,7 @@ bench: $(VENV)/.dev ## throughput over HTTP against the floor of decode and towe
 	$(BIN)/python -m loadtests.bench_floor
 
 readme: $(VENV)/.dev ## put the current tables into README.md
-	$(BIN)/python -m cogapp -r README.md
+	$(BIN)/python -m cogapp -r README.md training/README.md
 
 setup: $(VENV)/.dev ## only the virtual environment, with everything in it
 

@@ -64,6 +64,23 @@ def demo_limits() -> str:
     )
 
 
+def choice_table() -> str:
+    """Short runs that the demo's settings were chosen on, from ``docs/choice``."""
+    rows: list[str] = []
+    for path in sorted((ROOT / "docs" / "choice").glob("*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        config, scores = report["encoder"]["config"], report["scores"]
+        if not rows:
+            titles = [f"{vendor}{' (left out)' * (vendor in config['left_out'])}" for vendor in scores]
+            rows.append("| optimiser | learning rate | batch | pictures seen | " + " | ".join(titles) + " |")
+            rows.append("| --- " * (4 + len(titles)) + "|")
+        cells = [f"{parts['without_flags']['top1']:.1f} %" for parts in scores.values()]
+        seen = config["steps_done"] * config["batch_size"]
+        settings = f"{config['optimiser']} | {config['learning_rate']:g} | {config['batch_size']} | {seen:,}"
+        rows.append(f"| {settings} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
 def bench_table() -> str:
     """Medians of the last run of `make bench`."""
     report = json.loads((RESULTS / "bench_floor.json").read_text(encoding="utf-8"))

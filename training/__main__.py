@@ -77,9 +77,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     results = evaluate_emoji(encoder, arguments.data, arguments.vendors)
     print(summary(results))
     if arguments.json:
-        write_json(
-            arguments.json, {"encoder": {"spec": arguments.encoder, "digest": encoder.digest}, "scores": results}
-        )
+        made = {"spec": arguments.encoder, "digest": encoder.digest, "config": encoder.provenance.get("config")}
+        write_json(arguments.json, {"encoder": made, "scores": results})
     if arguments.into_artifact:
         update_meta(arguments.encoder, scores=results)
 

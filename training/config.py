@@ -8,7 +8,7 @@ import sys
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ironclip.errors import OptionError
 
@@ -27,6 +27,10 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         return from_mapping(kind, value, where)  # type: ignore[arg-type]
     if origin in (Union, types.UnionType):
         return None if value is None else _convert(value, next(a for a in get_args(kind) if a is not type(None)), where)
+    if origin is Literal:
+        if value in get_args(kind):
+            return value
+        raise OptionError(f"{where}: expected {' or '.join(map(repr, get_args(kind)))}, got {value!r}")
     if origin is tuple and isinstance(value, (list, tuple)):
         inner = get_args(kind)
         kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner

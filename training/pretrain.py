@@ -17,7 +17,7 @@ import signal
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,15 @@ from training.checkpoint import NonFiniteLoss, load_checkpoint, save_checkpoint
 from training.emoji.pictures import load_vendor, manifest_names, read_manifest, training_vendors
 from training.export import export
 from training.sampling import Sampler
-from training.towers import ImageTower, build_encoder, fast_products, fastest_dtype, parameter_groups, update_average
+from training.towers import (
+    ImageTower,
+    TextTower,
+    build_encoder,
+    build_optimisers,
+    fast_products,
+    fastest_dtype,
+    update_average,
+)
 
 LEVELS = ("name", "subgroup", "group")
 
@@ -53,6 +61,7 @@ class PretrainConfig:
         name_prompts: how many names each picture is compared with in the name loss.
         label_smoothing: of the prompt losses.
         dtype: ``auto`` (timed at the start), ``float32`` or ``bfloat16`` for the image tower.
+        optimiser: ``adamw``, or ``muon`` for the matrices (see `training.muon`) and AdamW for the rest.
         ema: decay of the weight average that is exported.
     """
 
@@ -73,6 +82,7 @@ class PretrainConfig:
     label_smoothing: float = 0.0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     batch_size: int = 256
+    optimiser: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     warmup: int = 200
@@ -119,8 +129,9 @@ class Run:
     config: PretrainConfig
     encoder: Encoder
     average: Encoder
-    optimiser: torch.optim.Optimizer
+    optimisers: list[torch.optim.Optimizer]
     tower: ImageTower
+    texts: TextTower
     sampler: Sampler
     captions: CaptionTable
     step: int = 0
@@ -134,7 +145,7 @@ class Run:
             "lengths": self.lengths,
             "model": self.encoder.model.state_dict(),
             "average": self.average.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "dtype": str(self.tower.dtype).removeprefix("torch."),
         }
 
@@ -165,8 +176,7 @@ def compute_loss(run: Run, generator: torch.Generator) -> tuple[Tensor, dict[str
     words = [captions.labels[index] for index in others.tolist()] + captions.subgroups + captions.groups
     picks = torch.randint(len(TEMPLATES), (len(words),), generator=generator).tolist()
     prompts = [TEMPLATES[pick].format(word) for pick, word in zip(picks, words, strict=True)]
-    tokens = run.encoder.tokenize([caption.text for caption in drawn] + prompts, truncate=True)
-    texts = F.normalize(run.encoder.encode_tokens(tokens), dim=-1)
+    texts = F.normalize(run.texts([caption.text for caption in drawn] + prompts), dim=-1)
     features = F.normalize(run.tower(pixels), dim=-1)
     logits = run.encoder.logit_scale * features @ texts[: len(names)].T
     contrastive = masked_clip_loss(logits, captions.truths(drawn, names))
@@ -182,11 +192,12 @@ def train_step(run: Run) -> dict[str, float]:
     """One optimiser step; raises NonFiniteLoss (with the parts of the loss) rather than step on a NaN."""
     config = run.config
     rate = learning_rate(config, run.step)
-    for group in run.optimiser.param_groups:
-        group["lr"] = rate
+    for optimiser in run.optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = rate
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + run.step)
     run.encoder.model.train()
-    run.optimiser.zero_grad(set_to_none=True)
+    run.encoder.model.zero_grad(set_to_none=True)
     with fast_products():
         loss, parts = compute_loss(run, generator)
         torch.autograd.backward(loss)
@@ -196,7 +207,8 @@ def train_step(run: Run) -> dict[str, float]:
             f"step {run.step}: loss {loss.item()}, gradient norm {norm.item()}, parts {parts}, "
             f"learning rate {rate:.2e}; resume from the last checkpoint with a smaller learning_rate or dtype=float32"
         )
-    run.optimiser.step()
+    for optimiser in run.optimisers:
+        optimiser.step()
     run.encoder.model.logit_scale.data.clamp_(0, math.log(100))  # type: ignore[operator]
     update_average(run.average, run.encoder, min(config.ema, (1 + run.step) / (10 + run.step)))
     run.step += 1
@@ -215,7 +227,7 @@ def start(config: PretrainConfig, folder: Path) -> Run:
     encoder = build_encoder(config.model, config.preprocess, config.seed)
     average = build_encoder(config.model, config.preprocess, config.seed)
     encoder.model.to(memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(parameter_groups(encoder.model, config.weight_decay), lr=0.0, betas=(0.9, 0.98))
+    optimisers = build_optimisers(encoder.model, config.optimiser, config.weight_decay)
     checkpoint = load_checkpoint(folder / "checkpoint.pt", asdict(config))
     dtype = checkpoint["dtype"] if checkpoint else config.dtype
     if dtype == "auto":
@@ -227,15 +239,17 @@ def start(config: PretrainConfig, folder: Path) -> Run:
         config=config,
         encoder=encoder,
         average=average,
-        optimiser=optimiser,
+        optimisers=optimisers,
         tower=ImageTower(encoder, chosen),
+        texts=TextTower(encoder),
         sampler=Sampler(sources, flags, config.style_weights, config.flag_weight, icon_sets),
         captions=CaptionTable(names),
     )
     if checkpoint:
         encoder.model.load_state_dict(checkpoint["model"])
         average.model.load_state_dict(checkpoint["average"])
-        optimiser.load_state_dict(checkpoint["optimiser"])
+        for optimiser, state in zip(optimisers, checkpoint["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
         run.step = checkpoint["step"]
         run.lengths = checkpoint.get("lengths") or {"0": checkpoint["config"]["steps"]}
         print(f"resuming at step {run.step} of {config.steps}", flush=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ironclip.encoder import Encoder
+from training.muon import Muon
 
 NO_DECAY = ("bias", "embedding", "logit_scale", "bn", "ln_", "norm")
 
@@ -26,14 +27,52 @@ def build_encoder(model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any], see
     return Encoder(model, tokenizer, model_cfg=model_cfg, preprocess_cfg=preprocess_cfg)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: matrices decay; biases, norms, embeddings and the temperature do not."""
-    decay: list[nn.Parameter] = []
+def build_optimisers(
+    model: nn.Module, kind: Literal["adamw", "muon"], weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Optimisers that together hold every parameter: matrices decay; biases, norms, embeddings and temperature do not.
+
+    Args:
+        model: whose parameters.
+        kind: ``muon`` for the matrices (convolutions are such), or ``adamw`` for them too.
+        weight_decay: of the matrices.
+    """
+    matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         plain = parameter.ndim < 2 or any(part in name for part in NO_DECAY)
-        (rest if plain else decay).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        (rest if plain else matrices).append(parameter)
+    if kind == "muon":
+        return [Muon(matrices, lr=0.0, weight_decay=weight_decay), _adamw([{"params": rest, "weight_decay": 0.0}])]
+    return [_adamw([{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}])]
+
+
+def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    # Fused: one pass over memory a step; the token table alone has four million weights.
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
+
+
+class TextTower:
+    """The text tower of an Encoder over strings, fast for many short ones.
+
+    Token ids are kept for every text seen (templates times words are a closed set), and texts are encoded in a few
+    parts of like length, since a part is as long as its longest text.
+    """
+
+    def __init__(self, encoder: Encoder, parts: int = 4) -> None:
+        self._encoder = encoder
+        self._parts = parts
+        self._tokens: dict[str, Tensor] = {}
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Features of ``texts``, cut off at the context's end: float32 [N, dim], not normalised."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._tokens]
+        if new:
+            self._tokens.update(zip(new, self._encoder.tokenize(new, truncate=True), strict=True))
+        tokens = torch.stack([self._tokens[text] for text in texts])
+        order = torch.argsort((tokens != 0).sum(1), stable=True)
+        parts = [self._encoder.encode_tokens(tokens[part]) for part in order.chunk(self._parts)]
+        return torch.cat(parts)[torch.argsort(order)]
 
 
 class ImageTower:
@@ -94,13 +133,12 @@ def fastest_dtype(encoder: Encoder, batch_size: int, repeats: int = 2) -> tuple[
 
 def update_average(average: Encoder, encoder: Encoder, decay: float) -> None:
     """Move every floating-point weight and running statistic of ``average`` towards ``encoder`` by 1 - ``decay``."""
-    current = encoder.model.state_dict()
+    current, ours = encoder.model.state_dict(), average.model.state_dict()
+    floats = [key for key, value in ours.items() if value.is_floating_point()]
     with torch.no_grad():
-        for key, value in average.model.state_dict().items():
-            if value.is_floating_point():
-                value.lerp_(current[key], 1 - decay)
-            else:
-                value.copy_(current[key])
+        torch._foreach_lerp_([ours[key] for key in floats], [current[key] for key in floats], 1 - decay)
+        for key in ours.keys() - floats:
+            ours[key].copy_(current[key])
 
 
 @contextmanager
