@@ -24,7 +24,10 @@ def _blocks(language: str) -> list[str]:
 
 def test_tables_are_current() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "cogapp", "--check", "README.md", "training/README.md"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "cogapp", "--check", "README.md", "training/README.md"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, f"run `make readme`\n{result.stdout}{result.stderr}"
 
