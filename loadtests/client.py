@@ -55,17 +55,23 @@ async def closed_loop(
 ) -> Load:
     """Keep `concurrency` requests in flight; counts from when each connection has had its first reply.
 
-    Lasts some seconds, and on a slow machine longer: until there are three replies for each connection.
+    Lasts some seconds, and on a slow machine longer: until there are three replies for each connection. Time and CPU
+    seconds are taken from reply to reply, since a server that answers in bursts is else charged for a burst that the
+    end of the window cuts off.
 
     Raises:
         Refused: a status other than 200.
     """
     latencies: list[float] = []
+    last = (0.0, 0.0, 0.0)
     warm = 0
     all_warm, enough = asyncio.Event(), asyncio.Event()
 
+    def stand() -> tuple[float, float, float]:
+        return time.perf_counter(), _own_cpu(), process_seconds(server_pid)
+
     async def worker() -> None:
-        nonlocal warm
+        nonlocal warm, last
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
         try:
             await _exchange(reader, writer, next_request())
@@ -77,17 +83,19 @@ async def closed_loop(
                 await _exchange(reader, writer, next_request())
                 if all_warm.is_set() and not enough.is_set():
                     latencies.append(time.perf_counter() - began)
+                    last = stand()
         finally:
             writer.close()
 
     async def watch() -> tuple[float, float, float]:
         await all_warm.wait()
-        cpu, server_cpu, began = _own_cpu(), process_seconds(server_pid), time.perf_counter()
+        first = stand()
         await asyncio.sleep(seconds)
-        while len(latencies) < 3 * concurrency and time.perf_counter() - began < _LONGEST_SECONDS:
+        while len(latencies) < 3 * concurrency and time.perf_counter() - first[0] < _LONGEST_SECONDS:
             await asyncio.sleep(0.05)
         enough.set()
-        return time.perf_counter() - began, _own_cpu() - cpu, process_seconds(server_pid) - server_cpu
+        lasted, spent, server_spent = (end - begin for begin, end in zip(first, last, strict=True))
+        return lasted, spent, server_spent
 
     watcher = asyncio.ensure_future(watch())
     try:

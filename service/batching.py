@@ -2,7 +2,8 @@
 
 The batch is cut late: only when the worker is free, so it grows by itself while the device is busy and is one
 item when nobody else asks. An idle worker waits a moment for company, but only where company is known to be on
-its way (`more_expected`). Items are counted, not requests; a request's items may be split over batches and are
+its way (`more_expected`). Where the device is the CPU, waiting for items that are being prepared wastes nothing, since
+the same cores prepare them: there every batch waits for them (`shares_cores`). Items are counted, not requests; a request's items may be split over batches and are
 joined again. What fails is the item that fails: a batch that raises is halved and run again.
 """
 
@@ -26,6 +27,7 @@ Result = TypeVar("Result")
 
 _LOG = logging.getLogger("ironclip.service.batching")
 _PATIENCE = 10  # the longest wait of an idle worker, in units of the wait for one item
+_CORE_PATIENCE = 0.5  # the longest wait on shared cores, in units of the time that a full batch takes
 _MEMORY = 0.8  # weight of the past in the running mean of seconds per item
 
 
@@ -57,6 +59,9 @@ class Batcher(Generic[Item, Result]):
         idle_wait_ms: how long an idle worker waits for the next item before it starts a batch that is not full;
             ten times that in all.
         more_expected: says whether more items are about to come; while it says no, an idle worker starts at once.
+        shares_cores: the model runs on the cores that prepare the items. A batch that is not full then waits for
+            those being prepared, after a busy spell too, up to half the time that a full one takes; and while it
+            is smaller than the last one was, for `idle_wait_ms` after each item: callers just answered come back.
         on_batch: called after each batch, in the worker thread, with its cost, the seconds it ran, and the
             seconds that its oldest item had waited.
         cost: how many plain items an item counts for (a picture seen in N views: N); 1 for all by default.
@@ -71,6 +76,7 @@ class Batcher(Generic[Item, Result]):
         max_queue: int = 512,
         idle_wait_ms: float = 2.0,
         more_expected: Callable[[], bool] | None = None,
+        shares_cores: bool = False,
         on_batch: Callable[[int, float, float], None] | None = None,
         cost: Callable[[Item], int] | None = None,
     ) -> None:
@@ -83,6 +89,8 @@ class Batcher(Generic[Item, Result]):
         self._run = run
         self._idle_wait = idle_wait_ms / 1000
         self._more_expected = more_expected or (lambda: True)
+        self._shares_cores = shares_cores
+        self._last_cost = 0  # of the last batch
         self._on_batch = on_batch
         self._cost = cost or (lambda item: 1)
         self._changed = threading.Condition(threading.Lock())
@@ -127,8 +135,11 @@ class Batcher(Generic[Item, Result]):
     @property
     def estimated_wait_seconds(self) -> float:
         """How long an item that came now would wait, by the rate of the last batches; 0 before the first."""
-        per_item = self._seconds / self._items if self._items else 0.0
-        return (self._queued + sum(entry.cost for entry in self._current)) * per_item
+        return (self._queued + sum(entry.cost for entry in self._current)) * self._seconds_per_item
+
+    @property
+    def _seconds_per_item(self) -> float:
+        return self._seconds / self._items if self._items else 0.0
 
     async def submit(self, item: Item) -> Result:
         """Queue one item and wait for its result; a caller that is cancelled takes its item out again.
@@ -224,20 +235,28 @@ class Batcher(Generic[Item, Result]):
             if self._stopping:
                 return False
             self._changed.wait()
-        if idle and self._idle_wait:
+        if self._idle_wait and (idle or self._shares_cores):
             self._await_company()
         return True
 
     def _await_company(self) -> None:
         """Let items gather that follow each other closely, while more are expected. Holds the lock."""
-        last = time.monotonic() + _PATIENCE * self._idle_wait
+        patience = _PATIENCE * self._idle_wait
+        if self._shares_cores:
+            patience = max(patience, _CORE_PATIENCE * self.max_batch * self._seconds_per_item)
+        last = time.monotonic() + patience
         seen, due = self._next_id, time.monotonic() + self._idle_wait
-        while self._queued < self.max_batch and not self._stopping and self._more_expected():
-            left = min(due, last) - time.monotonic()
+        while self._queued < self.max_batch and not self._stopping:
+            coming = self._more_expected()
+            if not coming and not (self._shares_cores and self._queued < self._last_cost):
+                return
+            now = time.monotonic()
+            left = min(last if coming and self._shares_cores else due, last) - now
             if left <= 0:
                 return
-            self._changed.wait(left)
-            if self._next_id != seen:
+            # What is expected may also fail, which wakes nobody: look again after a while.
+            self._changed.wait(min(left, self._idle_wait))
+            if self._next_id != seen or (coming and self._shares_cores):
                 seen, due = self._next_id, time.monotonic() + self._idle_wait
 
     def _take(self, most: float) -> list[_Entry[Item]]:
@@ -265,6 +284,7 @@ class Batcher(Generic[Item, Result]):
         self._seconds = _MEMORY * self._seconds + seconds
         cost = sum(entry.cost for entry in batch)
         self._items = _MEMORY * self._items + cost
+        self._last_cost = cost
         self.last_progress = time.monotonic()
         self._current = []
         _deliver([(entry.future, outcome) for entry, outcome in zip(batch, outcomes, strict=True)])

@@ -89,6 +89,7 @@ class ServedEncoder:
             max_queue=max_queue,
             idle_wait_ms=idle_wait_ms,
             more_expected=images_expected,
+            shares_cores=self.encoder.device.type == "cpu",
             on_batch=self._observer("image"),
             cost=lambda job: job.defence.view_count,
         )
