@@ -53,6 +53,8 @@ $(VENV)/.serve: pyproject.toml | $(BIN)/python
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "==> Installing all packages; PyTorch is large, this takes a few minutes the first time"
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[serve,train,load,dev]'
+	@# Apart and without its dependencies: it asks for a requests of 2020, which nothing else here can live with.
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps 'torchattacks>=3.5'
 	@touch $@ $(VENV)/.serve
 
 redis:

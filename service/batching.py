@@ -2,9 +2,10 @@
 
 The batch is cut late: only when the worker is free, so it grows by itself while the device is busy and is one
 item when nobody else asks. An idle worker waits a moment for company, but only where company is known to be on
-its way (`more_expected`). Where the device is the CPU, waiting for items that are being prepared wastes nothing, since
-the same cores prepare them: there every batch waits for them (`shares_cores`). Items are counted, not requests; a request's items may be split over batches and are
-joined again. What fails is the item that fails: a batch that raises is halved and run again.
+its way (`more_expected`). Where the device is the CPU, waiting for items that are being prepared wastes nothing,
+since the same cores prepare them: there every batch waits for them (`shares_cores`). Items are counted, not
+requests; a request's items may be split over batches and are joined again. What fails is the item that fails: a
+batch that raises is halved and run again.
 """
 
 from __future__ import annotations

@@ -1,0 +1,149 @@
+"""FAB: the nearest picture across the boundary, by projections onto its linearisation (Croce and Hein 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ironclip.attacks.apgd import Progress, look, rank_others
+from ironclip.attacks.contract import Answer, Problem, Query, Steps
+from ironclip.attacks.objectives import Objective
+from ironclip.attacks.pgd import random_start
+from ironclip.attacks.threat import Norm
+from ironclip.errors import OptionError
+
+_BIAS = 0.1  # alpha_max: the most weight that the original picture gets
+_OVERSHOOT = 1.05  # eta
+_BACK = 0.9  # beta: how much of the way back to the picture is kept, once across
+
+
+def project_on_plane(points: Tensor, normals: Tensor, offsets: Tensor, norm: Norm) -> Tensor:
+    """The shortest step onto a hyperplane that stays inside [0, 1] (section 2.2): [b, ...] of the shape of ``points``.
+
+    Each coordinate moves by min(lambda * u, room), with u = 1 for ``linf`` and |w| for ``l2``, and room the way to the
+    cube's face; the one lambda that reaches the plane is found exactly, by sorting where coordinates reach their faces.
+    Where the plane does not meet the cube, the step goes as far towards it as the cube allows.
+
+    Args:
+        points: [b, ...] in [0, 1].
+        normals: w, of the same shape.
+        offsets: [b], <w, point> + b: how far the plane is off, signed.
+        norm: in which the step is short.
+    """
+    w, x = normals.flatten(1), points.flatten(1)
+    down = (w * offsets[:, None]) > 0  # against the gradient where the offset is positive
+    room = torch.where(down, x, 1 - x)
+    weight = w.abs()
+    unit = torch.ones_like(weight) if norm == "linf" else weight
+    full = room / unit.clamp_min(1e-30)  # the lambda at which a coordinate arrives at its face
+    order = full.argsort(dim=1)
+    full, sorted_weight = full.gather(1, order), weight.gather(1, order)
+    arrived = (sorted_weight * room.gather(1, order)).cumsum(1)
+    moving = (sorted_weight * unit.gather(1, order)).flip(1).cumsum(1).flip(1)
+    # Reached at each face: what has arrived before it, and the rest moving at this lambda.
+    before = torch.cat([torch.zeros_like(arrived[:, :1]), arrived[:, :-1]], dim=1)
+    reach = before + full * moving
+    need = offsets.abs()[:, None]
+    segment = (reach < need).sum(1, keepdim=True)
+    last = segment.clamp_max(w.shape[1] - 1)
+    step = (need - before.gather(1, last)) / moving.gather(1, last).clamp_min(1e-30)
+    step = torch.where(segment > last, full[:, -1:], step)
+    length = torch.minimum(step * unit, room)
+    return torch.where(down, -length, length).reshape(points.shape)
+
+
+def _difference(labels: Tensor, targets: Tensor) -> Objective:
+    """The target's logit minus the label's: 0 on the boundary between the two."""
+
+    def loss(logits: Tensor, items: Tensor) -> Tensor:
+        pair = torch.stack([targets[items], labels[items]], dim=1)
+        both = logits.gather(1, pair)
+        return both[:, 0] - both[:, 1]
+
+    return loss
+
+
+@dataclass(frozen=True)
+class FAB:
+    """Targeted FAB (FAB-T) as in AutoAttack: the likeliest wrong classes one after the other.
+
+    It looks for the nearest adversarial picture and may ask about pixels beyond the radius; an item is fooled when one
+    inside is found.
+
+    Attributes:
+        classes: targets tried for each item at most.
+        iterations: steps of each target.
+        restarts: rounds over all targets; from the second on from a random start.
+        seed: of the random starts.
+    """
+
+    classes: int = 9
+    iterations: int = 100
+    restarts: int = 1
+    seed: int = 0
+    name: ClassVar[str] = "fab-t"
+    gradients: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.classes < 1 or self.iterations < 1 or self.restarts < 1:
+            raise OptionError("classes, iterations and restarts are at least 1.")
+
+    def steps(self, problem: Problem) -> Steps:
+        """See `Attack`. Needs the problem's labels and no targets of its own (ValueError)."""
+        labels = problem.labels
+        if labels is None or problem.targets is not None:
+            raise ValueError("fab-t chooses its own targets: it needs an untargeted problem with labels")
+        progress = Progress.begin(problem)
+        logits = yield from look(problem, progress)
+        ranked = rank_others(logits, labels)
+        for restart in range(self.restarts):
+            for rank in range(min(self.classes, logits.shape[1] - 1)):
+                objective = _difference(labels, ranked[:, rank])
+                draw = restart * self.classes + rank
+                yield from self._towards(problem, progress, objective, draw, bool(restart))
+        return progress.images
+
+    def _towards(self, problem: Problem, progress: Progress, objective: Objective, draw: int, random: bool) -> Steps:
+        threat = problem.threat
+        items = progress.left
+        originals = problem.images[items]
+        pixels = random_start(problem, items, seed=self.seed, restart=draw) if random else originals
+        for _ in range(self.iterations):
+            if not len(items):
+                break
+            answer: Answer = yield Query(pixels, items, objective, True, progress.step)
+            progress.step += 1
+            assert answer.gradient is not None
+            reach = threat.distances(originals, pixels)
+            inside = answer.fooled & (reach <= threat.eps)
+            progress.images[items[inside]] = pixels[inside]
+            progress.fooled[items[inside]] = True
+            # Once across, go back towards the picture; that point is asked about before the next step.
+            rows = answer.fooled[:, None, None, None]
+            pixels = torch.where(rows, originals + _BACK * (pixels - originals), pixels)
+            going = ~inside
+            items, originals, pixels = items[going], originals[going], pixels[going]
+            gradient, loss, rows = answer.gradient[going], answer.loss[going], rows[going]
+            moved = self._step(originals, pixels, gradient, loss, threat.norm)
+            pixels = torch.where(rows, pixels, moved)
+        return progress.images
+
+    @staticmethod
+    def _step(originals: Tensor, pixels: Tensor, gradient: Tensor, loss: Tensor, norm: Norm) -> Tensor:
+        """Equations 7 to 9: towards the plane from here and from the picture, weighed by the two distances."""
+        if not len(pixels):
+            return pixels
+        shape = (-1, *[1] * (pixels.ndim - 1))
+        here = project_on_plane(pixels, gradient, loss, norm)
+        offset = loss + (gradient * (originals - pixels)).flatten(1).sum(1)
+        there = project_on_plane(originals, gradient, offset, norm)
+        if norm == "linf":
+            near, far = here.flatten(1).abs().amax(1), there.flatten(1).abs().amax(1)
+        else:
+            near, far = here.flatten(1).norm(dim=1), there.flatten(1).norm(dim=1)
+        bias = (near / (near + far).clamp_min(1e-12)).clamp_max(_BIAS).view(shape)
+        moved = (1 - bias) * (pixels + _OVERSHOOT * here) + bias * (originals + _OVERSHOOT * there)
+        return moved.clamp(0, 1)
