@@ -1,0 +1,126 @@
+"""What a method is: an objective for the attack, and a loss. It knows no loop, no data set and no argv.
+
+Notation of the method files: f_t the tower under training, f_0 its frozen original, f_P a frozen proxy, t_j unit text
+features, s the logit scale, x a picture in [0,1], x' an adversarial one. Sources are named where a formula stands;
+"inferred" marks what the papers or their code leave open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ironclip.attacks.objectives import Objective
+
+Tower = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Class texts of a frozen text tower, encoded once.
+
+    Attributes:
+        weights: unit float32 [K, dim].
+        scale: the logit scale s, a float (100 for OpenAI's CLIP).
+    """
+
+    weights: Tensor
+    scale: float
+
+    def logits(self, features: Tensor, scale: float | None = None) -> Tensor:
+        """s * cos(features, t_j): [B, dim], not normalised -> [B, K]; ``scale`` in place of s if given."""
+        return (self.scale if scale is None else scale) * F.normalize(features, dim=-1) @ self.weights.T
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step is given.
+
+    Attributes:
+        images: x, float32 [B, 3, R, R] in [0, 1].
+        labels: int64 [B].
+        anchor: f_0(x), float32 [B, dim], not normalised, without gradient; from the cache where nothing is augmented.
+    """
+
+    images: Tensor
+    labels: Tensor
+    anchor: Tensor
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What a method may call in its loss.
+
+    Attributes:
+        student: f_t, differentiable to its weights.
+        texts: class texts for f_t and f_0, which share a text tower.
+        original: f_0 under no_grad.
+        proxy: f_P under no_grad, with its own class texts; None where the method has none.
+        proxy_texts: those.
+    """
+
+    student: Tower
+    texts: Texts
+    original: Tower
+    proxy: Tower | None = None
+    proxy_texts: Texts | None = None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A scalar to go down, and its parts for the log."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Method(Protocol):
+    """One way to make an encoder robust; its options are its fields.
+
+    Attributes:
+        name: its key in METHODS.
+        forwards: student forwards of one loss with gradients to the weights, beside the attack's.
+    """
+
+    @property
+    def name(self) -> str:
+        """Its key in METHODS."""
+
+    @property
+    def forwards(self) -> int:
+        """How often `loss` runs the student."""
+
+    def objective(self, networks: Networks, batch: Batch) -> Objective:
+        """What the attack raises: (student features [b, dim], items) -> [b]."""
+
+    def loss(self, networks: Networks, batch: Batch, adversarial: Tensor) -> Losses:
+        """The training loss at x' = ``adversarial`` (mean over the batch)."""
+
+
+def squared_shift(batch: Batch) -> Objective:
+    """||f_t(x') - f_0(x)||^2, summed over dims: the attack of FARE and, in its code, of Sim-CLIP."""
+    return lambda features, items: (features - batch.anchor[items]).square().sum(1)
+
+
+def class_cross_entropy(networks: Networks, batch: Batch) -> Objective:
+    """CE(s cos(f_t(x'), t), y): the attack of TeCoA and PMG-AFT."""
+    return lambda features, items: F.cross_entropy(
+        networks.texts.logits(features), batch.labels[items], reduction="none"
+    )
+
+
+def divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) of two sets of logits [B, K]: [B]. The teacher gets a gradient only if it carries one."""
+    ours, theirs = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+    return (theirs.exp() * (theirs - ours)).sum(-1)
+
+
+@torch.no_grad()
+def without_gradient(tower: Tower, pixels: Tensor) -> Tensor:
+    """Features of a frozen tower."""
+    return tower(pixels).detach()
