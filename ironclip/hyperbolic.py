@@ -43,7 +43,8 @@ def exp0(tangent: Tensor, r: float | Tensor) -> Tensor:
     root = torch.as_tensor(r, dtype=tangent.dtype, device=tangent.device).sqrt()
     length = tangent.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     reach = torch.minimum(length, largest_tangent(r).to(tangent))
-    return torch.sinh(2 * root * reach) / (root * length) * tangent
+    space: Tensor = torch.sinh(2 * root * reach) / (root * length) * tangent
+    return space
 
 
 def log0(space: Tensor, r: float | Tensor) -> Tensor:
@@ -51,7 +52,8 @@ def log0(space: Tensor, r: float | Tensor) -> Tensor:
     space = _wide(space)
     root = torch.as_tensor(r, dtype=space.dtype, device=space.device).sqrt()
     length = space.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    return torch.asinh(root * length) / (2 * root * length) * space
+    tangent: Tensor = torch.asinh(root * length) / (2 * root * length) * space
+    return tangent
 
 
 def to_ball(space: Tensor, r: float | Tensor) -> Tensor:
@@ -70,7 +72,8 @@ def from_ball(points: Tensor, r: float | Tensor) -> Tensor:
 
 def ball_norm(space: Tensor, r: float | Tensor) -> Tensor:
     """||u|| of points s: [..., d] -> [...]; how deep a point lies."""
-    return to_ball(space, r).norm(dim=-1)
+    norms: Tensor = to_ball(space, r).norm(dim=-1)
+    return norms
 
 
 def _arcosh(excess: Tensor, least: float) -> Tensor:
