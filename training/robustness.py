@@ -1,0 +1,300 @@
+"""How often a Classifier is right on attacked pictures: one cell at a time, resumable, with every picture's outcome.
+
+A cell is one attack at one radius on one fixed sample. Its file holds what each picture came to, so that cells can be
+joined (worst case over attacks) and held against each other (`check`) afterwards, and a finished cell is never computed
+again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ironclip.attacks import ThreatModel, WhiteBox, classification, drive, make_attack
+from ironclip.classifier import Classifier
+from ironclip.errors import OptionError
+from ironclip.preprocessing import to_float
+from training.checkpoint import CheckpointError
+from training.data import LabelledImages
+
+SCHEMA = 1
+# What a picture came to: wrong as it is, fooled, or held against the attack.
+WRONG, FOOLED, HELD = "-", "x", "o"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Pictures that every cell of a comparison is measured on.
+
+    Attributes:
+        name: of the data they come from.
+        pixels: uint8 [N, 3, R, R], as the encoder's preprocessing leaves them.
+        labels: int64 [N], positions in the label set.
+    """
+
+    name: str
+    pixels: Tensor
+    labels: Tensor
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over pixels and labels."""
+        digest = hashlib.sha256(json.dumps([list(self.pixels.shape), self.labels.tolist()]).encode())
+        digest.update(self.pixels.contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+def fixed_sample(name: str, images: LabelledImages, count: int, *, seed: int = 0, keep: Tensor | None = None) -> Sample:
+    """``count`` pictures drawn without replacement by ``seed``, in the data's order; all where there are fewer.
+
+    Args:
+        name: of the data.
+        images: where from.
+        count: how many.
+        seed: the same gives the same pictures, whatever encoder is measured.
+        keep: bool [classes], which classes' pictures may be drawn; all if None.
+    """
+    candidates = torch.arange(len(images)) if keep is None else torch.nonzero(keep[images.labels]).flatten()
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
+    chosen = candidates[order[:count].sort().values]
+    pixels = (images.images(chosen.tolist()) * 255).round().to(torch.uint8)
+    return Sample(name, pixels, images.labels[chosen])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement.
+
+    Attributes:
+        attack: a name in ATTACKS.
+        options: of the attack.
+        threat: what it may change.
+        level: of the classifier's tree that is attacked and scored; the labels themselves if empty.
+    """
+
+    attack: str
+    threat: ThreatModel
+    options: Mapping[str, Any] = field(default_factory=dict)
+    level: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As written into the cell's file."""
+        threat = {"norm": self.threat.norm, "eps": self.threat.eps, "label": self.threat.label}
+        return {"attack": self.attack, "options": dict(self.options), "threat": threat, "level": self.level}
+
+
+def level_model(classifier: Classifier, level: str) -> Callable[[Tensor], Tensor]:
+    """Pixels -> logits of one level of the classifier's tree (the labels if empty), differentiable.
+
+    Raises:
+        OptionError: the classifier has no such level.
+    """
+    if not level:
+        return classifier
+    if level not in classifier.levels:
+        raise OptionError(f"There is no level {level!r}; the classifier has: {', '.join(classifier.levels) or 'none'}.")
+
+    def logits(pixels: Tensor) -> Tensor:
+        features = classifier.encode(pixels)
+        return classifier.level_logits(features, classifier.decide(features))[level]
+
+    return logits
+
+
+def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927), in percent; the whole range without pictures."""
+    if count == 0:
+        return 0.0, 100.0
+    share = successes / count
+    middle = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 100 / (1 + z * z / count)
+    return max(0.0, scale * (middle - spread)), min(100.0, scale * (middle + spread))
+
+
+def key_of(classifier: Classifier, sample: Sample, cell: Cell) -> str:
+    """SHA-256 (hex) of everything that a cell's outcome depends on."""
+    defence = classifier.defence
+    content = {
+        "schema": SCHEMA,
+        "encoder": classifier.encoder.digest,
+        "dtype": str(classifier.encoder.dtype),
+        "head": classifier.encoder.head.to_json(),
+        "label_set": classifier.label_set.digest,
+        "defence": [defence.name, {key: repr(value) for key, value in sorted(defence.options().items())}],
+        "levels": [classifier.level_mode, {name: list(level.nodes) for name, level in classifier.levels.items()}],
+        "sample": sample.digest,
+        "cell": cell.to_json(),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def measure(
+    classifier: Classifier,
+    sample: Sample,
+    cell: Cell,
+    path: Path,
+    *,
+    batch_size: int = 128,
+    progress: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Attack every picture of the sample that is right as it is; write and return the cell's result.
+
+    After each batch what has been found is kept beside ``path``; a run that is stopped goes on there. An item counts as
+    fooled when the attack saw it fooled, or when its final pixels are answered wrong in a forward of their own.
+
+    Args:
+        classifier: what decides, attacked as a whole, in the dtype that it has.
+        sample: on what.
+        cell: how.
+        path: the result's JSON file.
+        batch_size: pictures attacked together.
+        progress: told a line after each batch.
+
+    Raises:
+        CheckpointError: ``path`` holds the result of something else.
+        OptionError: no such attack, option or level.
+    """
+    key = key_of(classifier, sample, cell)
+    if (found := _read(path)) is not None:
+        if found.get("key") != key:
+            raise CheckpointError(f"{path} is the result of another encoder, sample or attack; use another file")
+        return found
+    attack = make_attack(cell.attack, cell.options)
+    model = level_model(classifier, cell.level)
+    labels = classifier.levels[cell.level].index[sample.labels] if cell.level else sample.labels
+    partial_path = path.with_suffix(".partial.json")
+    state = _read(partial_path)
+    if state is None or state["key"] != key:
+        state = {"key": key, "outcomes": "", "forwards": 0, "backwards": 0, "zero_gradients": 0, "unseen": 0}
+        state["seconds"] = 0.0
+    device = classifier.encoder.device
+    while len(state["outcomes"]) < len(labels):
+        began, start = time.perf_counter(), len(state["outcomes"])
+        rows = slice(start, start + batch_size)
+        images, truth = to_float(sample.pixels[rows]).to(device), labels[rows].to(device)
+        with torch.no_grad():
+            right = model(images).argmax(1) == truth
+        keys = torch.arange(start, start + len(images), device=device)
+        problem = classification(images[right], truth[right], cell.threat, keys=keys[right])
+        result = drive(attack, problem, WhiteBox(model, problem, batch_size=batch_size))
+        with torch.no_grad():
+            said = model(result.images) if len(result.images) else None
+        wrong = said.argmax(1) != truth[right] if said is not None else result.fooled
+        fooled = iter((wrong | result.fooled).tolist())
+        state["outcomes"] += "".join((FOOLED if next(fooled) else HELD) if ok else WRONG for ok in right.tolist())
+        state["unseen"] += int((wrong & ~result.fooled).sum())
+        state["forwards"] += int(result.forwards.sum())
+        state["backwards"] += int(result.backwards.sum())
+        # Zero all along: a single zero may be chance, none but zeros hides the model from the attack.
+        state["zero_gradients"] += int(((result.zero_gradients == result.backwards) & (result.backwards > 0)).sum())
+        state["seconds"] += time.perf_counter() - began
+        _write(partial_path, state)
+        done = state["outcomes"]
+        rate = state["seconds"] / len(done)
+        progress(
+            f"{cell.attack} {cell.threat.label} {cell.level}: {len(done)}/{len(labels)}, held {done.count(HELD)}, "
+            f"{rate * (len(labels) - len(done)) / 60:.1f} min left"
+        )
+    outcome = _result(classifier, sample, cell, state)
+    _write(path, outcome)
+    partial_path.unlink(missing_ok=True)
+    return outcome
+
+
+def _result(classifier: Classifier, sample: Sample, cell: Cell, state: Mapping[str, Any]) -> dict[str, Any]:
+    outcomes: str = state["outcomes"]
+    count, held = len(outcomes), outcomes.count(HELD)
+    right = count - outcomes.count(WRONG)
+    share = 100 / max(1, count)
+    unreliable = []
+    if state["zero_gradients"]:
+        unreliable.append(f"{state['zero_gradients']} pictures had no gradient at all: the attack was blind to them")
+    return {
+        "schema": SCHEMA,
+        "key": state["key"],
+        "encoder": {
+            "name": classifier.encoder.provenance.get("name", classifier.encoder.spec),
+            "digest": classifier.encoder.digest,
+            "dtype": str(classifier.encoder.dtype).removeprefix("torch."),
+            "head": classifier.encoder.head.type,
+        },
+        "defence": classifier.defence.name,
+        "label_set": classifier.label_set.digest,
+        "sample": {"name": sample.name, "digest": sample.digest, "pictures": count},
+        **cell.to_json(),
+        "clean": round(share * right, 2),
+        "clean_interval": [round(bound, 2) for bound in wilson(right, count)],
+        "robust": round(share * held, 2),
+        "robust_interval": [round(bound, 2) for bound in wilson(held, count)],
+        "unreliable": unreliable,
+        "forwards": state["forwards"],
+        "backwards": state["backwards"],
+        "fooled_only_at_the_end": state["unseen"],
+        "seconds": round(state["seconds"], 1),
+        "outcomes": outcomes,
+    }
+
+
+def worst_case(results: Sequence[Mapping[str, Any]]) -> str:
+    """Outcomes of several attacks on one sample joined: held only where all held."""
+    columns = zip(*(result["outcomes"] for result in results), strict=True)
+    return "".join(WRONG if WRONG in column else FOOLED if FOOLED in column else HELD for column in columns)
+
+
+def check(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sanity gates over the cells of one encoder, defence and sample: what makes their numbers doubtful, in words.
+
+    * A larger radius cannot make the same attack worse (half a percent is granted to chance).
+    * At 16/255 (L-inf) and beyond, at most 1 % may hold: there the ball holds pictures of anything.
+    * AutoAttack leaves nothing standing that PGD fells, half a percent apart.
+    """
+    doubts = [f"{_title(result)}: {reason}" for result in results for reason in result["unreliable"]]
+    for result in results:
+        linf = result["threat"]["norm"] == "linf"
+        if linf and result["threat"]["eps"] >= 16 / 255 and result["robust"] > 1:
+            doubts.append(f"{_title(result)}: {result['robust']} % hold, more than 1 %")
+        for other in results:
+            same = all(result[part] == other[part] for part in ("attack", "options", "level"))
+            norms = result["threat"]["norm"] == other["threat"]["norm"]
+            nearer = same and norms and result["threat"]["eps"] < other["threat"]["eps"]
+            if nearer and other["robust"] > result["robust"] + 0.5:
+                doubts.append(f"{_title(other)} leaves more standing than {_title(result)}")
+            equal = result["threat"] == other["threat"] and result["level"] == other["level"]
+            if equal and result["attack"].startswith("autoattack") and other["attack"] == "pgd":
+                pairs = zip(result["outcomes"], other["outcomes"], strict=True)
+                missed = sum(ours == HELD and theirs == FOOLED for ours, theirs in pairs)
+                if 200 * missed > len(result["outcomes"]):
+                    doubts.append(f"{_title(result)} left {missed} pictures standing that PGD fells")
+    return doubts
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    return f"{result['attack']} at {result['threat']['label']}{' on ' * bool(result['level'])}{result['level']}"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not readable: {error}; remove it to compute it again") from error
+    return content
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + ".writing")
+    staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    staged.replace(path)
