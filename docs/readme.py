@@ -71,8 +71,9 @@ def demo_limits() -> str:
         verdicts.append(f"{vendor} {', '.join(parts)}")
     return (
         f"The aims for `demo`, in percent: {'; '.join(verdicts)}. On art that it was trained on "
-        f"({', '.join(trained)}), top-1 is {min(shares):.0f} to {max(shares):.0f} %; its run saw {seen:,} pictures. Its "
-        f"`domain` warning catches {outside:.0f} % of the photographs (random crops of them) that it was measured on.\n"
+        f"({', '.join(trained)}), top-1 is {min(shares):.0f} to {max(shares):.0f} %; its run saw {seen:,} pictures. "
+        f"Its `domain` warning catches {outside:.0f} % of the photographs (random crops of them) that it was measured "
+        "on.\n"
     )
 
 

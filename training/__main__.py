@@ -30,6 +30,12 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--vendors", nargs="*", default=[], help="default: the test vendors")
     score.add_argument("--json", type=Path, default=None, help="write the scores here")
     score.add_argument("--into-artifact", action="store_true", help="write the scores into the folder's ironclip.json")
+    score.add_argument("--attack", nargs="*", default=[], help="attack the encoder instead: names of ironclip.attacks")
+    score.add_argument("--eps", nargs="*", type=float, default=[1, 2, 4], help="L-inf radii in 1/255 (default 1 2 4)")
+    score.add_argument("--count", type=int, default=500, help="pictures of each vendor that are attacked")
+    score.add_argument("--level", default="", help="level of the tree that is attacked and scored")
+    score.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the attacks")
+    score.add_argument("--results", type=Path, default=Path("runs/robustness"), help="folder of the attacks' results")
     domain = commands.add_parser("domain", help="measure and store the domain threshold of an artifact")
     domain.add_argument("--artifact", type=Path, required=True)
     domain.add_argument("--data", type=Path, default=Path("data/demo"))
@@ -71,9 +77,25 @@ def _export(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from ironclip.artifact import update_meta
     from ironclip.loading import load_encoder
-    from training.evaluate import evaluate_emoji, summary, write_json
+    from training.config import read_overrides
+    from training.evaluate import attack_emoji, attack_summary, evaluate_emoji, summary, write_json
 
     encoder = load_encoder(arguments.encoder)
+    if arguments.attack:
+        options = read_overrides(arguments.set)
+        found = attack_emoji(
+            encoder,
+            arguments.data,
+            arguments.results,
+            arguments.attack,
+            arguments.eps,
+            vendors=arguments.vendors,
+            count=arguments.count,
+            level=arguments.level,
+            options=options,
+        )
+        print(attack_summary(found))
+        return
     results = evaluate_emoji(encoder, arguments.data, arguments.vendors)
     print(summary(results))
     if arguments.json:

@@ -84,6 +84,14 @@ def _set(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` pairs as a (nested) mapping; a value is TOML where it parses as such, else a string."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        _set(values, override)
+    return values
+
+
 def load_config(kind: type[T], name: str, overrides: Sequence[str] = ()) -> T:
     """Read a config by name (a file in ``training/configs``) or path, then apply ``key=value`` overrides in order.
 

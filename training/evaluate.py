@@ -1,23 +1,24 @@
-"""`evaluate`: how often the served Classifier is right, per vendor, per level of the tree; one JSON out."""
+"""`evaluate`: how often the served Classifier is right, per vendor and level of the tree, as it is and attacked."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ironclip.attacks import ThreatModel
 from ironclip.classifier import Classifier, LevelMode, predict
 from ironclip.encoder import Encoder
 from ironclip.hierarchy import LabelTree
 from ironclip.labels import LabelSet
-from ironclip.textbank import build_text_bank
 from training.data import LabelledImages
 from training.emoji.pictures import VendorImages, load_vendor, manifest_names, read_manifest
 from training.emoji.taxonomy import Name
+from training.robustness import Cell, check, fixed_sample, key_of, measure
 
 TEMPLATES = ("an emoji of {}",)
 FLAGS = "flags"
@@ -83,20 +84,86 @@ def evaluate_emoji(encoder: Encoder, data: Path, vendors: Sequence[str] = ()) ->
     """
     manifest = read_manifest(data)
     names = manifest_names(manifest)
-    label_set = LabelSet.parse([name.label for name in names], list(TEMPLATES))
-    bank = build_text_bank(encoder, label_set)
-    tree = emoji_tree(names)
-    modes: tuple[LevelMode, ...] = ("rollup", "prompts")
-    classifiers = {mode: Classifier(encoder, label_set, bank, tree=tree, levels=mode) for mode in modes}
+    rollup = emoji_classifier(encoder, names)
+    prompts = Classifier(encoder, rollup.label_set, rollup.bank, tree=emoji_tree(names), levels="prompts")
+    classifiers: dict[LevelMode, Classifier] = {"rollup": rollup, "prompts": prompts}
     flags = torch.tensor([name.group == FLAGS for name in names])
-    chosen = list(vendors) or [key for key, entry in manifest["vendors"].items() if entry["role"] == "test"]
     results: dict[str, Any] = {}
-    for vendor in chosen:
+    for vendor in _vendors(manifest, vendors):
         images = VendorImages(load_vendor(data, manifest, vendor)[0], names, encoder.preprocessing)
         results[vendor] = {"without_flags": score_vendor(classifiers, images, ~flags)}
         if bool(flags[images.labels].any()):
             results[vendor]["flags"] = score_vendor(classifiers, images, flags)
     return results
+
+
+def emoji_classifier(encoder: Encoder, names: Sequence[Name]) -> Classifier:
+    """The Classifier over all names, prompt ``an emoji of {}``, with the tree's levels rolled up."""
+    label_set = LabelSet.parse([name.label for name in names], list(TEMPLATES))
+    return Classifier(encoder, label_set, tree=emoji_tree(names))
+
+
+def attack_emoji(
+    encoder: Encoder,
+    data: Path,
+    folder: Path,
+    attacks: Sequence[str],
+    radii: Sequence[float],
+    *,
+    vendors: Sequence[str] = (),
+    count: int = 500,
+    level: str = "",
+    options: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Attack an encoder on vendors' pictures, flags left out; one file a cell in ``folder``, finished ones are kept.
+
+    Args:
+        encoder: what is attacked, as the Classifier over all names.
+        data: folder that `build-data` wrote.
+        folder: of the results.
+        attacks: names in ATTACKS.
+        radii: L-inf, in units of 1/255.
+        vendors: which; the test vendors if empty.
+        count: pictures of each vendor, the same ones for every encoder.
+        level: of the tree that is attacked and scored; the names if empty.
+        options: of the attacks.
+
+    Returns:
+        The cells' results, see `robustness.measure`.
+    """
+    manifest = read_manifest(data)
+    names = manifest_names(manifest)
+    classifier = emoji_classifier(encoder, names)
+    kept = torch.tensor([name.group != FLAGS for name in names])
+    results = []
+    for vendor in _vendors(manifest, vendors):
+        images = VendorImages(load_vendor(data, manifest, vendor)[0], names, encoder.preprocessing)
+        sample = fixed_sample(vendor, images, count, keep=kept)
+        for attack in attacks:
+            for radius in radii:
+                cell = Cell(attack, ThreatModel("linf", radius / 255), dict(options or {}), level)
+                key = key_of(classifier, sample, cell)
+                results.append(measure(classifier, sample, cell, folder / f"{vendor}-{attack}-{key[:16]}.json"))
+    return results
+
+
+def _vendors(manifest: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:
+    return list(chosen) or [key for key, entry in manifest["vendors"].items() if entry["role"] == "test"]
+
+
+def attack_summary(results: Sequence[Mapping[str, Any]]) -> str:
+    """A line a cell, then what makes the numbers doubtful."""
+    lines = [f"{'vendor':22} {'attack':22} {'threat':14} {'clean':>7} {'robust':>7}  95 % interval"]
+    for result in results:
+        low, high = result["robust_interval"]
+        lines.append(
+            f"{result['sample']['name']:22} {result['attack']:22} {result['threat']['label']:14} "
+            f"{result['clean']:7.1f} {result['robust']:7.1f}  {low:.1f} to {high:.1f}"
+        )
+    for name in dict.fromkeys(result["sample"]["name"] for result in results):
+        doubts = check([result for result in results if result["sample"]["name"] == name])
+        lines += [f"doubtful, {name}: {doubt}" for doubt in doubts]
+    return "\n".join(lines)
 
 
 def summary(results: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from ironclip.encoder import Encoder
 from ironclip.errors import OptionError
 from ironclip.hierarchy import LabelTree
 from ironclip.labels import LabelSet
+from training.__main__ import main
 from training.checkpoint import CheckpointError
 from training.robustness import FOOLED, HELD, WRONG, Cell, Sample, check, fixed_sample, measure, wilson, worst_case
 
@@ -156,3 +157,27 @@ def test_masked_gradients_are_reported(classifier: Classifier, sample: Sample, t
     labels = predict(masked, sample.pixels).logits.argmax(1)
     result = measure(masked, Sample("noise", sample.pixels, labels), PGD, tmp_path / "cell.json")
     assert "20 pictures had no gradient" in result["unreliable"][0]
+
+
+def test_the_command_attacks_resumes_and_names_what_it_did(
+    demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", "--encoder", "demo", "--data", str(demo_data), "--results", str(tmp_path), "--count", "4"]
+    command += ["--attack", "pgd", "--eps", "1", "16", "--set", "iterations=3"]
+    assert main(command) == 0
+    table = capsys.readouterr().out
+    assert "linf 1/255" in table
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.glob("other-pgd-*.json")]
+    assert len(results) == 2
+    for result in results:
+        assert result["options"] == {"iterations": 3}
+        assert result["sample"]["pictures"] == 4
+        assert 0 <= result["robust"] <= result["clean"]
+    assert main(command) == 0
+    again = capsys.readouterr().out
+    assert "left" not in again  # no cell was computed anew
+    assert again.splitlines() == [line for line in table.splitlines() if "min left" not in line]
+    assert main([*command, "--level", "kingdom"]) == 1
+    assert "the classifier has: name, subgroup, group" in capsys.readouterr().err
+    assert main([*command[:-1], "iteration=3"]) == 1
+    assert "options iterations" in capsys.readouterr().err
