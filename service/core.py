@@ -178,7 +178,7 @@ class Service:
             max_batch=settings.max_batch,
             max_queue=settings.max_queue,
             idle_wait_ms=settings.idle_wait_ms,
-            images_expected=lambda: self.decoder.pending > 0,
+            images_expected=lambda: self.decoder.flowing,
             observe=telemetry.observe_batch,
         )
 

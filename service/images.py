@@ -49,6 +49,8 @@ _MIME_FORMATS = {
     "image/x-png": "PNG",
     "image/webp": "WEBP",
 }
+# Decodes that come out slower than this many seconds apart (and than four usual ones) are not waited for.
+_LEAST_PACE = 0.01
 _NO_CLAIM = ("", "application/octet-stream", "image/*", "*/*")
 _DATA_URI = re.compile(r"data:(?P<type>[^;,]{0,127})(?:;(?!base64,)[^;,]{0,127}){0,4}(?P<base64>;base64)?,", re.I)
 
@@ -193,6 +195,7 @@ class ImageDecoder:
         self.max_pending = max_pending
         self.pending = 0
         self._seconds = 0.005  # running mean of one decode
+        self._moved = 0.0  # when a decode last ended, or the first of a spell was handed in
         self._closed = False
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
@@ -201,6 +204,12 @@ class ImageDecoder:
     def estimated_wait_seconds(self) -> float:
         """How long a picture that came now would take until it is decoded."""
         return (self.pending + 1) * self._seconds / self.workers
+
+    @property
+    def flowing(self) -> bool:
+        """Whether pictures are being decoded and come out at about the usual pace; a few huge ones do not."""
+        usual = max(_LEAST_PACE, 4 * self._seconds)
+        return self.pending > 0 and time.perf_counter() - self._moved < usual
 
     async def decode(self, data: bytes, preprocessing: Preprocessing, declared_type: str | None = None) -> DecodedImage:
         """Decode in a worker thread; a caller that is cancelled leaves the queue.
@@ -220,6 +229,8 @@ class ImageDecoder:
             )
         work = self._pool.submit(self._timed, partial(decode, data, preprocessing, self.limits, declared_type))
         with self._lock:
+            if not self.pending:
+                self._moved = time.perf_counter()
             self.pending += 1
         # When the work ends, not when the caller stops waiting: a cancelled caller's decode may run on.
         work.add_done_callback(self._count_down)
@@ -240,3 +251,4 @@ class ImageDecoder:
     def _count_down(self, work: Future[DecodedImage]) -> None:
         with self._lock:
             self.pending -= 1
+            self._moved = time.perf_counter()

@@ -262,3 +262,23 @@ def test_decoder_leaves_the_loop_free_and_bounds_what_waits(corpus: ModuleType) 
             await decoder.decode(buffer.getvalue(), SMALL)
 
     asyncio.run(scenario())
+
+
+def test_a_huge_picture_is_not_waited_for(corpus: ModuleType) -> None:
+    buffer = io.BytesIO()
+    corpus.picture(4000, 3000).save(buffer, "PNG", compress_level=1)
+
+    async def scenario() -> None:
+        decoder = ImageDecoder(LIMITS, workers=1)
+        assert not decoder.flowing
+        task = asyncio.create_task(decoder.decode(buffer.getvalue(), SMALL))
+        await asyncio.sleep(0)
+        seen = [decoder.flowing]
+        while not task.done():
+            await asyncio.sleep(0.002)
+            seen.append(decoder.flowing)
+        assert seen[0]
+        assert False in seen[:-1]
+        decoder.close()
+
+    asyncio.run(scenario())
