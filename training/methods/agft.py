@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ironclip.attacks.objectives import Objective
 from ironclip.errors import OptionError
-from training.methods.base import Batch, Losses, Networks
+from training.methods.base import Batch, Losses, Networks, Plain
 
 
 @dataclass(frozen=True)
-class AGFT:
+class AGFT(Plain):
     """L = -mean_i sum_j softmax_j(g S cos(f_0(x), t)) log softmax_j(S cos(f_t(x'), t)).
 
     Attributes:
@@ -52,7 +52,7 @@ class AGFT:
             networks.texts.logits(features, scale), target[items], reduction="none"
         )
 
-    def loss(self, networks: Networks, batch: Batch, adversarial: Tensor) -> Losses:
+    def loss(self, networks: Networks, batch: Batch, adversarial: Tensor, phase: str = "train") -> Losses:
         """See the class."""
         logits = networks.texts.logits(networks.student(adversarial), self._scale(networks))
         loss = F.cross_entropy(logits, self.target(networks, batch))

@@ -79,12 +79,32 @@ class Losses:
     parts: dict[str, Tensor]
 
 
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run with its own schedule (warm-up and cosine).
+
+    Attributes:
+        name: for the log.
+        share: of the run's steps.
+        rate: factor on the run's learning rate.
+    """
+
+    name: str = "train"
+    share: float = 1.0
+    rate: float = 1.0
+
+
 class Method(Protocol):
     """One way to make an encoder robust; its options are its fields.
 
     Attributes:
         name: its key in METHODS.
         forwards: student forwards of one loss with gradients to the weights, beside the attack's.
+        proxy: whether it needs a proxy of another architecture.
+        phases: the parts of its run, in order; their shares sum to 1.
     """
 
     @property
@@ -95,11 +115,40 @@ class Method(Protocol):
     def forwards(self) -> int:
         """How often `loss` runs the student."""
 
+    @property
+    def proxy(self) -> bool:
+        """Whether `Networks.proxy` must be there."""
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The parts of its run."""
+
     def objective(self, networks: Networks, batch: Batch) -> Objective:
         """What the attack raises: (student features [b, dim], items) -> [b]."""
 
-    def loss(self, networks: Networks, batch: Batch, adversarial: Tensor) -> Losses:
+    def loss(self, networks: Networks, batch: Batch, adversarial: Tensor, phase: str) -> Losses:
         """The training loss at x' = ``adversarial`` (mean over the batch)."""
+
+    def after_epoch(self, phase: str, weights: Weights, kept: Weights | None) -> tuple[Weights, Weights | None]:
+        """What the weights, and what the method keeps beside them, become at the end of an epoch."""
+
+    def after_phase(self, phase: str, weights: Weights, kept: Weights | None) -> tuple[Weights, Weights | None]:
+        """The same at the end of a phase."""
+
+
+class Plain:
+    """The defaults of a method with one phase, no proxy and nothing to do between epochs."""
+
+    proxy = False
+    phases: tuple[Phase, ...] = (Phase(),)
+
+    def after_epoch(self, phase: str, weights: Weights, kept: Weights | None) -> tuple[Weights, Weights | None]:
+        """Nothing changes."""
+        return weights, kept
+
+    def after_phase(self, phase: str, weights: Weights, kept: Weights | None) -> tuple[Weights, Weights | None]:
+        """Nothing changes."""
+        return weights, kept
 
 
 def squared_shift(batch: Batch) -> Objective:

@@ -12,11 +12,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from ironclip.attacks.objectives import Objective
-from training.methods.base import Batch, Losses, Networks, squared_shift
+from training.methods.base import Batch, Losses, Networks, Plain, squared_shift
 
 
 @dataclass(frozen=True)
-class FARE:
+class FARE(Plain):
     """L = mean_i ||f_t(x'_i) - f_0(x_i)||^2, features not normalised, summed over dims."""
 
     name: ClassVar[str] = "fare"
@@ -26,7 +26,7 @@ class FARE:
         """The loss itself, for each picture."""
         return squared_shift(batch)
 
-    def loss(self, networks: Networks, batch: Batch, adversarial: Tensor) -> Losses:
+    def loss(self, networks: Networks, batch: Batch, adversarial: Tensor, phase: str = "train") -> Losses:
         """See the class."""
         shift = (networks.student(adversarial) - batch.anchor).square().sum(1).mean()
         return Losses(shift, {"shift": shift})

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ironclip.attacks.objectives import Objective
 from ironclip.errors import OptionError
-from training.methods.base import Batch, Losses, Networks, divergence, without_gradient
+from training.methods.base import Batch, Losses, Networks, Plain, divergence, without_gradient
 
 
 @dataclass(frozen=True)
-class PMGAFT:
+class PMGAFT(Plain):
     """L = CE(z_t(x'), y) + a KL(P_0(x') || P_t(x')) + b KL(P_t(x) || P_t(x')).
 
     Attributes:
@@ -48,7 +48,7 @@ class PMGAFT:
             self._logits(networks, features), batch.labels[items], reduction="none"
         )
 
-    def loss(self, networks: Networks, batch: Batch, adversarial: Tensor) -> Losses:
+    def loss(self, networks: Networks, batch: Batch, adversarial: Tensor, phase: str = "train") -> Losses:
         """See the class."""
         moved = self._logits(networks, networks.student(adversarial))
         clean = self._logits(networks, networks.student(batch.images))

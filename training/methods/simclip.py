@@ -22,11 +22,11 @@ from torch import Tensor
 
 from ironclip.attacks.objectives import Objective
 from ironclip.errors import OptionError
-from training.methods.base import Batch, Losses, Networks, squared_shift
+from training.methods.base import Batch, Losses, Networks, Plain, squared_shift
 
 
 @dataclass(frozen=True)
-class SimCLIP:
+class SimCLIP(Plain):
     """L = -1/2 mean_i [cos(f_t(x'), sg R) + cos(R, sg f_t(x'))], R = f_0(x) (``frozen``) or f_t(x) (``shared``).
 
     Attributes:
@@ -49,7 +49,7 @@ class SimCLIP:
         """||f_t(x') - f_0(x)||^2: the published code raises the squared distance, not the cosine."""
         return squared_shift(batch)
 
-    def loss(self, networks: Networks, batch: Batch, adversarial: Tensor) -> Losses:
+    def loss(self, networks: Networks, batch: Batch, adversarial: Tensor, phase: str = "train") -> Losses:
         """See the class."""
         moved = networks.student(adversarial)
         clean = batch.anchor if self.clean_branch == "frozen" else networks.student(batch.images)

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ironclip.attacks.objectives import Objective
-from training.methods.base import Batch, Losses, Networks, class_cross_entropy
+from training.methods.base import Batch, Losses, Networks, Plain, class_cross_entropy
 
 
 @dataclass(frozen=True)
-class TeCoA:
+class TeCoA(Plain):
     """L = mean_i CE(s cos(f_t(x'_i), t), y_i)."""
 
     name: ClassVar[str] = "tecoa"
@@ -27,7 +27,7 @@ class TeCoA:
         """The loss itself, for each picture."""
         return class_cross_entropy(networks, batch)
 
-    def loss(self, networks: Networks, batch: Batch, adversarial: Tensor) -> Losses:
+    def loss(self, networks: Networks, batch: Batch, adversarial: Tensor, phase: str = "train") -> Losses:
         """See the class."""
         loss = F.cross_entropy(networks.texts.logits(networks.student(adversarial)), batch.labels)
         return Losses(loss, {"cross_entropy": loss})

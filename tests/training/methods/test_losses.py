@@ -34,7 +34,9 @@ class World:
         self.adversarial = (self.images + 0.1 * torch.randn(self.images.shape, generator=generator)).clamp(0, 1)
         self.labels = torch.randint(CLASSES, (COUNT,), generator=generator)
         self.batch = Batch(self.images, self.labels, self.original(self.images).detach())
-        self.networks = Networks(self.student, Texts(weights, 20.0), self.original)
+        self.proxy = tower(3)
+        proxy_texts = Texts(weights.flip(0), 15.0)
+        self.networks = Networks(self.student, Texts(weights, 20.0), self.original, self.proxy, proxy_texts)
 
     def gradients(self, method: Any) -> Tensor:
         self.student.zero_grad()
@@ -64,8 +66,10 @@ def test_the_formulas() -> None:
         "simclip": -cosine(moved, anchor).mean(),
         "pmg_aft": -own.mean() + kl(logits[2], logits[0]) + kl(logits[1], logits[0]),
         "agft": -(soft * (1.8 * logits[0]).log_softmax(-1)).sum(-1).mean(),
+        "hpt_gpd": kl(15 * cosine(world.proxy(world.adversarial)[:, None], weights.flip(0)[None]), logits[0])
+        + 0.001 * kl(20 * cosine(anchor[:, None], weights[None]), logits[0]),
     }
-    assert expected.keys() <= METHODS.keys()
+    assert expected.keys() == METHODS.keys()
     for name, value in expected.items():
         found = METHODS[name]().loss(world.networks, world.batch, world.adversarial)
         assert torch.allclose(found.total, value), name
@@ -80,7 +84,8 @@ def test_the_formulas() -> None:
 def test_gradients_reach_the_student_alone(name: str) -> None:
     world = World()
     assert world.gradients(METHODS[name]()).abs().sum() > 0
-    assert all(parameter.grad is None for parameter in world.original.parameters())
+    for frozen in (world.original, world.proxy):
+        assert all(parameter.grad is None for parameter in frozen.parameters())
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -157,11 +162,47 @@ def test_bare_cosines_make_another_attack() -> None:
     assert (gradients[0] != gradients[1]).float().mean() > 0.05
 
 
+def test_hpt_gpd_warms_up_averages_and_is_pulled_back() -> None:
+    world, method = World(), METHODS["hpt_gpd"](anchored_share=0.25, pull=0.5, average=0.9)
+    assert [(phase.name, phase.share, phase.rate) for phase in method.phases] == [
+        ("anchored", 0.25, 0.1),
+        ("distil", 0.75, 1.0),
+    ]
+    texts = world.networks.texts
+    warm = method.loss(world.networks, world.batch, world.adversarial, "anchored").total
+    student = texts.logits(world.student(world.adversarial))
+    assert torch.allclose(warm, divergence(texts.logits(world.batch.anchor), student).mean())
+    alone = replace(world.networks, proxy=None, proxy_texts=None)
+    assert torch.allclose(method.loss(alone, world.batch, world.adversarial, "anchored").total, warm)
+    with pytest.raises(ValueError, match="another architecture"):
+        method.loss(alone, world.batch, world.adversarial, "distil")
+    summed = METHODS["hpt_gpd"](batch_sum=True).loss(world.networks, world.batch, world.adversarial, "anchored").total
+    assert torch.allclose(summed, COUNT * warm)
+
+    def at(value: float) -> dict[str, Tensor]:
+        return {"w": torch.full((2,), value), "n": torch.tensor(int(value))}
+
+    weights, kept = method.after_epoch("anchored", at(1.0), None)
+    weights, kept = method.after_epoch("anchored", at(2.0), kept)
+    assert torch.equal(weights["w"], at(2.0)["w"])
+    assert torch.allclose(kept["w"], torch.tensor(0.9 * 1 + 0.1 * 2))
+    weights, kept = method.after_phase("anchored", weights, kept)
+    assert torch.allclose(weights["w"], torch.tensor(1.1))
+    weights, _ = method.after_epoch("distil", at(3.0), kept)
+    assert torch.allclose(weights["w"], torch.tensor((3 + 1.1) / 2))
+    assert weights["n"] == 3
+    for pull, value in ((0.0, 3.0), (1.0, 1.1)):
+        end, _ = METHODS["hpt_gpd"](pull=pull).after_epoch("distil", at(3.0), kept)
+        assert torch.allclose(end["w"], torch.tensor(value))
+    assert [phase.name for phase in METHODS["hpt_gpd"](anchored_share=0.0).phases] == ["distil"]
+
+
 def test_options_are_checked() -> None:
     for name, options in (
         ("simclip", {"clean_branch": "both"}),
         ("pmg_aft", {"general": -1.0}),
         ("agft", {"softening": 0.0}),
+        ("hpt_gpd", {"pull": 1.5}),
     ):
         with pytest.raises(OptionError):
             METHODS[name](**options)
