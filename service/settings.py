@@ -55,8 +55,8 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     encoders: Annotated[dict[str, str], NoDecode] = Field(
         default={"demo": "demo", "demo-vit": "demo-vit"},
-        description="Encoders to serve, `name=spec` with commas between, or a JSON object. A spec is `demo`, `demo-vit`, "
-        "an artifact folder, an open_clip `MODEL/PRETRAINED_TAG`, or an `hf-hub:` or `local-dir:` name.",
+        description="Encoders to serve, `name=spec` with commas between, or a JSON object. A spec is `demo`, "
+        "`demo-vit`, an artifact folder, an open_clip `MODEL/PRETRAINED_TAG`, or an `hf-hub:` or `local-dir:` name.",
     )
     default_encoder: str = Field(
         default="", description="The encoder that `default` means; the first one in `encoders` if empty."
