@@ -187,6 +187,13 @@ def look(problem: Problem, progress: Progress) -> Generator[Query, Answer, Tenso
     return logits
 
 
+def labels_to_leave(problem: Problem, name: str) -> Tensor:
+    """The labels, for an attack that chooses its own targets; raises ValueError where there are none, or targets."""
+    if problem.labels is None or problem.targets is not None:
+        raise ValueError(f"{name} chooses its own targets: it needs an untargeted problem with labels")
+    return problem.labels
+
+
 def rank_others(logits: Tensor, labels: Tensor) -> Tensor:
     """Classes by falling logit, each row's own label last: int64 [N, K]."""
     if logits.shape[1] == 0:
@@ -261,9 +268,7 @@ class APGDT:
 
     def steps(self, problem: Problem) -> Steps:
         """See `Attack`. Needs the problem's labels and no targets of its own (ValueError)."""
-        labels = problem.labels
-        if labels is None or problem.targets is not None:
-            raise ValueError("apgd-t chooses its own targets: it needs an untargeted problem with labels")
+        labels = labels_to_leave(problem, self.name)
         progress = Progress.begin(problem)
         logits = yield from look(problem, progress)
         count = logits.shape[1]

@@ -70,9 +70,7 @@ class AutoAttack:
                     break
                 answer = yield replace(query, step=step)
                 step += 1
-                inside = (
-                    problem.threat.distances(problem.images[query.items], query.pixels) <= problem.threat.eps + 1e-6
-                )
+                inside = problem.threat.contains(problem.images[query.items], query.pixels)
                 new = answer.fooled & inside & ~fooled[query.items]
                 images[query.items[new]] = query.pixels[new]
                 fooled[query.items[new]] = True

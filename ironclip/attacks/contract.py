@@ -131,9 +131,6 @@ def classification(
     )
 
 
-# What float32 may add to a perturbation's length.
-_ROUNDING = 1e-6
-
 # Yields queries, is sent answers, returns adversarial pixels [N, 3, R, R].
 Steps = Generator[Query, Answer, Tensor]
 
@@ -238,8 +235,8 @@ class Run:
             self._zero[items] += (answer.gradient.flatten(1) == 0).all(1).long()
         if self._keep:
             # FAB looks beyond the radius: what fools there does not count.
-            reach = self.problem.threat.distances(self.problem.images[items], query.pixels)
-            new = answer.fooled & ~self._fooled[items] & (reach <= self.problem.threat.eps + _ROUNDING)
+            inside = self.problem.threat.contains(self.problem.images[items], query.pixels)
+            new = answer.fooled & ~self._fooled[items] & inside
             self._found[items[new]] = query.pixels[new]
             self._fooled[items[new]] = True
         self._advance(answer)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ironclip.attacks.apgd import Progress, look, rank_others
+from ironclip.attacks.apgd import Progress, labels_to_leave, look, rank_others
 from ironclip.attacks.contract import Answer, Problem, Query, Steps
 from ironclip.attacks.objectives import Objective
 from ironclip.attacks.pgd import random_start
@@ -93,9 +93,7 @@ class FAB:
 
     def steps(self, problem: Problem) -> Steps:
         """See `Attack`. Needs the problem's labels and no targets of its own (ValueError)."""
-        labels = problem.labels
-        if labels is None or problem.targets is not None:
-            raise ValueError("fab-t chooses its own targets: it needs an untargeted problem with labels")
+        labels = labels_to_leave(problem, self.name)
         progress = Progress.begin(problem)
         logits = yield from look(problem, progress)
         ranked = rank_others(logits, labels)

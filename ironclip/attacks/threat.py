@@ -11,6 +11,7 @@ from ironclip.errors import OptionError
 
 Norm = Literal["linf", "l2"]
 NORMS: tuple[Norm, ...] = ("linf", "l2")
+_ROUNDING = 1e-6
 
 
 def lengths(vectors: Tensor, norm: Norm) -> Tensor:
@@ -66,6 +67,10 @@ class ThreatModel:
         # Scaled before the norm: gradients of a sure decision may be too small to square.
         scaled = gradients / lengths(gradients, "linf").clamp_min(1e-38)
         return scaled / lengths(scaled, "l2").clamp_min(1e-12)
+
+    def contains(self, images: Tensor, candidates: Tensor) -> Tensor:
+        """Whether each perturbation is inside the radius, up to what float32 may add to its length: bool [N]."""
+        return self.distances(images, candidates) <= self.eps + _ROUNDING
 
     def distances(self, images: Tensor, candidates: Tensor) -> Tensor:
         """Length of each perturbation in this norm: [N]."""
