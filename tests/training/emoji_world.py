@@ -35,7 +35,7 @@ def make_package(folder: Path, name: str, licence: str, files: dict[str, Any]) -
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(folder / pin.filename, "w:gz") as archive:
         for path, content in everything.items():
-            data = json.dumps(content).encode()
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
             member = tarfile.TarInfo(f"package/{path}")
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))

@@ -1,18 +1,23 @@
 """The data set builder: licences, checksums, matching, drawing."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from PIL import Image
 
-from tests.training.emoji_world import make_icons, make_names
+from tests.training.emoji_world import make_icons, make_names, make_package
 from training.emoji.build import build_data
+from training.emoji.fonts import font_glyphs
 from training.emoji.matching import match_icons, slug
 from training.emoji.packages import Package, PackageError, Pin, fetch
 from training.emoji.pictures import load_vendor, manifest_names, read_manifest, training_vendors
 from training.emoji.render import STYLES, render, svg_document
-from training.emoji.taxonomy import GROUP_NAMES, SUBGROUP_NAMES, Name
+from training.emoji.taxonomy import GROUP_NAMES, SUBGROUP_NAMES, Name, read_names
 from training.emoji.vendors import VENDORS, Vendor
 
 
@@ -87,6 +92,45 @@ def test_rendering_keeps_the_aspect_ratio_and_transparency() -> None:
     assert tuple(picture[8, 8]) == (255, 0, 0, 255)
 
 
+def test_glyphs_of_a_font_stand_upright_in_their_boxes() -> None:
+    builder = FontBuilder(1000)
+    builder.setupGlyphOrder([".notdef", "space", "corner"])
+    builder.setupCharacterMap({0x20: "space", 0x1F600: "corner"})
+    pen, empty = TTGlyphPen(None), TTGlyphPen(None)
+    for contour in ([(100, 0), (200, 0), (200, 800), (100, 800)], [(200, 700), (500, 700), (500, 800), (200, 800)]):
+        pen.moveTo(contour[0])
+        for point in contour[1:]:
+            pen.lineTo(point)
+        pen.closePath()
+    builder.setupGlyf({".notdef": empty.glyph(), "space": empty.glyph(), "corner": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (600, 0), "space": (600, 0), "corner": (600, 100)})
+    builder.setupHorizontalHeader(ascent=800, descent=0)
+    builder.setupOS2(usWeightClass=700)
+    file = io.BytesIO()
+    builder.save(file)
+    glyphs = font_glyphs([file.getvalue()])
+    assert list(glyphs) == [("1F600", 700)]
+    body, box = glyphs["1F600", 700]
+    assert box == (100, -800, 400, 800)
+    picture = render(svg_document(body, box), 80)
+    assert picture[5, 50, 3] == 255  # the bar at the top, to the right
+    assert picture[70, 25, 3] == 255  # the stem reaches the bottom
+    assert picture[70, 50, 3] == 0
+
+
+def test_picture_files_are_taken_from_the_vendors_folder(tmp_path: Path) -> None:
+    square = io.BytesIO()
+    Image.new("RGBA", (8, 8), (255, 0, 0, 255)).save(square, "PNG")
+    names = make_names(tmp_path / "packages")
+    code = read_names(Package(fetch(names, tmp_path / "packages")))[0].hexcode.lower()
+    files = {f"img/64/{code}.png": square.getvalue(), f"img/32/{code}.png": b"not looked at"}
+    pin = make_package(tmp_path / "packages", "@test/files", "MIT", files)
+    build_data(tmp_path, 16, [Vendor("files", pin, "MIT", "Files", kind="files", folder="img/64/")], names)
+    (source,) = load_vendor(tmp_path, read_manifest(tmp_path), "files")
+    assert source.names.tolist() == [0]
+    assert source.images[0, 8, 8].tolist() == [255, 0, 0, 255]
+
+
 @pytest.mark.parametrize("style", [style for style in STYLES if style != "plain"])
 def test_redrawn_styles_have_dark_lines(style: str) -> None:
     body = '<rect x="4" y="4" width="8" height="8" fill="#ff0"/>'
@@ -99,7 +143,7 @@ def test_redrawn_styles_have_dark_lines(style: str) -> None:
 def test_vendors_that_may_be_trained_on_are_permissive_or_attribution() -> None:
     for vendor in VENDORS.values():
         if vendor.role == "train":
-            assert vendor.licence in {"MIT", "ISC", "Apache-2.0", "CC-BY-3.0", "CC-BY-4.0"}
+            assert vendor.licence in {"MIT", "ISC", "Apache-2.0", "CC-BY-3.0", "CC-BY-4.0", "OFL-1.1"}
     assert {key for key, vendor in VENDORS.items() if vendor.role == "test"} == {"emojione", "openmoji"}
     assert all(vendor.pin.integrity.startswith("sha512-") for vendor in VENDORS.values())
 

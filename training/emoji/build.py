@@ -14,6 +14,7 @@ import numpy as np
 import pyvips
 from safetensors.numpy import save_file
 
+from training.emoji.fonts import font_glyphs
 from training.emoji.matching import match_icons
 from training.emoji.packages import Package, PackageError, Pin, check_licence, fetch
 from training.emoji.render import RgbaImage, render, svg_document
@@ -22,6 +23,8 @@ from training.emoji.vendors import EMOJIBASE, EMOJIBASE_LICENCE, VENDORS, Vendor
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+# Thin and bold outlines; a name that takes more than one code point has no outline of its own in `font_glyphs`.
+_FONT_ENDS = ("-300-normal.woff", "-700-normal.woff")
 
 
 def iconify_bodies(package: Package) -> dict[str, tuple[str, tuple[float, float, float, float]]]:
@@ -38,16 +41,27 @@ def iconify_bodies(package: Package) -> dict[str, tuple[str, tuple[float, float,
     return bodies
 
 
+def _is_font(path: str, vendor: Vendor) -> bool:
+    return path.startswith(vendor.folder) and path.endswith(_FONT_ENDS)
+
+
 def _sources(vendor: Vendor, package: Package, names: list[Name]) -> list[tuple[int, str, dict[str, bytes]]]:
     """Per matched icon: index of its name, the icon's own name, and style -> picture bytes."""
     by_code = {code_points(name.hexcode): index for index, name in enumerate(names)}
     if vendor.kind == "files":
         found = []
         for path, content in sorted(package.files.items()):
-            index = by_code.get(code_points(Path(path).stem)) if path.startswith("assets/") else None
+            index = by_code.get(code_points(Path(path).stem)) if path.startswith(vendor.folder) else None
             if index is not None:
                 found.append((index, Path(path).stem, {"plain": content}))
         return found
+    if vendor.kind == "font":
+        glyphs = font_glyphs(content for path, content in sorted(package.files.items()) if _is_font(path, vendor))
+        return [
+            (by_code[code], f"{code}-{weight}", {vendor.styles[0]: svg_document(body, box)})
+            for (code, weight), (body, box) in sorted(glyphs.items())
+            if code in by_code
+        ]
     bodies = iconify_bodies(package)
     chars = package.json("chars.json") if "chars.json" in package.files else {}
     if vendor.kind == "flags":

@@ -52,10 +52,12 @@ class Vendor:
         licence: SPDX id that the package must state.
         credit: the line that NOTICE carries.
         role: ``train``, or ``test`` for a vendor that is never trained on and never chosen on.
-        kind: ``iconify`` (an icons.json of SVG bodies), ``files`` (pictures named by code points) or ``flags``
-            (icons.json named by country code).
+        kind: ``iconify`` (an icons.json of SVG bodies), ``files`` (pictures named by code points), ``font`` (WOFF files
+            of outlines) or ``flags`` (icons.json named by country code).
+        folder: where the package has its ``files`` or ``font`` files; for a font the start of their names, too.
         exact: match an icon only when its name is an emoji's label (general icon sets).
-        styles: keys of `training.emoji.render.STYLES` to draw it in; the first is the art as it is.
+        styles: keys of `training.emoji.render.STYLES` to draw it in; the first is the art as it is (a font's is
+            ``line``).
     """
 
     key: str
@@ -63,7 +65,8 @@ class Vendor:
     licence: str
     credit: str
     role: Literal["train", "test"] = "train"
-    kind: Literal["iconify", "files", "flags"] = "iconify"
+    kind: Literal["iconify", "files", "font", "flags"] = "iconify"
+    folder: str = "assets/"
     exact: bool = False
     styles: tuple[str, ...] = ("plain",)
     renamed: Mapping[str, str] = field(default_factory=lambda: _OLD_NAMES)
@@ -272,6 +275,31 @@ VENDORS: dict[str, Vendor] = {
             "MIT",
             "Fluent Emoji (3D), copyright Microsoft Corporation; packaged by LobeHub",
             kind="files",
+        ),
+        Vendor(
+            "noto-oreo",
+            Pin(
+                "emoji-datasource-google",
+                "4.0.3",
+                "sha512-0FsMrWDx/JN33oNTT/jyItog8An+KUYvjQitWO+3A0BGEq2nsdpNvGqgx9jl0e70GuY7Xe+w6vRjbycvIl1CNQ==",
+            ),
+            "MIT",
+            "Noto Emoji (Android 8 design), copyright The Android Open Source Project, Apache-2.0; in emoji-datasource",
+            kind="files",
+            folder="img/google/64/",
+        ),
+        Vendor(
+            "noto-monochrome",
+            Pin(
+                "@fontsource/noto-emoji",
+                "5.3.2",
+                "sha512-N9CSzXJB04AVWYvFbuBgL2Dq964Zo91th/uOu/QLSuWBYuL9FWXGcEo6ZNwc/IJ7vmpm8KHaIKD7jF8pYm4taw==",
+            ),
+            "OFL-1.1",
+            "Noto Emoji (font of outlines), copyright Google LLC; packaged by Fontsource",
+            kind="font",
+            folder="files/noto-emoji-",
+            styles=("line",),
         ),
     )
 }
