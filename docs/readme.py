@@ -85,11 +85,15 @@ def choice_table() -> str:
         config, scores = report["encoder"]["config"], report["scores"]
         if not rows:
             titles = [f"{vendor}{' (left out)' * (vendor in config['left_out'])}" for vendor in scores]
-            rows.append("| optimiser | learning rate | batch | pictures seen | " + " | ".join(titles) + " |")
-            rows.append("| --- " * (4 + len(titles)) + "|")
+            rows.append(
+                "| optimiser | learning rate | label smoothing | pictures | seen | " + " | ".join(titles) + " |"
+            )
+            rows.append("| --- " * (5 + len(titles)) + "|")
         cells = [f"{parts['without_flags']['top1']:.1f} %" for parts in scores.values()]
         seen = config["steps_done"] * config["batch_size"]
-        settings = f"{config['optimiser']} | {config['learning_rate']:g} | {config['batch_size']} | {seen:,}"
+        stock = sum(report["encoder"]["training_pictures"].values())
+        chosen = (config["optimiser"], f"{config['learning_rate']:g}", f"{config['label_smoothing']:g}")
+        settings = " | ".join((*chosen, f"{stock:,}", f"{seen:,}"))
         rows.append(f"| {settings} | " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
 

@@ -62,7 +62,13 @@ def test_every_import_is_a_declared_dependency() -> None:
     """Someone who installs an extra gets all that its code imports."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = {"ironclip": [], "service": ["serve"], "training": ["train"], "loadtests": ["load"]}
-    modules = {"pillow": "PIL", "open_clip_torch": "open_clip", "POT": "ot", "python-multipart": "python_multipart"}
+    modules = {
+        "pillow": "PIL",
+        "fonttools": "fontTools",
+        "open_clip_torch": "open_clip",
+        "POT": "ot",
+        "python-multipart": "python_multipart",
+    }
     for package, names in extras.items():
         declared = [*project["dependencies"], *(d for name in names for d in project["optional-dependencies"][name])]
         known = {re.split(r"[\[<>=;~! ]", d)[0] for d in declared}

@@ -1,4 +1,9 @@
-"""`python -m training COMMAND`: build-data, pretrain, export, evaluate, domain, demo, figure."""
+"""Make encoders and measure them.
+
+Robust training: python -m training METHOD --config CONFIG, where METHOD is simclip, fare, tecoa, pmg_aft, agft or
+hpt_gpd and CONFIG a name in training/configs/robust (start with demo) or a .toml file. Under torchrun the processes
+share each batch.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +14,35 @@ from pathlib import Path
 
 from ironclip.errors import IronclipError
 
+# Command -> where its configs lie, and what it does. Kept beside METHODS by a test: --help loads no torch.
+TRAINING = {
+    "pretrain": ("pretrain", "contrastive pre-training of a small CLIP from scratch"),
+    "simclip": ("robust", "Sim-CLIP: Siamese cosine with stop-gradient, no labels"),
+    "fare": ("robust", "FARE: keep the clean features under attack, no labels"),
+    "tecoa": ("robust", "TeCoA: cross-entropy of class texts on adversarial pictures"),
+    "pmg_aft": ("robust", "PMG-AFT: TeCoA guided by the pre-trained model"),
+    "agft": ("robust", "AGFT: the original's softened answer as the target"),
+    "hpt_gpd": ("robust", "HPT-GPD: distil a proxy of another architecture"),
+}
+
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build-data", help="build a data set from its packages")
     build.add_argument("data", choices=["demo"])
     build.add_argument("--out", type=Path, default=Path("data/demo"))
     build.add_argument("--size", type=int, default=96, help="side of the stored pictures in pixels")
-    train = commands.add_parser("pretrain", help="contrastive pre-training from scratch; resumes by itself")
-    train.add_argument("--config", required=True, help="a name in training/configs, or a .toml file")
-    train.add_argument("--run", type=Path, default=None, help="run folder (default runs/NAME)")
-    train.add_argument("overrides", nargs="*", metavar="key=value")
+    for name, (kind, purpose) in TRAINING.items():
+        train = commands.add_parser(name, help=f"{purpose}; resumes by itself")
+        train.add_argument("--config", required=True, help=f"a name in training/configs/{kind}, or a .toml file")
+        # torchrun would read --run as an option of its own.
+        train.add_argument("--run", "--folder", type=Path, default=None, help="run folder (default runs/NAME)")
+        train.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="fields of the config, nested ones by dots"
+        )
     export = commands.add_parser("export", help="write the artifact of a pre-training run as far as it has got")
     export.add_argument("--run", type=Path, required=True)
     export.add_argument("--out", type=Path, required=True)
@@ -64,6 +86,14 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     print(pretrain(config, arguments.run or Path("runs") / config.name))
 
 
+def _robust(arguments: argparse.Namespace) -> None:
+    from training.recipe import load_recipe
+    from training.train import train
+
+    config = load_recipe(arguments.command, arguments.config, arguments.overrides)
+    print(train(config, arguments.run or Path("runs") / config.name))
+
+
 def _export(arguments: argparse.Namespace) -> None:
     import json
 
@@ -99,7 +129,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     results = evaluate_emoji(encoder, arguments.data, arguments.vendors)
     print(summary(results))
     if arguments.json:
-        made = {"spec": arguments.encoder, "digest": encoder.digest, "config": encoder.provenance.get("config")}
+        pictures = encoder.provenance.get("data", {}).get("pictures", {})
+        made = {
+            "spec": arguments.encoder,
+            "digest": encoder.digest,
+            "config": encoder.provenance.get("config"),
+            "training_pictures": {key: entry["pictures"] for key, entry in pictures.items()},
+        }
         write_json(arguments.json, {"encoder": made, "scores": results})
     if arguments.into_artifact:
         update_meta(arguments.encoder, scores=results)
@@ -127,6 +163,7 @@ def _figure(arguments: argparse.Namespace) -> None:
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "build-data": _build,
     "pretrain": _pretrain,
+    **{name: _robust for name, (kind, _) in TRAINING.items() if kind == "robust"},
     "export": _export,
     "evaluate": _evaluate,
     "domain": _domain,

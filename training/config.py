@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -92,16 +92,40 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+def merge(*tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings into one; later values win."""
+    result: dict[str, Any] = {}
+    for table in tables:
+        for key, value in table.items():
+            old = result.get(key)
+            result[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def read_config(name: str, kind: str) -> dict[str, Any]:
+    """The content of a config by name (a file in ``training/configs/KIND``) or path (ending in .toml)."""
+    folder = CONFIGS / kind
+    path = folder / f"{name}.toml" if not name.endswith(".toml") else Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(found.stem for found in folder.glob("*.toml")))
+        raise OptionError(f"no config {name!r}; known: {known}, or give the path of a .toml file")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise OptionError(f"{path} is no TOML: {error}") from error
+
+
 def load_config(kind: type[T], name: str, overrides: Sequence[str] = ()) -> T:
-    """Read a config by name (a file in ``training/configs``) or path, then apply ``key=value`` overrides in order.
+    """Read a pre-training config by name or path, then apply ``key=value`` overrides in order.
 
     A value is TOML where it parses as such, else a string; dots go into nested tables.
     """
-    path = CONFIGS / f"{name}.toml" if not name.endswith(".toml") else Path(name)
-    if not path.is_file():
-        known = ", ".join(sorted(found.stem for found in CONFIGS.glob("*.toml")))
-        raise OptionError(f"no config {name!r}; known: {known}, or give the path of a .toml file")
-    values = tomllib.loads(path.read_text(encoding="utf-8"))
+    values = read_config(name, "pretrain")
     for override in overrides:
         _set(values, override)
     return from_mapping(kind, values)
+
+
+def options_of(kind: Callable[..., T], options: Mapping[str, Any], where: str) -> T:
+    """A dataclass from the options that a user gave; what it refuses itself is passed on."""
+    return from_mapping(kind, options, where)  # type: ignore[arg-type]

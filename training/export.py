@@ -12,7 +12,7 @@ from torch import Tensor
 from ironclip.artifact import save_artifact
 from ironclip.encoder import Encoder
 from training.captions import TEMPLATES, CaptionTable
-from training.emoji.pictures import read_manifest, training_vendors
+from training.emoji.pictures import data_provenance
 
 
 def seen_tokens(encoder: Encoder, captions: CaptionTable) -> Tensor:
@@ -24,6 +24,12 @@ def seen_tokens(encoder: Encoder, captions: CaptionTable) -> Tensor:
     return seen
 
 
+def commit() -> str:
+    """The checkout's commit, or ``unknown``."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
 def export(encoder: Encoder, captions: CaptionTable, config: dict[str, Any], folder: Path) -> Path:
     """Write the averaged weights as an artifact.
 
@@ -32,20 +38,14 @@ def export(encoder: Encoder, captions: CaptionTable, config: dict[str, Any], fol
     """
     table: Tensor = encoder.model.token_embedding.weight.data  # type: ignore[union-attr, assignment]
     table[~seen_tokens(encoder, captions)] = 0
-    manifest = read_manifest(Path(config["data"]))
-    vendors = training_vendors(manifest, config["left_out"])
-    keep = ("package", "version", "integrity", "licence", "credit", "pictures", "names_covered")
-    data = {key: {part: manifest["vendors"][key][part] for part in keep} for key in vendors}
-    taxonomy = {key: manifest["taxonomy"][key] for key in ("package", "version", "integrity", "licence", "credit")}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     meta = {
         "name": config["name"],
         "description": config["description"],
         "method": "pretrain",
         "config": config,
-        "data": {"names": taxonomy, "pictures": data},
+        "data": data_provenance(Path(config["data"]), config["left_out"]),
         "seed": config["seed"],
-        "commit": commit or "unknown",
+        "commit": commit(),
         "default_templates": ["an emoji of {}"],
     }
     return save_artifact(encoder, folder, meta)

@@ -30,6 +30,7 @@ from training.checkpoint import NonFiniteLoss, load_checkpoint, save_checkpoint
 from training.emoji.pictures import load_vendor, manifest_names, read_manifest, training_vendors
 from training.export import export
 from training.sampling import Sampler
+from training.schedule import warmup_cosine
 from training.towers import (
     ImageTower,
     TextTower,
@@ -93,14 +94,6 @@ class PretrainConfig:
     seed: int = 0
     log_every: int = 50
     checkpoint_every: int = 500
-
-
-def learning_rate(config: PretrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine to zero at ``config.steps``."""
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
-    share = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
 def masked_clip_loss(logits: Tensor, truths: Tensor) -> Tensor:
@@ -191,7 +184,7 @@ def compute_loss(run: Run, generator: torch.Generator) -> tuple[Tensor, dict[str
 def train_step(run: Run) -> dict[str, float]:
     """One optimiser step; raises NonFiniteLoss (with the parts of the loss) rather than step on a NaN."""
     config = run.config
-    rate = learning_rate(config, run.step)
+    rate = warmup_cosine(run.step, config.steps, config.warmup, config.learning_rate)
     for optimiser in run.optimisers:
         for group in optimiser.param_groups:
             group["lr"] = rate

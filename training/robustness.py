@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ironclip.attacks import ThreatModel, WhiteBox, classification, drive, make_attack
+from ironclip.attacks import Attack, Result, ThreatModel, WhiteBox, classification, drive, make_attack
 from ironclip.classifier import Classifier
 from ironclip.errors import OptionError
 from ironclip.preprocessing import to_float
@@ -138,6 +138,40 @@ def key_of(classifier: Classifier, sample: Sample, cell: Cell) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def attack_batch(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    attack: Attack,
+    threat: ThreatModel,
+    *,
+    keys: Tensor,
+) -> tuple[Tensor, Tensor, Result]:
+    """Attack those pictures of a batch that the model has right as they are.
+
+    Args:
+        model: pixels -> logits.
+        images: float [N, 3, R, R] in [0, 1].
+        labels: int64 [N].
+        attack: which.
+        threat: what it may change.
+        keys: int64 [N], see `Problem`.
+
+    Returns:
+        bool [N], which are right; of those that are, bool [n], which are fooled (the attack saw it, or the final pixels
+        are answered wrong in a forward of their own); and the attack's result.
+    """
+    with torch.no_grad():
+        right = model(images).argmax(1) == labels
+    problem = classification(images[right], labels[right], threat, keys=keys[right])
+    result = drive(attack, problem, WhiteBox(model, problem, batch_size=len(images)))
+    if not len(result.images):
+        return right, result.fooled, result
+    with torch.no_grad():
+        wrong = model(result.images).argmax(1) != labels[right]
+    return right, wrong | result.fooled, result
+
+
 def measure(
     classifier: Classifier,
     sample: Sample,
@@ -182,17 +216,11 @@ def measure(
         began, start = time.perf_counter(), len(state["outcomes"])
         rows = slice(start, start + batch_size)
         images, truth = to_float(sample.pixels[rows]).to(device), labels[rows].to(device)
-        with torch.no_grad():
-            right = model(images).argmax(1) == truth
         keys = torch.arange(start, start + len(images), device=device)
-        problem = classification(images[right], truth[right], cell.threat, keys=keys[right])
-        result = drive(attack, problem, WhiteBox(model, problem, batch_size=batch_size))
-        with torch.no_grad():
-            said = model(result.images) if len(result.images) else None
-        wrong = said.argmax(1) != truth[right] if said is not None else result.fooled
-        fooled = iter((wrong | result.fooled).tolist())
-        state["outcomes"] += "".join((FOOLED if next(fooled) else HELD) if ok else WRONG for ok in right.tolist())
-        state["unseen"] += int((wrong & ~result.fooled).sum())
+        right, fooled, result = attack_batch(model, images, truth, attack, cell.threat, keys=keys)
+        lost = iter(fooled.tolist())
+        state["outcomes"] += "".join((FOOLED if next(lost) else HELD) if ok else WRONG for ok in right.tolist())
+        state["unseen"] += int((fooled & ~result.fooled).sum())
         state["forwards"] += int(result.forwards.sum())
         state["backwards"] += int(result.backwards.sum())
         # Zero all along: a single zero may be chance, none but zeros hides the model from the attack.

@@ -19,6 +19,10 @@ class Sampler:
         style_weights: how often a picture is drawn, by its style; ``icon`` for the vendors in ``icon_sets``.
         flag_weight: how often a flag is drawn, beside 1 for other names.
         icon_sets: vendors that are general icon sets.
+
+    Attributes:
+        names: int64 [pictures].
+        weights: float32 [pictures], how often each is drawn.
     """
 
     def __init__(
@@ -36,7 +40,7 @@ class Sampler:
         total = torch.zeros(len(flags)).index_add_(0, self.names, weights)
         of_name = torch.where(flags, flag_weight, 1.0)
         # Names with many pictures come up more often, but only as the square root of their number.
-        self._weights = weights * of_name[self.names] / total[self.names].sqrt()
+        self.weights = weights * of_name[self.names] / total[self.names].sqrt()
         self._source = torch.cat([torch.full((len(s.names),), i) for i, s in enumerate(sources)])
         self._row = torch.cat([torch.arange(len(s.names)) for s in sources])
 
@@ -45,11 +49,15 @@ class Sampler:
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """``count`` pictures: uint8 RGBA [count, size, size, 4] and their names int64 [count]."""
-        chosen = torch.multinomial(self._weights, count, replacement=False, generator=generator)
+        chosen = torch.multinomial(self.weights, count, replacement=False, generator=generator)
+        return self.gather(chosen), self.names[chosen]
+
+    def gather(self, chosen: Tensor) -> Tensor:
+        """The pictures at these positions (int64 [n]): uint8 RGBA [n, size, size, 4]."""
         source, row = self._source[chosen], self._row[chosen]
         size = self._sources[0].images.shape[1]
-        images = torch.empty(count, size, size, 4, dtype=torch.uint8)
+        images = torch.empty(len(chosen), size, size, 4, dtype=torch.uint8)
         for index in torch.unique(source).tolist():
             where = source == index
             images[where] = self._sources[index].images[row[where]]
-        return images, self.names[chosen]
+        return images

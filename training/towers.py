@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import open_clip
@@ -28,28 +29,42 @@ def build_encoder(model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any], see
 
 
 def build_optimisers(
-    model: nn.Module, kind: Literal["adamw", "muon"], weight_decay: float
+    model: nn.Module,
+    kind: Literal["adamw", "muon", "sgd"],
+    weight_decay: float,
+    *,
+    betas: tuple[float, float] = (0.9, 0.98),
+    momentum: float = 0.9,
 ) -> list[torch.optim.Optimizer]:
-    """Optimisers that together hold every parameter: matrices decay; biases, norms, embeddings and temperature do not.
+    """Optimisers that together hold every trainable parameter.
+
+    Matrices decay; biases, norms, embeddings and temperature do not.
 
     Args:
         model: whose parameters.
-        kind: ``muon`` for the matrices (convolutions are such), or ``adamw`` for them too.
+        kind: ``muon`` for the matrices (convolutions are such) and AdamW for the rest, or one of the others for all.
         weight_decay: of the matrices.
+        betas: of AdamW.
+        momentum: of SGD.
     """
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        plain = parameter.ndim < 2 or any(part in name for part in NO_DECAY)
-        (rest if plain else matrices).append(parameter)
+        if parameter.requires_grad:
+            plain = parameter.ndim < 2 or any(part in name for part in NO_DECAY)
+            (rest if plain else matrices).append(parameter)
+    spared = {"params": rest, "weight_decay": 0.0}
     if kind == "muon":
-        return [Muon(matrices, lr=0.0, weight_decay=weight_decay), _adamw([{"params": rest, "weight_decay": 0.0}])]
-    return [_adamw([{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}])]
+        return [Muon(matrices, lr=0.0, weight_decay=weight_decay), _adamw([spared], betas)]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, spared]
+    if kind == "sgd":
+        return [torch.optim.SGD(groups, lr=0.0, momentum=momentum)]
+    return [_adamw(groups, betas)]
 
 
-def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def _adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:
     # Fused: one pass over memory a step; the token table alone has four million weights.
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
 class TextTower:
@@ -76,35 +91,65 @@ class TextTower:
 
 
 class ImageTower:
-    """The image tower of an Encoder, computed in ``dtype`` on cast copies of its float32 weights.
+    """The image tower of an Encoder, computed in ``dtype`` on cast copies of its master weights.
 
-    The copies are made in the graph, so gradients reach the float32 weights. Norms keep float32 weights: their
-    kernels take mixed inputs. This is not autocast, which on CPUs re-copies weights inside every kernel call.
+    The copies are made in the graph, so gradients reach the masters. This is not autocast, which on CPUs re-copies
+    weights inside every kernel call. Norms keep their masters' precision where the kernels take mixed inputs: batch
+    norms always, layer norms on CPUs.
     """
 
     def __init__(self, encoder: Encoder, dtype: torch.dtype) -> None:
         self._encoder = encoder
-        self._visual: nn.Module = encoder.model.visual  # type: ignore[assignment]
-        self._norms = {
-            f"{prefix}."
-            for prefix, module in self._visual.named_modules()
-            if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm))
-        }
+        self.visual: nn.Module = encoder.model.visual  # type: ignore[assignment]
+        kept = (nn.BatchNorm2d, nn.LayerNorm) if encoder.device.type == "cpu" else (nn.BatchNorm2d,)
+        self._norms = tuple(f"{prefix}." for prefix, module in self.visual.named_modules() if isinstance(module, kept))
         self.dtype = dtype
+        self.resolution = encoder.resolution
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Features of float RGB pixels in [0,1] [B, 3, R, R]: float32 [B, dim], not normalised."""
+    def weights(self) -> dict[str, Tensor]:
+        """Copies of the weights in ``dtype``, in the graph unless under no_grad; empty where none are needed."""
+        return {
+            name: value.to(self.dtype)
+            for name, value in self.visual.named_parameters()
+            if value.dtype != self.dtype and not name.startswith(self._norms)
+        }
+
+    def __call__(self, pixels: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """Features of float RGB pixels in [0,1] [B, 3, R, R]: float32 (float64) [B, dim], not normalised.
+
+        ``weights`` that `weights` returned serve several calls; without them each call makes its own.
+        """
         normalised = (pixels - self._encoder.mean) / self._encoder.std
         images = normalised.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        if self.dtype == torch.float32:
-            features: Tensor = self._visual(images)
-            return features
-        cast = {
-            name: value if any(name.startswith(norm) for norm in self._norms) else value.to(self.dtype)
-            for name, value in self._visual.named_parameters()
-        }
-        output: Tensor = torch.func.functional_call(self._visual, cast, (images,))
-        return output.float()
+        cast = self.weights() if weights is None else weights
+        output = torch.func.functional_call(self.visual, cast, (images,)) if cast else self.visual(images)
+        features: Tensor = output[0] if isinstance(output, tuple) else output  # CoCa's towers return their tokens too
+        return features if features.dtype == torch.float64 else features.float()
+
+    def frozen(self) -> Callable[[Tensor], Tensor]:
+        """The tower as it is now, differentiable to the pixels alone; the weights are cast once."""
+        detached = {name: value.detach() for name, value in self.visual.named_parameters()}
+        with torch.no_grad():
+            detached |= self.weights()
+        return lambda pixels: self(pixels, detached)
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, after all work queued on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that ``work`` takes, what it leaves queued on the device included."""
+    start = now(device)
+    work()
+    return now(device) - start
+
+
+def _forward_and_backward(tower: ImageTower, pixels: Tensor) -> None:
+    torch.autograd.backward(tower(pixels).square().mean())
 
 
 def fastest_dtype(encoder: Encoder, batch_size: int, repeats: int = 2) -> tuple[torch.dtype, dict[str, float]]:
@@ -114,16 +159,15 @@ def fastest_dtype(encoder: Encoder, batch_size: int, repeats: int = 2) -> tuple[
         The faster dtype, and images/s of each. Buffers (running statistics) are left as found.
     """
     buffers = {name: value.clone() for name, value in encoder.model.named_buffers()}
-    pixels = torch.full((batch_size, 3, encoder.resolution, encoder.resolution), 0.5)
-    pixels += torch.linspace(0, 0.3, batch_size).view(-1, 1, 1, 1)
+    pixels = torch.full((batch_size, 3, encoder.resolution, encoder.resolution), 0.5, device=encoder.device)
+    pixels += torch.linspace(0, 0.3, batch_size, device=encoder.device).view(-1, 1, 1, 1)
     speeds: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         tower = ImageTower(encoder, dtype)
+        work = partial(_forward_and_backward, tower, pixels)
         best = float("inf")
         for _ in range(repeats + 1):
-            start = time.perf_counter()
-            torch.autograd.backward(tower(pixels).square().mean())
-            best = min(best, time.perf_counter() - start)
+            best = min(best, timed(work, encoder.device))
         speeds[str(dtype).removeprefix("torch.")] = round(batch_size / best, 1)
     encoder.model.zero_grad(set_to_none=True)
     for name, value in encoder.model.named_buffers():

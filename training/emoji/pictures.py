@@ -66,6 +66,17 @@ def training_vendors(manifest: dict[str, Any], left_out: Sequence[str] = ()) -> 
     return [key for key, entry in manifest["vendors"].items() if entry["role"] == "train" and key not in left_out]
 
 
+def data_provenance(folder: Path, left_out: Sequence[str]) -> dict[str, Any]:
+    """What an artifact says of the data that it was trained on: packages, versions, checksums, licences, credits."""
+    manifest = read_manifest(folder)
+    keep = ("package", "version", "integrity", "licence", "credit", "pictures", "names_covered")
+    vendors = training_vendors(manifest, left_out)
+    return {
+        "names": {key: manifest["taxonomy"][key] for key in ("package", "version", "integrity", "licence", "credit")},
+        "pictures": {key: {part: manifest["vendors"][key][part] for part in keep} for key in vendors},
+    }
+
+
 class VendorImages:
     """One vendor's art as `training.data.LabelledImages`, through the encoder's own preprocessing."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,8 @@ class Batch:
     Attributes:
         images: x, float32 [B, 3, R, R] in [0, 1].
         labels: int64 [B].
-        anchor: f_0(x), float32 [B, dim], not normalised, without gradient; from the cache where nothing is augmented.
+        anchor: f_0(x), float32 [B, dim], not normalised, without gradient; empty [B, 0] for a method that is not
+            anchored.
     """
 
     images: Tensor
@@ -103,6 +104,8 @@ class Method(Protocol):
     Attributes:
         name: its key in METHODS.
         forwards: student forwards of one loss with gradients to the weights, beside the attack's.
+        frozen_forwards: forwards of the frozen original in one loss, beside the anchor's.
+        anchored: whether it reads `Batch.anchor`.
         proxy: whether it needs a proxy of another architecture.
         phases: the parts of its run, in order; their shares sum to 1.
     """
@@ -114,6 +117,14 @@ class Method(Protocol):
     @property
     def forwards(self) -> int:
         """How often `loss` runs the student."""
+
+    @property
+    def frozen_forwards(self) -> int:
+        """How often `loss` runs the frozen original."""
+
+    @property
+    def anchored(self) -> bool:
+        """Whether it reads `Batch.anchor`."""
 
     @property
     def proxy(self) -> bool:
@@ -139,8 +150,10 @@ class Method(Protocol):
 class Plain:
     """The defaults of a method with one phase, no proxy and nothing to do between epochs."""
 
-    proxy = False
-    phases: tuple[Phase, ...] = (Phase(),)
+    frozen_forwards: ClassVar[int] = 0
+    anchored: ClassVar[bool] = True
+    proxy: ClassVar[bool] = False
+    phases: ClassVar[tuple[Phase, ...]] = (Phase(),)
 
     def after_epoch(self, phase: str, weights: Weights, kept: Weights | None) -> tuple[Weights, Weights | None]:
         """Nothing changes."""

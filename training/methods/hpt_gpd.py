@@ -67,6 +67,8 @@ class HPTGPD:
     batch_sum: bool = False
     name: ClassVar[str] = "hpt_gpd"
     forwards: ClassVar[int] = 1
+    frozen_forwards: ClassVar[int] = 0
+    anchored: ClassVar[bool] = True
     proxy: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

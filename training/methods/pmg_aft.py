@@ -34,6 +34,8 @@ class PMGAFT(Plain):
     published_code: bool = False
     name: ClassVar[str] = "pmg_aft"
     forwards: ClassVar[int] = 2
+    frozen_forwards: ClassVar[int] = 1
+    anchored: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.general < 0 or self.clean < 0:

@@ -22,6 +22,7 @@ class TeCoA(Plain):
 
     name: ClassVar[str] = "tecoa"
     forwards: ClassVar[int] = 1
+    anchored: ClassVar[bool] = False
 
     def objective(self, networks: Networks, batch: Batch) -> Objective:
         """The loss itself, for each picture."""
