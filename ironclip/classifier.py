@@ -18,6 +18,7 @@ from ironclip.defences import Defence, make_defence
 from ironclip.encoder import Encoder
 from ironclip.errors import OptionError, TooManyLabels
 from ironclip.hierarchy import LabelTree, Level
+from ironclip.hyperbolic import distances, exp0
 from ironclip.labels import Label, LabelSet
 from ironclip.textbank import TextBank, build_text_bank
 
@@ -143,7 +144,12 @@ class Classifier(nn.Module):
         return self.decide(self.encode(pixels))
 
     def _head(self, features: Tensor, bank: TextBank) -> Tensor:
-        """The cosine head: logit_scale * cos (Radford et al. 2021, figure 3)."""
+        """The encoder's own rule, see `ironclip.encoder.Head`."""
+        head = self.encoder.head
+        if head.type == "poincare":
+            texts = exp0(head.text_scale * bank.norms[:, None] * bank.weights, head.curvature)
+            images = exp0(head.image_scale * features, head.curvature)
+            return -head.temperature * distances(images, texts, head.curvature)
         return self.encoder.logit_scale * (normalize(features, dim=-1) @ bank.weights.T)
 
 

@@ -24,6 +24,8 @@ class TextBank:
         descriptions: whether the descriptions were encoded too.
         weights: mean-normalised classifier weights, float32 [K, dim]: unit prompts averaged, then normalised
             (the prompt ensemble of Radford et al. 2021, section 3.1.4).
+        norms: mean length of each label's prompt features, float32 [K]: with `weights` the label's point for a
+            hyperbolic head, where length says how specific a label is.
         texts: unit features of the distinct texts, float32 [T, dim].
         rows: for label after label its prompts, then its descriptions, as indices into `texts`, int64 [S].
         counts: how many prompts and descriptions each label has, int64 [K, 2]; they sum to S.
@@ -33,6 +35,7 @@ class TextBank:
     label_set: str
     descriptions: bool
     weights: Tensor
+    norms: Tensor
     texts: Tensor
     rows: Tensor
     counts: Tensor
@@ -52,7 +55,7 @@ class TextBank:
 
     def to(self, device: torch.device | str) -> TextBank:
         """The bank on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("weights", "texts", "rows", "counts")}
+        moved = {name: getattr(self, name).to(device) for name in ("weights", "norms", "texts", "rows", "counts")}
         return replace(self, **moved)
 
 
@@ -93,14 +96,18 @@ class BankTexts:
         """The bank, from the features of `texts` in their order, float32 [T, dim], not normalised."""
         # no_grad, and out of a caller's inference_mode: an attack's backward pass goes through these tensors.
         with torch.inference_mode(False), torch.no_grad():
-            texts, counts = normalize(features, dim=-1), self.counts
+            texts, lengths, counts = normalize(features, dim=-1), features.norm(dim=-1), self.counts
             label = torch.repeat_interleave(torch.arange(len(counts)), counts.sum(dim=1))
             place = torch.arange(len(self.rows)) - (counts.sum(dim=1).cumsum(0) - counts.sum(dim=1))[label]
             is_prompt = place < counts[label, 0]
             sums = texts.new_zeros(len(counts), texts.shape[1])
             sums.index_add_(0, label[is_prompt].to(texts.device), texts[self.rows[is_prompt].to(texts.device)])
             weights = normalize(sums, dim=-1)
-        bank = TextBank(encoder.digest, self.label_set.digest, self.descriptions, weights, texts, self.rows, counts)
+            norms = lengths.new_zeros(len(counts))
+            norms.index_add_(0, label[is_prompt].to(texts.device), lengths[self.rows[is_prompt].to(texts.device)])
+            norms /= counts[:, 0].to(texts.device)
+        digests = (encoder.digest, self.label_set.digest, self.descriptions)
+        bank = TextBank(*digests, weights, norms, texts, self.rows, counts)
         return bank.to(encoder.device)
 
 

@@ -23,7 +23,7 @@ from service.redis_link import RedisLink, RedisUnavailable
 from service.vectors import Arrays, Schema, ValueRejected, pack, unpack
 
 # Part of every key: raise it whenever the meaning of a stored value changes.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _OVERHEAD = 200  # bytes of Python objects around one value, roughly
 _MAX_SHARED_BYTES = 32 * 1024 * 1024  # of one value in Redis, and of all that wait to be written
 _MAX_UNWRITTEN = 4096  # values that wait to be written; more are left out

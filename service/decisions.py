@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 _BANK_SCHEMA: Schema = {
     "weights": ("float32", (None, None)),
+    "norms": ("float32", (None,)),
     "texts": ("float32", (None, None)),
     "rows": ("int64", (None,)),
     "counts": ("int64", (None, None)),
@@ -262,6 +263,7 @@ def _fits(arrays: Arrays, label_set: LabelSet, dim: int) -> bool:
     texts = arrays["texts"]
     return bool(
         arrays["weights"].shape == (len(label_set), dim)
+        and arrays["norms"].shape == (len(label_set),)
         and texts.shape[1] == dim
         and counts.shape == (len(label_set), 2)
         and (counts >= 0).all()

@@ -18,7 +18,7 @@ class NoDefence:
     differentiable = True
     optimising = False
     descriptions = False
-    heads: tuple[str, ...] = ("cosine",)
+    heads: tuple[str, ...] = ("cosine", "poincare")
 
     @property
     def view_count(self) -> int:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from ironclip.artifact import save_artifact
 from ironclip.classifier import Classifier, level_label_sets, predict
 from ironclip.defences import make_defence
-from ironclip.encoder import Encoder
+from ironclip.encoder import Encoder, Head
 from ironclip.errors import OptionError, TooManyLabels, TreeError
 from ironclip.hierarchy import LabelTree
 from ironclip.labels import LabelLimits, LabelSet
+from ironclip.loading import load_encoder
 from ironclip.textbank import build_text_bank
 from tests.conftest import make_tiny_encoder
 
@@ -147,3 +150,38 @@ def test_the_prompts_of_all_levels_count_together() -> None:
     with pytest.raises(TooManyLabels) as caught:
         level_label_sets(trees, labels)
     assert (caught.value.pointer, caught.value.limit) == ("/tree", 70)
+
+
+def test_the_hyperbolic_head_decides_by_distance_in_the_ball(pixels: torch.Tensor) -> None:
+    encoder = make_tiny_encoder().requires_grad_(False)
+    encoder.head = Head("poincare", curvature=0.7, image_scale=0.3, text_scale=0.25, temperature=9.0)
+    labels = LabelSet.parse([{"name": "dog", "prompts": ["a dog", "the hound"]}, "oak"])
+    classifier = Classifier(encoder, labels, tree=LabelTree.parse({"parents": {"dog": "thing", "oak": "thing"}}))
+    texts = [encoder.encode_text(prompts) for prompts in (["a dog", "the hound"], ["a photo of a oak."])]
+    points = [
+        torch.nn.functional.normalize(torch.nn.functional.normalize(text, dim=-1).mean(0), dim=-1)
+        * text.norm(dim=-1).mean()
+        for text in texts
+    ]
+
+    def ball(tangent: torch.Tensor) -> torch.Tensor:
+        length = tangent.norm(dim=-1, keepdim=True)
+        return torch.tanh(0.7**0.5 * length) * tangent / (0.7**0.5 * length)
+
+    u, v = ball(0.3 * encoder.encode_image(pixels))[:, None], ball(0.25 * torch.stack(points))[None]
+    rim = (1 - 0.7 * u.square().sum(-1)) * (1 - 0.7 * v.square().sum(-1))
+    distance = torch.arccosh(1 + 2 * 0.7 * (u - v).square().sum(-1) / rim) / 0.7**0.5
+    torch.testing.assert_close(classifier(pixels), -9.0 * distance, atol=1e-3, rtol=1e-3)
+    leaf = pixels.clone().requires_grad_(True)
+    decision = classifier.judge(classifier.encode(leaf))
+    (gradient,) = torch.autograd.grad(decision.logits[:, 0].sum(), leaf)
+    assert (gradient.flatten(1).abs().sum(1) > 0).all()
+    assert set(decision.levels) == {"0", "1"}
+
+
+def test_the_head_travels_with_the_artifact(tmp_path: Path, pixels: torch.Tensor) -> None:
+    encoder = make_tiny_encoder().requires_grad_(False)
+    encoder.head = Head("poincare", 1.0, 0.2, 0.2, 20.0)
+    again = load_encoder(str(save_artifact(encoder, tmp_path / "a", {"name": "a"}, dtype=torch.float32)))
+    assert again.head == encoder.head
+    torch.testing.assert_close(Classifier(again, LABELS)(pixels), Classifier(encoder, LABELS)(pixels))

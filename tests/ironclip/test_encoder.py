@@ -92,7 +92,7 @@ CHANGES: dict[str, Callable[[Encoder], object]] = {
     "std": lambda e: e.std.add_(0.01),
     "activation": lambda e: e.model_cfg.update(quick_gelu=True),
     "preprocessing": lambda e: setattr(e, "preprocessing", replace(e.preprocessing, interpolation="bilinear")),
-    "head": lambda e: setattr(e, "head", Head(type="other")),
+    "head": lambda e: setattr(e, "head", Head(type="poincare")),
     "what the tokenizer does": _change_tokenizer,
     "vocabulary": _change_vocabulary,
 }
@@ -129,3 +129,8 @@ def test_unknown_head_is_refused() -> None:
         with pytest.raises(ArtifactError, match="cosine"):
             Head.parse(value)
     assert Head.parse({"type": "cosine"}) == Head()
+    full = {"type": "poincare", "curvature": 0.5, "image_scale": 0.1, "text_scale": 0.2, "temperature": 30}
+    assert Head.parse(full).to_json() == full
+    for wrong in (0, -1.0, float("nan"), "1", None):
+        with pytest.raises(ArtifactError, match="numbers above 0"):
+            Head.parse({**full, "curvature": wrong})

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -18,7 +19,7 @@ from starlette.testclient import TestClient
 from ironclip.artifact import save_artifact
 from ironclip.classifier import Classifier, predict
 from ironclip.domain import fit_domain
-from ironclip.encoder import Encoder
+from ironclip.encoder import Encoder, Head
 from ironclip.hierarchy import LabelTree
 from ironclip.labels import LabelSet
 from ironclip.loading import load_encoder
@@ -26,7 +27,7 @@ from ironclip.preprocessing import to_float
 from service.app import create_app
 from service.settings import Settings
 from tests.conftest import make_tiny_encoder
-from tests.service.conftest import as_base64, picture
+from tests.service.conftest import ServiceProcess, as_base64, picture
 
 LABELS = ["carrot", "rocket", "cat face"]
 TREE = {"levels": ["name", "kind"], "parents": {"carrot": "thing", "rocket": "thing", "cat face": "animal"}}
@@ -294,3 +295,22 @@ def test_a_picture_unlike_the_training_art_is_marked(tmp_path: Path) -> None:
             assert "warning" not in answers[0]["domain"]
             assert "dark noise" in answers[1]["domain"]["warning"]
             assert answers[1]["domain"]["score"] == pytest.approx(outside, rel=0.05)
+
+
+def test_a_hyperbolic_head_is_served_as_the_library_decides(
+    tmp_path: Path, start_service: Callable[..., ServiceProcess]
+) -> None:
+    made = make_tiny_encoder()
+    made.head = Head("poincare", curvature=0.8, image_scale=0.2, text_scale=0.3, temperature=15.0)
+    folder = save_artifact(made, tmp_path / "hyperbolic", {"name": "hyperbolic"})
+    url = start_service(encoders=f"hyperbolic={folder}").url
+    data = picture(3)
+    encoder = load_encoder(str(folder))
+    body = {"image": as_base64(data), "labels": LABELS, "tree": TREE, "levels": "prompts"}
+    for _ in range(2):  # the second answer comes from the caches
+        answer = httpx.post(f"{url}/classify", json=body, timeout=30).json()
+        assert answer["encoder"]["head"] == "poincare"
+        assert scores(answer) == pytest.approx(decide(encoder, data), abs=1e-5)
+    plain = load_encoder(str(folder))
+    plain.head = Head()
+    assert scores(answer) != pytest.approx(decide(plain, data), abs=1e-3)
