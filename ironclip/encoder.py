@@ -20,7 +20,7 @@ import torch
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
-from ironclip.errors import ArtifactError, LabelError
+from ironclip.errors import ArtifactError, LabelError, OptionError
 from ironclip.preprocessing import Preprocessing
 from ironclip.tokenizing import CopyableLock, bound_tokenizer, check_words
 
@@ -216,20 +216,42 @@ class Encoder(nn.Module):
         A causal tower that reads its answer at the end mark cannot see the padding behind it, so the columns
         that are padding in every row are left out; the features are the same and most of the work is saved.
         """
-        tokens = tokens.to(self.device)
         model: Any = self.model
-        if not isinstance(model, open_clip.CLIP) or model.text_pool_type != "argmax" or model.attn_mask is None:
-            features: Tensor = model.encode_text(tokens, normalize=False)
+        if not self._pools_at_end:
+            features: Tensor = model.encode_text(tokens.to(self.device), normalize=False)
             return features.float()
-        length = int(_lengths(tokens).max())
-        tokens = tokens[:, :length]
-        x = (model.token_embedding(tokens) + model.positional_embedding[:length]).to(self.dtype)
-        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length].to(self.dtype)))
-        pooled: Tensor = text_global_pool(x, tokens, "argmax")
+        pooled = self.pool_tokens(tokens)
         projection = model.text_projection
         if projection is not None:
             pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
         return pooled.float()
+
+    @property
+    def _pools_at_end(self) -> bool:
+        model: Any = self.model
+        return isinstance(model, open_clip.CLIP) and model.text_pool_type == "argmax" and model.attn_mask is not None
+
+    def pool_tokens(self, tokens: Tensor, shift: Tensor | None = None) -> Tensor:
+        """What the text tower says of token ids [N, L] before its projection: [N, width], in the tower's dtype.
+
+        Args:
+            tokens: as `tokenize` makes them.
+            shift: [N, L, width], added to the token embeddings; differentiable.
+
+        Raises:
+            OptionError: a text tower of another form than CLIP's.
+        """
+        if not self._pools_at_end:
+            raise OptionError("only a CLIP text tower that reads its answer at the end mark has features to pool")
+        model: Any = self.model
+        tokens = tokens.to(self.device)
+        length = int(_lengths(tokens).max())
+        tokens = tokens[:, :length]
+        embedded = model.token_embedding(tokens) + model.positional_embedding[:length]
+        x = (embedded if shift is None else embedded + shift[:, :length]).to(self.dtype)
+        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length].to(self.dtype)))
+        pooled: Tensor = text_global_pool(x, tokens, "argmax")
+        return pooled
 
     def astype(self, dtype: torch.dtype) -> Encoder:
         """A copy whose towers hold and compute in `dtype`; the temperature stays float32.

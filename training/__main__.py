@@ -1,8 +1,8 @@
 """Make encoders and measure them.
 
-Robust training: python -m training METHOD --config CONFIG, where METHOD is simclip, fare, tecoa, pmg_aft, agft or
-hpt_gpd and CONFIG a name in training/configs/robust (start with demo) or a .toml file. Under torchrun the processes
-share each batch.
+Robust training: python -m training METHOD --config CONFIG, where METHOD is simclip, fare, tecoa, pmg_aft, agft, hpt_gpd
+or hierarchical and CONFIG a name in training/configs/robust (start with demo) or a .toml file. Under torchrun the
+processes share each batch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ TRAINING = {
     "pmg_aft": ("robust", "PMG-AFT: TeCoA guided by the pre-trained model"),
     "agft": ("robust", "AGFT: the original's softened answer as the target"),
     "hpt_gpd": ("robust", "HPT-GPD: distil a proxy of another architecture"),
+    "hierarchical": ("robust", "the hierarchical method: every level of class trees, hyperbolic head"),
 }
 
 

@@ -7,8 +7,9 @@ worker processes prepare whole batches ahead of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ironclip.errors import InputError, OptionError
+from ironclip.hierarchy import LabelTree
 from ironclip.preprocessing import Preprocessing
 from training.augment import AugmentConfig, augment
 from training.data import FolderImages, LabelledImages, TorchvisionImages
@@ -40,6 +42,8 @@ class DataConfig:
         left_out: training vendors kept out (``emoji``).
         style_weights, flag_weight: how often an emoji picture is drawn, as in pre-training.
         augment: random views of emoji art; none (and a fixed picture for each index) if absent.
+        tree, per_parent: a label tree (JSON) over the classes, and how many pictures of one parent of its first level
+            above the classes a batch holds together; 0 draws without regard to it.
         workers: processes that prepare batches ahead; 0 prepares them in the run's own process.
     """
 
@@ -55,6 +59,8 @@ class DataConfig:
     )
     flag_weight: float = 0.3
     augment: AugmentConfig | None = None
+    tree: str = ""
+    per_parent: int = 0
     workers: int = 0
 
 
@@ -190,6 +196,41 @@ def make_source(config: DataConfig, preprocessing: Preprocessing) -> Source:
     return PlainSource(images, _named(images.classes, config.classes))
 
 
+def parents_of(config: DataConfig, source: Source) -> Tensor | None:
+    """int64 [N], which parent each picture belongs to, where batches are to be made of parents.
+
+    Raises:
+        InputError: no such tree.
+    """
+    if not config.per_parent:
+        return None
+    path = Path(config.tree)
+    if not path.is_file():
+        raise InputError(f"data.per_parent needs data.tree, the path of a label tree; there is none at {config.tree!r}")
+    levels = LabelTree.parse(json.loads(path.read_text(encoding="utf-8"))).bind(source.classes).levels
+    return levels[min(1, len(levels) - 1)].index[source.labels]
+
+
+def parent_batch(source: Source, parents: Tensor, per_parent: int, step: int, batch_size: int, seed: int) -> Tensor:
+    """A batch of whole families: int64 [batch_size], ``per_parent`` pictures for each of some parents, drawn by weight.
+
+    Parents are drawn by the weights of their pictures; one with fewer pictures gives all it has, and others fill up.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    weights = torch.ones(len(parents)) if source.weights is None else source.weights
+    mass = torch.zeros(int(parents.max()) + 1).index_add_(0, parents, weights)
+    order = torch.multinomial(mass, int((mass > 0).sum()), generator=generator)
+    # Within a family by weight: the smallest of exponentials over weights (Efraimidis and Spirakis 2006).
+    keys = torch.empty(len(parents)).exponential_(generator=generator) / weights
+    chosen: list[Tensor] = []
+    for parent in order.tolist():
+        members = torch.nonzero(parents == parent).flatten()
+        chosen.append(members[torch.argsort(keys[members])[:per_parent]])
+        if sum(map(len, chosen)) >= batch_size:
+            break
+    return torch.cat(chosen)[:batch_size]
+
+
 def batch_indices(source: Source, step: int, batch_size: int, seed: int) -> Tensor:
     """The whole batch of a step, over all ranks: int64 [batch_size].
 
@@ -228,13 +269,14 @@ class StepBatch:
 class _Steps(Dataset[StepBatch]):
     """Maps a step to this rank's batch."""
 
-    def __init__(self, source: Source, batch_size: int, seed: int, rank: int, ranks: int) -> None:
-        self._source, self._batch_size, self._seed, self._rank, self._ranks = source, batch_size, seed, rank, ranks
+    def __init__(self, source: Source, indices: Callable[[int], Tensor], seed: int, rank: int, ranks: int) -> None:
+        self._source, self._indices, self._seed, self._rank, self._ranks = source, indices, seed, rank, ranks
 
     def __getitem__(self, step: int) -> StepBatch:
-        share = self._batch_size // self._ranks
+        everyone = self._indices(step)
+        share = len(everyone) // self._ranks
         positions = torch.arange(self._rank * share, (self._rank + 1) * share)
-        indices = batch_indices(self._source, step, self._batch_size, self._seed)[positions]
+        indices = everyone[positions]
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + step) * self._ranks + self._rank)
         return StepBatch(self._source.pixels(indices, generator), self._source.labels[indices], indices, positions)
 
@@ -244,17 +286,30 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def step_batches(
-    source: Source, steps: range, batch_size: int, *, seed: int, workers: int = 0, rank: int = 0, ranks: int = 1
+    source: Source,
+    steps: range,
+    batch_size: int,
+    *,
+    seed: int,
+    config: DataConfig | None = None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> DataLoader[StepBatch]:
-    """This rank's batches for ``steps``, in order, prepared ahead by ``workers`` processes.
+    """This rank's batches for ``steps``, in order, prepared ahead by ``config.workers`` processes.
 
     Raises:
         OptionError: the batch cannot be split among the ranks.
     """
     if batch_size % ranks:
         raise OptionError(f"batch_size {batch_size} cannot be split among {ranks} processes")
+    config = config or DataConfig()
+    parents, workers = parents_of(config, source), config.workers
+    if parents is None:
+        indices = partial(batch_indices, source, batch_size=batch_size, seed=seed)
+    else:
+        indices = partial(parent_batch, source, parents, config.per_parent, batch_size=batch_size, seed=seed)
     return DataLoader(
-        _Steps(source, batch_size, seed, rank, ranks),
+        _Steps(source, indices, seed, rank, ranks),
         sampler=steps,
         batch_size=None,
         num_workers=workers,

@@ -48,7 +48,7 @@ class LossModule(nn.Module):
 
     def __init__(self, method: Method, tower: ImageTower, networks: Networks) -> None:
         super().__init__()
-        self.visual = tower.visual  # what is trained
+        self.visual, self.extra = tower.visual, networks.extra  # what is trained
         self._method, self._tower, self._networks = method, tower, networks
 
     def forward(
@@ -112,6 +112,7 @@ class Run:
             "config": asdict(self.config),
             "step": self.step,
             "visual": self.tower.visual.state_dict(),
+            "extra": self.networks.extra.state_dict() if self.networks.extra is not None else {},
             "kept": self.kept,
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "dtype": str(self.tower.dtype).removeprefix("torch."),
@@ -154,10 +155,19 @@ def start(config: RobustConfig, folder: Path, fabric: Fabric) -> Run:
     label_set = LabelSet.parse(list(source.classes), list(config.data.templates) or list(encoder.default_templates))
     classifier = Classifier(encoder, label_set)
     tower = ImageTower(encoder, dtype)
+    frozen = ImageTower(original, dtype).frozen()
+
+    def sample() -> tuple[Tensor, Tensor]:
+        pixels, labels = source.probe(256, config.seed)
+        with torch.no_grad():
+            return frozen(pixels.to(fabric.device, encoder.mean.dtype)), labels.to(fabric.device)
+
     networks = Networks(
         student=tower,
         texts=_texts(classifier, dtype),
-        original=ImageTower(original, dtype).frozen(),
+        original=frozen,
+        extra=method.extra(encoder, classifier.label_set, sample),
+        gather=_gather(fabric),
         **_proxy(config, label_set, dtype, fabric),
     )
     module: Any = LossModule(method, tower, networks)
@@ -185,10 +195,24 @@ def start(config: RobustConfig, folder: Path, fabric: Fabric) -> Run:
     )
     if checkpoint:
         tower.visual.load_state_dict(checkpoint["visual"])
+        if networks.extra is not None:
+            networks.extra.load_state_dict(checkpoint["extra"])
         for optimiser, state in zip(optimisers, checkpoint["optimisers"], strict=True):
             optimiser.load_state_dict(state)
         run.step, run.kept = checkpoint["step"], checkpoint["kept"]
     return run
+
+
+def _gather(fabric: Fabric) -> Callable[[Tensor], Tensor]:
+    if fabric.world_size == 1:
+        return lambda values: values
+
+    def gather(values: Tensor) -> Tensor:
+        # Every rank computes the same loss of all rows: the ranks' gradients add up here, and the mean over ranks that
+        # DistributedDataParallel takes gives back the one gradient.
+        return torch.as_tensor(fabric.all_gather(values, sync_grads=values.requires_grad)).flatten(0, 1)
+
+    return gather
 
 
 def _dtype(
@@ -264,6 +288,14 @@ def adversarial_pixels(run: Run, batch: Batch, positions: Tensor) -> Tensor:
     return drive(attack, problem, oracle, keep_fooled=False).images
 
 
+def current_classifier(run: Run) -> Classifier:
+    """The Classifier over the run's classes as the student decides now, what the method trains beside it included."""
+    if run.networks.extra is not None:
+        run.method.apply(run.encoder, run.networks.extra)
+        run.classifier = Classifier(run.encoder, run.classifier.label_set)
+    return run.classifier
+
+
 def _batch_of(run: Run, drawn: StepBatch, rows: slice) -> tuple[Batch, Tensor]:
     """A part of this rank's share, on the device, with its anchors."""
     device = run.fabric.device
@@ -302,7 +334,7 @@ def train_step(run: Run, drawn: StepBatch) -> dict[str, float]:
             run.fabric.backward(loss / config.accumulate)
         for key, value in {"loss": loss, **parts}.items():
             totals[key] = totals.get(key, 0.0) + value.item() / config.accumulate
-    norm = nn.utils.clip_grad_norm_(run.tower.visual.parameters(), config.clip_norm or math.inf)
+    norm = nn.utils.clip_grad_norm_(run.module.parameters(), config.clip_norm or math.inf)
     if not (math.isfinite(totals["loss"]) and torch.isfinite(norm)):
         raise NonFiniteLoss(
             f"step {run.step}: gradient norm {norm.item()}, loss and parts {totals}, learning rate {rate:.2e}; resume "
@@ -379,14 +411,14 @@ def train(config: RobustConfig, folder: Path, fabric: Fabric | None = None) -> P
         range(run.step, run.steps),
         config.batch_size,
         seed=config.seed,
-        workers=config.data.workers,
+        config=config.data,
         rank=fabric.global_rank,
         ranks=fabric.world_size,
     )
     share = config.batch_size // fabric.world_size
     anchor = run.method.anchored and run.anchors is None
     floor = measure_floor(run.method, config.attack, run.tower, run.networks, share, fabric, anchor=anchor)
-    watch = Watch(run.classifier, run.source, config, fabric)
+    watch = Watch(run.source, config, fabric)
     with _asked_to_stop(fabric) as stopped:
         for drawn in batches:
             began = now(fabric.device)
@@ -395,7 +427,7 @@ def train(config: RobustConfig, folder: Path, fabric: Fabric | None = None) -> P
             if run.step % config.log_every == 0 or run.step == run.steps:
                 log.write(run.step, {**_mean(values, fabric), **watch.speed(floor)})
             if config.evaluate_count and (run.step % config.evaluate_every == 0 or run.step == run.steps):
-                log.write(run.step, watch.scores())
+                log.write(run.step, watch.scores(current_classifier(run)))
             if stopped():
                 break
             if run.step % config.checkpoint_every == 0:
@@ -405,6 +437,7 @@ def train(config: RobustConfig, folder: Path, fabric: Fabric | None = None) -> P
     if run.step < run.steps:
         return folder
     if first:
+        current_classifier(run)
         export_robust(run.encoder, config, run.source.classes, run.steps, folder / "artifact")
     fabric.barrier()
     return folder / "artifact"

@@ -22,14 +22,13 @@ class Watch:
     """Measures a run on a fixed sample, shared among the ranks.
 
     Args:
-        classifier: over the run's classes; its encoder is the one under training, in its master weights.
         source: where the sample comes from, see `Source.probe`.
         config: of the run.
         fabric: the processes.
     """
 
-    def __init__(self, classifier: Classifier, source: Source, config: RobustConfig, fabric: Fabric) -> None:
-        self._classifier, self._config, self._fabric = classifier, config, fabric
+    def __init__(self, source: Source, config: RobustConfig, fabric: Fabric) -> None:
+        self._config, self._fabric = config, fabric
         pixels, labels = source.probe(max(1, config.evaluate_count), config.seed)
         mine = torch.arange(fabric.global_rank, len(labels), fabric.world_size)
         self._pixels, self._labels, self._keys = pixels[mine], labels[mine], mine
@@ -48,16 +47,16 @@ class Watch:
         self._seconds = []
         return {"images_per_second": self._config.batch_size / mean, "of_floor": floor.step / mean}
 
-    def scores(self, batch_size: int = 128) -> dict[str, float]:
-        """Percent of the sample that the Classifier has right as it is, and under PGD at the training radius."""
+    def scores(self, classifier: Classifier, batch_size: int = 128) -> dict[str, float]:
+        """Percent of the sample that ``classifier`` has right as it is, and under PGD at the training radius."""
         config, device = self._config, self._fabric.device
         attack = PGD(iterations=max(1, config.evaluate_iterations), seed=config.seed)
         counts = torch.zeros(3, dtype=torch.float64, device=device)
-        self._classifier.eval()
+        classifier.eval()
         for rows in torch.split(torch.arange(len(self._labels)), batch_size):
             images, labels = self._pixels[rows].to(device), self._labels[rows].to(device)
             right, fooled, _ = attack_batch(
-                self._classifier, images, labels, attack, config.attack.threat, keys=self._keys[rows].to(device)
+                classifier, images, labels, attack, config.attack.threat, keys=self._keys[rows].to(device)
             )
             counts += torch.tensor([right.sum(), right.sum() - fooled.sum(), len(rows)]).to(counts)
         if self._fabric.world_size > 1:

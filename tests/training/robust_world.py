@@ -1,5 +1,6 @@
 """A small encoder and a config for robust training in seconds."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,12 @@ def make_artifact(folder: Path, vision: dict[str, Any], seed: int = 0) -> Path:
     return save_artifact(encoder, folder, meta, dtype=torch.float32)
 
 
-def write_config(path: Path, base: Path, proxy: Path, data: Path, more: str = "") -> Path:
-    """A config of eight steps on a built emoji world."""
+def write_config(path: Path, base: Path, proxy: Path, data: Path) -> Path:
+    """A config of eight steps on a built emoji world; its tree lies beside it."""
+    names = json.loads((data / "manifest.json").read_text(encoding="utf-8"))["names"]
+    parents = {name["label"]: name["subgroup"] for name in names} | {name["subgroup"]: name["group"] for name in names}
+    tree = path.with_suffix(".tree.json")
+    tree.write_text(json.dumps({"parents": parents}), encoding="utf-8")
     path.write_text(
         f"""
 base = "{base}"
@@ -55,7 +60,10 @@ path = "{data}"
 eps = 4.0
 iterations = 2
 step = 2.0
-{more}
+
+[methods.hierarchical]
+data = {{ tree = "{tree}", per_parent = 2 }}
+options = {{ trees = ["{tree}"] }}
 """,
         encoding="utf-8",
     )

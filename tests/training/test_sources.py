@@ -15,7 +15,7 @@ from ironclip.preprocessing import Preprocessing
 from tests.training.robust_world import PREPROCESS
 from training.augment import AugmentConfig
 from training.shards import ShardImages
-from training.sources import DataConfig, EmojiSource, PlainSource, batch_indices, make_source, step_batches
+from training.sources import DataConfig, EmojiSource, PlainSource, batch_indices, make_source, parents_of, step_batches
 
 PREPROCESSING = Preprocessing.from_open_clip(PREPROCESS)
 
@@ -67,7 +67,7 @@ def test_an_epoch_shows_every_picture_once_and_another_order_follows(folder: Pat
 def test_a_loader_goes_on_at_any_step_and_ranks_share_a_batch(folder: Path, workers: int) -> None:
     source = make_source(DataConfig("folder", str(folder)), PREPROCESSING)
     straight = list(step_batches(source, range(4), 4, seed=3))
-    resumed = list(step_batches(source, range(2, 4), 4, seed=3, workers=workers))
+    resumed = list(step_batches(source, range(2, 4), 4, seed=3, config=DataConfig(workers=workers)))
     for ours, theirs in zip(straight[2:], resumed, strict=True):
         assert torch.equal(ours.pixels, theirs.pixels)
         assert torch.equal(ours.labels, theirs.labels)
@@ -130,3 +130,22 @@ def test_emoji_art_is_fixed_only_without_augmentation(demo_data: Path) -> None:
     pixels, labels = views.probe(4, 0)
     assert pixels.shape == (4, 3, 32, 32)
     assert len(labels) == 4
+
+
+def test_batches_of_families_hold_several_pictures_of_each_parent(demo_data: Path, tmp_path: Path) -> None:
+    names = json.loads((demo_data / "manifest.json").read_text(encoding="utf-8"))["names"]
+    tree = tmp_path / "tree.json"
+    tree.write_text(json.dumps({"parents": {name["label"]: name["subgroup"] for name in names}}), encoding="utf-8")
+    config = DataConfig(path=str(demo_data), tree=str(tree), per_parent=2)
+    source = make_source(config, PREPROCESSING)
+    families = parents_of(config, source)
+    assert families is not None
+    seen = set()
+    for batch in step_batches(source, range(20), 4, seed=1, config=config):
+        counts = torch.bincount(families[batch.indices])
+        assert sorted(counts[counts > 0].tolist()) == [2, 2]
+        assert len(set(batch.indices.tolist())) == 4
+        seen |= set(families[batch.indices].tolist())
+    assert seen == set(families.tolist())
+    with pytest.raises(InputError, match=r"data\.per_parent needs data\.tree"):
+        parents_of(DataConfig(per_parent=2), source)

@@ -62,8 +62,10 @@ def test_every_method_ends_with_an_artifact_for_plain_open_clip(
         assert torch.allclose(theirs.encode_image((pixels - 0.5) / 0.5), ours.encode_image(pixels), atol=1e-5)
         assert not torch.allclose(base.encode_image(pixels), ours.encode_image(pixels), atol=1e-3)
         texts = ["an emoji of carrot"]
-        assert torch.allclose(base.encode_text(texts), ours.encode_text(texts), atol=1e-3)
+        kept = torch.allclose(base.encode_text(texts), ours.encode_text(texts), atol=1e-3)
+        assert kept == (method != "hierarchical")  # which trains the text projection
     assert ours.provenance["method"] == method
+    assert ours.head.type == ("poincare" if method == "hierarchical" else "cosine")
     assert ours.provenance["base"]["digest"] == base.digest
     assert ours.provenance["threat_model"]["label"] == "linf 4/255"
     assert ours.provenance["data"]["pictures"]["art"]["licence"] == "MIT"
@@ -74,7 +76,7 @@ def test_every_method_ends_with_an_artifact_for_plain_open_clip(
     assert (run / "run.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("method", ["hpt_gpd", "simclip"])
+@pytest.mark.parametrize("method", ["hpt_gpd", "hierarchical"])
 def test_a_killed_run_resumes_to_the_same_weights(method: str, config_file: Path, tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     overrides = ["steps=24", "evaluate_count=0", "checkpoint_every=2"]
@@ -116,12 +118,16 @@ def _torchrun(config: Path, method: str, run: Path, overrides: list[str]) -> Non
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_processes_end_with_the_weights_of_one(config_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["pmg_aft", "hierarchical"])
+def test_two_processes_end_with_the_weights_of_one(method: str, config_file: Path, tmp_path: Path) -> None:
     overrides = ["dtype=float64", "attack.iterations=0", "evaluate_count=0"]
-    one = train(load_recipe("pmg_aft", str(config_file), overrides), tmp_path / "one").parent
-    _torchrun(config_file, "pmg_aft", tmp_path / "two", overrides)
-    for key, value in _weights(one).items():
-        assert torch.allclose(value.double(), _weights(tmp_path / "two")[key].double(), rtol=0, atol=1e-9), key
+    one = train(load_recipe(method, str(config_file), overrides), tmp_path / "one").parent
+    _torchrun(config_file, method, tmp_path / "two", overrides)
+    expected, found = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (one, tmp_path / "two"))
+    assert bool(expected["extra"]) == (method == "hierarchical")
+    for part in ("visual", "extra"):
+        for key, value in expected[part].items():
+            assert torch.allclose(value.double(), found[part][key].double(), rtol=0, atol=1e-9), key
 
 
 def test_two_processes_follow_the_loss_of_one_under_attack(config_file: Path, tmp_path: Path) -> None:

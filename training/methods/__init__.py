@@ -7,6 +7,7 @@ from collections.abc import Callable
 from training.methods.agft import AGFT
 from training.methods.base import Method
 from training.methods.fare import FARE
+from training.methods.hierarchical import Hierarchical
 from training.methods.hpt_gpd import HPTGPD
 from training.methods.pmg_aft import PMGAFT
 from training.methods.simclip import SimCLIP
@@ -19,4 +20,5 @@ METHODS: dict[str, Callable[..., Method]] = {
     "pmg_aft": PMGAFT,
     "agft": AGFT,
     "hpt_gpd": HPTGPD,
+    "hierarchical": Hierarchical,
 }

@@ -8,14 +8,16 @@ features, s the logit scale, x a picture in [0,1], x' an adversarial one. Source
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ironclip.attacks.objectives import Objective
+from ironclip.encoder import Encoder
+from ironclip.labels import LabelSet
 
 Tower = Callable[[Tensor], Tensor]
 
@@ -63,6 +65,8 @@ class Networks:
         original: f_0 under no_grad.
         proxy: f_P under no_grad, with its own class texts; None where the method has none.
         proxy_texts: those.
+        extra: what the method trains beside the image tower (`Method.extra`).
+        gather: this process's rows [b, ...] -> those of all processes, in order, with their gradients.
     """
 
     student: Tower
@@ -70,6 +74,8 @@ class Networks:
     original: Tower
     proxy: Tower | None = None
     proxy_texts: Texts | None = None
+    extra: nn.Module | None = None
+    gather: Callable[[Tensor], Tensor] = field(default=lambda values: values)
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,20 @@ class Method(Protocol):
     def phases(self) -> tuple[Phase, ...]:
         """The parts of its run."""
 
+    def extra(
+        self, encoder: Encoder, label_set: LabelSet, sample: Callable[[], tuple[Tensor, Tensor]]
+    ) -> nn.Module | None:
+        """What is trained beside the image tower, if anything.
+
+        Args:
+            encoder: the student at the start.
+            label_set: the classes, resolved.
+            sample: f_0 of some clean pictures [n, dim] and their labels [n].
+        """
+
+    def apply(self, encoder: Encoder, extra: nn.Module) -> None:
+        """Write ``extra`` into an encoder, head included: then the Classifier decides as the method trains."""
+
     def objective(self, networks: Networks, batch: Batch) -> Objective:
         """What the attack raises: (student features [b, dim], items) -> [b]."""
 
@@ -154,6 +174,15 @@ class Plain:
     anchored: ClassVar[bool] = True
     proxy: ClassVar[bool] = False
     phases: ClassVar[tuple[Phase, ...]] = (Phase(),)
+
+    def extra(
+        self, encoder: Encoder, label_set: LabelSet, sample: Callable[[], tuple[Tensor, Tensor]]
+    ) -> nn.Module | None:
+        """Nothing."""
+        return None
+
+    def apply(self, encoder: Encoder, extra: nn.Module) -> None:
+        """Nothing to write."""
 
     def after_epoch(self, phase: str, weights: Weights, kept: Weights | None) -> tuple[Weights, Weights | None]:
         """Nothing changes."""

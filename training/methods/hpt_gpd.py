@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ironclip.attacks.objectives import Objective
+from ironclip.encoder import Encoder
 from ironclip.errors import OptionError
+from ironclip.labels import LabelSet
 from training.methods.base import (
     Batch,
     Losses,
@@ -77,6 +79,12 @@ class HPTGPD:
                 raise OptionError(f"{field} lies between 0 and 1.")
         if self.anchored_rate <= 0 or self.anchor < 0 or self.label < 0:
             raise OptionError("anchored_rate is above 0, anchor and label are at least 0.")
+
+    def extra(self, encoder: Encoder, label_set: LabelSet, sample: object) -> None:
+        """Nothing is trained beside the image tower."""
+
+    def apply(self, encoder: Encoder, extra: nn.Module) -> None:
+        """Nothing to write."""
 
     @property
     def phases(self) -> tuple[Phase, ...]:

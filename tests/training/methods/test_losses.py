@@ -15,6 +15,8 @@ from training.methods import METHODS
 from training.methods.base import Batch, Networks, Texts, divergence
 
 CLASSES, DIM, COUNT = 5, 7, 6
+# The hierarchical method needs a head of its own around a text tower; its tests stand beside these.
+PLAIN = [name for name in METHODS if name != "hierarchical"]
 
 
 def tower(seed: int) -> nn.Module:
@@ -69,7 +71,7 @@ def test_the_formulas() -> None:
         "hpt_gpd": kl(15 * cosine(world.proxy(world.adversarial)[:, None], weights.flip(0)[None]), logits[0])
         + 0.001 * kl(20 * cosine(anchor[:, None], weights[None]), logits[0]),
     }
-    assert expected.keys() == METHODS.keys()
+    assert expected.keys() == set(PLAIN)
     for name, value in expected.items():
         found = METHODS[name]().loss(world.networks, world.batch, world.adversarial)
         assert torch.allclose(found.total, value), name
@@ -80,7 +82,7 @@ def test_the_formulas() -> None:
     assert torch.allclose(bare.total, label + COUNT * (parts[0] + parts[1]))
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", PLAIN)
 def test_gradients_reach_the_student_alone(name: str) -> None:
     world = World()
     assert world.gradients(METHODS[name]()).abs().sum() > 0
@@ -88,7 +90,7 @@ def test_gradients_reach_the_student_alone(name: str) -> None:
         assert all(parameter.grad is None for parameter in frozen.parameters())
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", PLAIN)
 def test_the_student_runs_as_often_as_declared(name: str) -> None:
     world, calls = World(), []
     world.student.register_forward_hook(lambda *_: calls.append(1))
@@ -125,7 +127,7 @@ def test_the_teacher_comes_first_in_a_divergence() -> None:
     assert torch.allclose(divergence(teacher, student).mean(), batchmean)
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", PLAIN)
 def test_the_attack_raises_the_objective_and_spares_the_weights(name: str) -> None:
     world = World()
     world.student.float()
