@@ -44,8 +44,11 @@ def _parser() -> argparse.ArgumentParser:
         train.add_argument(
             "overrides", nargs="*", metavar="key=value", help="fields of the config, nested ones by dots"
         )
-    export = commands.add_parser("export", help="write the artifact of a pre-training run as far as it has got")
-    export.add_argument("--run", type=Path, required=True)
+    export = commands.add_parser("export", help="an unfinished run's artifact, or an encoder in another form")
+    what = export.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, help="a pre-training run: its artifact as far as it has got")
+    what.add_argument("--encoder", help="an encoder spec, for --to")
+    export.add_argument("--to", choices=["transformers"], default="transformers", help="a CLIPModel folder")
     export.add_argument("--out", type=Path, required=True)
     score = commands.add_parser("evaluate", help="score an encoder on the demo data set's vendors")
     score.add_argument("--encoder", required=True, help="an encoder spec: demo, a folder, ...")
@@ -96,6 +99,14 @@ def _robust(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    if arguments.encoder:
+        from ironclip.loading import load_encoder
+        from training.transformers_export import export_transformers
+
+        for note in export_transformers(load_encoder(arguments.encoder), arguments.out):
+            print(f"note: {note}")
+        print(arguments.out)
+        return
     import json
 
     from training.config import from_mapping
