@@ -11,8 +11,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ironclip.errors import IronclipError
+
+if TYPE_CHECKING:
+    from training.robustness import Cell
 
 # Command -> where its configs lie, and what it does. Kept beside METHODS by a test: --help loads no torch.
 TRAINING = {
@@ -62,6 +66,13 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--level", default="", help="level of the tree that is attacked and scored")
     score.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the attacks")
     score.add_argument("--results", type=Path, default=Path("runs/robustness"), help="folder of the attacks' results")
+    crossed = commands.add_parser("transfer", help="examples made on each encoder, answered by each")
+    crossed.add_argument("--encoders", nargs="+", required=True, help="encoder specs")
+    _attacked(crossed)
+    levels = commands.add_parser("levels", help="each level of the tree attacked, each scored")
+    levels.add_argument("--encoder", required=True)
+    levels.add_argument("--mode", choices=["rollup", "prompts"], default="prompts", help="how upper levels are scored")
+    _attacked(levels)
     domain = commands.add_parser("domain", help="measure and store the domain threshold of an artifact")
     domain.add_argument("--artifact", type=Path, required=True)
     domain.add_argument("--data", type=Path, default=Path("data/demo"))
@@ -74,6 +85,51 @@ def _parser() -> argparse.ArgumentParser:
     figure.add_argument("--data", type=Path, default=Path("data/demo"))
     figure.add_argument("--out", type=Path, default=Path("docs/predictions.png"))
     return parser
+
+
+def _attacked(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, default=Path("data/demo"))
+    parser.add_argument("--vendor", default="emojione", help="whose pictures (default emojione)")
+    parser.add_argument("--attack", default="apgd-ce", help="a name of ironclip.attacks (default apgd-ce)")
+    parser.add_argument("--eps", type=float, default=2.0, help="L-inf radius in 1/255 (default 2)")
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the attack")
+    parser.add_argument("--results", type=Path, default=Path("runs/robustness"), help="folder of examples and results")
+
+
+def _cell(arguments: argparse.Namespace) -> Cell:
+    from ironclip.attacks import ThreatModel
+    from training.config import read_overrides
+    from training.robustness import Cell
+
+    return Cell(arguments.attack, ThreatModel("linf", arguments.eps / 255), read_overrides(arguments.set))
+
+
+def _transfer(arguments: argparse.Namespace) -> None:
+    from ironclip.loading import load_encoder
+    from training.evaluate import transfer_emoji
+    from training.examples import table
+
+    encoders = {spec: load_encoder(spec) for spec in arguments.encoders}
+    where = (arguments.data, arguments.results, arguments.vendor)
+    result = transfer_emoji(encoders, *where, _cell(arguments), arguments.count)
+    print(table(result["made_on"], "accuracy: made on, answered by", "robust"), "\n")
+    print(table(result["made_on"], "fooled, of those both had right", "fooled"))
+
+
+def _levels(arguments: argparse.Namespace) -> None:
+    from ironclip.loading import load_encoder
+    from training.evaluate import levels_emoji
+    from training.examples import table
+
+    where = (arguments.data, arguments.results, arguments.vendor)
+    result = levels_emoji(
+        load_encoder(arguments.encoder), *where, _cell(arguments), arguments.count, mode=arguments.mode
+    )
+    rows = {"(clean)": result["clean"], **result["attacked"], "(worst of all)": result["worst"]}
+    print(table(rows, "accuracy: attacked, scored"), "\n")
+    print(table(result["carried"], "wrong now, of those right before"), "\n")
+    print("severity of the leaf's mistakes:", {level or "clean": value for level, value in result["severity"].items()})
 
 
 def _build(arguments: argparse.Namespace) -> None:
@@ -178,6 +234,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     **{name: _robust for name, (kind, _) in TRAINING.items() if kind == "robust"},
     "export": _export,
     "evaluate": _evaluate,
+    "transfer": _transfer,
+    "levels": _levels,
     "domain": _domain,
     "demo": _demo,
     "figure": _figure,

@@ -18,7 +18,8 @@ from ironclip.labels import LabelSet
 from training.data import LabelledImages
 from training.emoji.pictures import VendorImages, load_vendor, manifest_names, read_manifest
 from training.emoji.taxonomy import Name
-from training.robustness import Cell, check, fixed_sample, key_of, measure
+from training.examples import level_matrix, transfer_matrix
+from training.robustness import Cell, Sample, check, fixed_sample, key_of, measure
 
 TEMPLATES = ("an emoji of {}",)
 FLAGS = "flags"
@@ -132,19 +133,47 @@ def attack_emoji(
         The cells' results, see `robustness.measure`.
     """
     manifest = read_manifest(data)
-    names = manifest_names(manifest)
-    classifier = emoji_classifier(encoder, names)
-    kept = torch.tensor([name.group != FLAGS for name in names])
+    classifier = emoji_classifier(encoder, manifest_names(manifest))
     results = []
     for vendor in _vendors(manifest, vendors):
-        images = VendorImages(load_vendor(data, manifest, vendor)[0], names, encoder.preprocessing)
-        sample = fixed_sample(vendor, images, count, keep=kept)
+        sample = emoji_sample(encoder, data, vendor, count)
         for attack in attacks:
             for radius in radii:
                 cell = Cell(attack, ThreatModel("linf", radius / 255), dict(options or {}), level)
                 key = key_of(classifier, sample, cell)
                 results.append(measure(classifier, sample, cell, folder / f"{vendor}-{attack}-{key[:16]}.json"))
     return results
+
+
+def emoji_sample(encoder: Encoder, data: Path, vendor: str, count: int) -> Sample:
+    """``count`` pictures of a vendor, flags left out, the same for every encoder of one preprocessing."""
+    manifest = read_manifest(data)
+    names = manifest_names(manifest)
+    kept = torch.tensor([name.group != FLAGS for name in names])
+    images = VendorImages(load_vendor(data, manifest, vendor)[0], names, encoder.preprocessing)
+    return fixed_sample(vendor, images, count, keep=kept)
+
+
+def transfer_emoji(
+    encoders: Mapping[str, Encoder], data: Path, folder: Path, vendor: str, cell: Cell, count: int
+) -> dict[str, Any]:
+    """`examples.transfer_matrix` of several encoders over all names, on one vendor's pictures."""
+    names = manifest_names(read_manifest(data))
+    classifiers = {name: emoji_classifier(encoder, names) for name, encoder in encoders.items()}
+    sample = emoji_sample(next(iter(encoders.values())), data, vendor, count)
+    return transfer_matrix(classifiers, sample, cell, folder)
+
+
+def levels_emoji(
+    encoder: Encoder, data: Path, folder: Path, vendor: str, cell: Cell, count: int, mode: LevelMode
+) -> dict[str, Any]:
+    """`examples.level_matrix` of one encoder over names, subgroups and groups."""
+    names = manifest_names(read_manifest(data))
+    tree = emoji_tree(names)
+    label_set = LabelSet.parse([name.label for name in names], list(TEMPLATES))
+    classifier = Classifier(encoder, label_set, tree=tree, levels=mode)
+    sample = emoji_sample(encoder, data, vendor, count)
+    return level_matrix(classifier, tree.bind(classifier.names), sample, cell, folder)
 
 
 def _vendors(manifest: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:

@@ -164,7 +164,8 @@ def _write_preparation(encoder: Encoder, folder: Path) -> list[str]:
     if mode == "longest":
         return [
             "transformers does not pad pictures to a square as this encoder does, so there is no "
-            f"preprocessor_config.json: resize to {side} px on the longer side, pad, and use the mean and standard deviation of ironclip.json"
+            f"preprocessor_config.json: resize to {side} px on the longer side, pad, and use the mean and standard "
+            "deviation of open_clip_config.json"
         ]
     config = {
         "image_processor_type": "CLIPImageProcessor",

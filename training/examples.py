@@ -1,0 +1,231 @@
+"""Adversarial examples kept for others to answer: the transfer matrix, and the matrix of attacked and scored levels.
+
+Examples are made once for each (encoder, level, attack, radius, sample), rounded to 8 bits as a picture file would hold
+them, and kept in a file; then any Classifier answers them. What does not see the answering model is a transfer attack,
+and its numbers are called so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ironclip.attacks import Attack, ThreatModel, WhiteBox, classification, drive, make_attack
+from ironclip.classifier import Classifier
+from ironclip.errors import InputError
+from ironclip.hierarchy import BoundTree
+from ironclip.preprocessing import to_float
+from training.robustness import Cell, Sample, key_of, level_model, wilson
+
+Say = Callable[[str], None]
+
+
+def examples(
+    classifier: Classifier, sample: Sample, cell: Cell, folder: Path, *, batch_size: int = 128, progress: Say = print
+) -> Tensor:
+    """Adversarial pictures of a sample, uint8 [N, 3, R, R]; made batch by batch, kept in ``folder``, and resumed.
+
+    Every picture is attacked, whether it is right or not; one that is wrong as it is stays as it is. Rounding to 8 bits
+    moves a pixel by at most half a step towards the picture, so the radius still holds.
+
+    Args:
+        classifier: attacked, as a whole.
+        sample: on what.
+        cell: how, at which level.
+        folder: where they are kept, by a digest of all this.
+        batch_size: pictures attacked together.
+        progress: told a line after each batch.
+    """
+    key = key_of(classifier, sample, cell)
+    path = folder / f"examples-{key[:24]}.safetensors"
+    done = load_file(path)["images"] if path.is_file() else sample.pixels[:0]
+    labels = classifier.levels[cell.level].index[sample.labels] if cell.level else sample.labels
+    model, attack = level_model(classifier, cell.level), make_attack(cell.attack, cell.options)
+    device = classifier.encoder.device
+    while len(done) < len(sample.labels):
+        rows = slice(len(done), len(done) + batch_size)
+        images, truth = to_float(sample.pixels[rows]).to(device), labels[rows].to(device)
+        keys = torch.arange(rows.start, rows.start + len(images), device=device)
+        made = attack_all(model, images, truth, attack, cell.threat, keys)
+        done = torch.cat([done, rounded(made.cpu(), sample.pixels[rows], cell.threat)])
+        folder.mkdir(parents=True, exist_ok=True)
+        staged = path.with_suffix(".writing")
+        save_file({"images": done}, staged)
+        staged.replace(path)
+        progress(f"{cell.attack} {cell.threat.label} {cell.level}: {len(done)}/{len(sample.labels)} examples")
+    return done
+
+
+def attack_all(
+    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, attack: Attack, threat: ThreatModel, keys: Tensor
+) -> Tensor:
+    """A batch after the attack, float [N, 3, R, R]; pictures that are wrong as they are stay as they are."""
+    with torch.no_grad():
+        right = model(images).argmax(1) == labels
+    problem = replace(classification(images, labels, threat, keys=keys), active=right)
+    return drive(attack, problem, WhiteBox(model, problem, batch_size=len(images))).images
+
+
+def rounded(images: Tensor, original: Tensor, threat: ThreatModel) -> Tensor:
+    """Pictures in 8 bits, still inside the threat model: float [N, 3, R, R] and uint8 [N, 3, R, R] -> uint8.
+
+    For L-inf each value is rounded and kept within the whole steps that the radius allows; for other norms a value is
+    rounded towards the original, so that no distance grows.
+    """
+    steps = images.detach().float() * 255
+    start = original.float()
+    if threat.norm == "linf":
+        reach = int(threat.eps * 255 + 1e-4)
+        return torch.minimum(torch.maximum(steps.round(), start - reach), start + reach).clamp(0, 255).to(torch.uint8)
+    return torch.where(steps > start, steps.floor(), steps.ceil()).clamp(0, 255).to(torch.uint8)
+
+
+def _right(model: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor, device: torch.device) -> Tensor:
+    """bool [N]: which uint8 pictures the model has right."""
+    parts = []
+    with torch.no_grad():
+        for rows in torch.split(torch.arange(len(pixels)), 256):
+            parts.append(model(to_float(pixels[rows]).to(device)).argmax(1).cpu() == labels[rows])
+    return torch.cat(parts)
+
+
+def _share(hits: Tensor) -> dict[str, Any]:
+    count = len(hits)
+    return {
+        "percent": round(100 * int(hits.sum()) / max(1, count), 2),
+        "interval": [round(bound, 2) for bound in wilson(int(hits.sum()), count)],
+        "pictures": count,
+    }
+
+
+def transfer_matrix(
+    classifiers: Mapping[str, Classifier], sample: Sample, cell: Cell, folder: Path, *, progress: Say = print
+) -> dict[str, Any]:
+    """Examples made on each encoder, answered by each.
+
+    Args:
+        classifiers: by name, over the same labels, with encoders of one preprocessing (their pixels are exchanged).
+        sample: on what.
+        cell: how; white box where maker and answerer are one, transfer elsewhere.
+        folder: of the examples and of ``transfer-*.json``.
+        progress: told a line after each batch.
+
+    Returns:
+        For each maker and answerer: the answerer's accuracy on the examples (``robust``), and of the pictures that both
+        had right, how many the examples fool it on (``fooled``).
+
+    Raises:
+        InputError: encoders whose pixels cannot be exchanged.
+    """
+    prepared = {name: c.encoder.preprocessing.digest for name, c in classifiers.items()}
+    if len(set(prepared.values())) > 1:
+        raise InputError(f"these encoders prepare pictures differently and cannot answer for each other: {prepared}")
+    clean = {name: _right(c, sample.pixels, sample.labels, c.encoder.device) for name, c in classifiers.items()}
+    rows: dict[str, Any] = {}
+    for maker, classifier in classifiers.items():
+        made = examples(classifier, sample, cell, folder, progress=progress)
+        rows[maker] = {}
+        for answerer, other in classifiers.items():
+            right = _right(other, made, sample.labels, other.encoder.device)
+            both = clean[maker] & clean[answerer]
+            rows[maker][answerer] = {
+                "robust": _share(right & clean[answerer]),
+                "fooled": _share(~right[both]),
+                "sees": "white box" if maker == answerer else "transfer",
+            }
+    result = {
+        "sample": {"name": sample.name, "digest": sample.digest, "pictures": len(sample.labels)},
+        **cell.to_json(),
+        "encoders": {name: c.encoder.digest for name, c in classifiers.items()},
+        "clean": {name: _share(right) for name, right in clean.items()},
+        "made_on": rows,
+    }
+    digest = hashlib.sha256(json.dumps([result["encoders"], sample.digest, cell.to_json()]).encode()).hexdigest()
+    _write(folder / f"transfer-{sample.name}-{digest[:12]}.json", result)
+    return result
+
+
+def level_matrix(
+    classifier: Classifier, tree: BoundTree, sample: Sample, cell: Cell, folder: Path, *, progress: Say = print
+) -> dict[str, Any]:
+    """Every level of the classifier's tree attacked, every level scored on the same pictures.
+
+    Args:
+        classifier: over the leaves, with levels.
+        tree: the same tree bound to its labels, for the severity of mistakes.
+        sample: on what.
+        cell: the attack and its radius; its level is not read.
+        folder: of the examples and of ``levels-*.json``.
+        progress: told a line after each batch.
+
+    Returns:
+        ``clean`` and ``attacked``: level -> scored level -> accuracy of the sample; ``carried``: of the pictures right
+        at the scored level before, how many are wrong after; ``severity``: mean height of the lowest common ancestor of
+        label and answer over the leaf's mistakes (Bertinetto et al. 2020); ``worst``: right at the scored level
+        whichever level was attacked.
+    """
+    names = list(classifier.levels)
+    device = classifier.encoder.device
+    truths = {name: classifier.levels[name].index[sample.labels] for name in names}
+    models = {name: level_model(classifier, name) for name in names}
+
+    def scored(pixels: Tensor) -> dict[str, Tensor]:
+        return {name: _right(models[name], pixels, truths[name], device) for name in names}
+
+    def severity(pixels: Tensor) -> float | None:
+        with torch.no_grad():
+            parts = [classifier(to_float(part).to(device)).argmax(1).cpu() for part in torch.split(pixels, 256)]
+        answers = torch.cat(parts)
+        wrong = answers != sample.labels
+        heights = tree.lca_heights[sample.labels[wrong], answers[wrong]].float()
+        return round(float(heights.mean()), 3) if len(heights) else None
+
+    before = scored(sample.pixels)
+    attacked, carried, severities = {}, {}, {"": severity(sample.pixels)}
+    held = {name: before[name].clone() for name in names}
+    for level in names:
+        made = examples(
+            classifier, sample, Cell(cell.attack, cell.threat, cell.options, level), folder, progress=progress
+        )
+        after = scored(made)
+        attacked[level] = {name: _share(after[name]) for name in names}
+        carried[level] = {name: _share(~after[name][before[name]]) for name in names}
+        severities[level] = severity(made)
+        held = {name: held[name] & after[name] for name in names}
+    result = {
+        "sample": {"name": sample.name, "digest": sample.digest, "pictures": len(sample.labels)},
+        **cell.to_json(),
+        "encoder": {"digest": classifier.encoder.digest, "head": classifier.encoder.head.type},
+        "levels": classifier.level_mode,
+        "clean": {name: _share(before[name]) for name in names},
+        "attacked": attacked,
+        "carried": carried,
+        "severity": severities,
+        "worst": {name: _share(held[name]) for name in names},
+    }
+    key = key_of(classifier, sample, cell)
+    _write(folder / f"levels-{sample.name}-{key[:12]}.json", result)
+    return result
+
+
+def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str, part: str = "") -> str:
+    """A matrix of shares as Markdown: rows made or attacked, columns answered or scored."""
+    columns: Sequence[str] = list(next(iter(rows.values())))
+    lines = [f"| {title} | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
+    for name, row in rows.items():
+        cells = [(row[column][part] if part else row[column])["percent"] for column in columns]
+        lines.append(f"| {name} | " + " | ".join(f"{cell:.1f} %" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
