@@ -73,6 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     levels.add_argument("--encoder", required=True)
     levels.add_argument("--mode", choices=["rollup", "prompts"], default="prompts", help="how upper levels are scored")
     _attacked(levels)
+    finding = commands.add_parser("retrieval", help="image-text recall under attacks on the embedding")
+    finding.add_argument("--encoder", required=True)
+    finding.add_argument(
+        "--goal", choices=["away", "caption", "towards"], default="away", help="see training.retrieval"
+    )
+    finding.add_argument("--pairs", type=Path, help="a folder of pictures with captions.json, in place of --vendor")
+    _attacked(finding)
+    finding.set_defaults(attack="apgd")
     domain = commands.add_parser("domain", help="measure and store the domain threshold of an artifact")
     domain.add_argument("--artifact", type=Path, required=True)
     domain.add_argument("--data", type=Path, default=Path("data/demo"))
@@ -130,6 +138,26 @@ def _levels(arguments: argparse.Namespace) -> None:
     print(table(rows, "accuracy: attacked, scored"), "\n")
     print(table(result["carried"], "wrong now, of those right before"), "\n")
     print("severity of the leaf's mistakes:", {level or "clean": value for level, value in result["severity"].items()})
+
+
+def _retrieval(arguments: argparse.Namespace) -> None:
+    from ironclip.loading import load_encoder
+    from training.evaluate import emoji_pairs
+    from training.retrieval import caption_classifier, read_pairs, retrieval
+
+    encoder = load_encoder(arguments.encoder)
+    if arguments.pairs:
+        pairs = read_pairs(arguments.pairs, encoder.preprocessing, arguments.count)
+    else:
+        pairs = emoji_pairs(encoder, arguments.data, arguments.vendor, arguments.count)
+    classifier = caption_classifier(encoder, pairs.captions)
+    result = retrieval(classifier, pairs, arguments.goal, _cell(arguments), arguments.results)
+    print(f"{'':24} {'recall@1':>9} {'@5':>7} {'@10':>7}")
+    for state in ("clean", "attacked"):
+        for way, ranks in result[state].items():
+            print(f"{state + ' ' + way:24} " + " ".join(f"{ranks[rank]['percent']:8.1f}" for rank in ranks))
+    if "target" in result:
+        print(f"{'target among the first':24} " + " ".join(f"{s['percent']:8.1f}" for s in result["target"].values()))
 
 
 def _build(arguments: argparse.Namespace) -> None:
@@ -236,6 +264,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "evaluate": _evaluate,
     "transfer": _transfer,
     "levels": _levels,
+    "retrieval": _retrieval,
     "domain": _domain,
     "demo": _demo,
     "figure": _figure,

@@ -19,6 +19,7 @@ from training.data import LabelledImages
 from training.emoji.pictures import VendorImages, load_vendor, manifest_names, read_manifest
 from training.emoji.taxonomy import Name
 from training.examples import level_matrix, transfer_matrix
+from training.retrieval import Pairs
 from training.robustness import Cell, Sample, check, fixed_sample, key_of, measure
 
 TEMPLATES = ("an emoji of {}",)
@@ -174,6 +175,15 @@ def levels_emoji(
     classifier = Classifier(encoder, label_set, tree=tree, levels=mode)
     sample = emoji_sample(encoder, data, vendor, count)
     return level_matrix(classifier, tree.bind(classifier.names), sample, cell, folder)
+
+
+def emoji_pairs(encoder: Encoder, data: Path, vendor: str, count: int) -> Pairs:
+    """Pictures of a vendor, each captioned with its name in the demo's template."""
+    names = manifest_names(read_manifest(data))
+    sample = emoji_sample(encoder, data, vendor, count)
+    present, columns = torch.unique(sample.labels, return_inverse=True)
+    captions = tuple(TEMPLATES[0].format(names[index].label) for index in present.tolist())
+    return Pairs(vendor, sample.pixels, captions, columns[:, None] == torch.arange(len(captions)))
 
 
 def _vendors(manifest: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:

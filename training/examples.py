@@ -44,23 +44,50 @@ def examples(
         batch_size: pictures attacked together.
         progress: told a line after each batch.
     """
-    key = key_of(classifier, sample, cell)
-    path = folder / f"examples-{key[:24]}.safetensors"
-    done = load_file(path)["images"] if path.is_file() else sample.pixels[:0]
     labels = classifier.levels[cell.level].index[sample.labels] if cell.level else sample.labels
     model, attack = level_model(classifier, cell.level), make_attack(cell.attack, cell.options)
     device = classifier.encoder.device
-    while len(done) < len(sample.labels):
-        rows = slice(len(done), len(done) + batch_size)
+
+    def make(rows: slice) -> Tensor:
         images, truth = to_float(sample.pixels[rows]).to(device), labels[rows].to(device)
         keys = torch.arange(rows.start, rows.start + len(images), device=device)
-        made = attack_all(model, images, truth, attack, cell.threat, keys)
-        done = torch.cat([done, rounded(made.cpu(), sample.pixels[rows], cell.threat)])
-        folder.mkdir(parents=True, exist_ok=True)
+        return attack_all(model, images, truth, attack, cell.threat, keys)
+
+    name = f"{cell.attack} {cell.threat.label} {cell.level}"
+    path = folder / f"examples-{key_of(classifier, sample, cell)[:24]}.safetensors"
+    return kept_examples(
+        path, sample.pixels, cell.threat, make, batch_size=batch_size, say=lambda n: progress(f"{name}: {n}")
+    )
+
+
+def kept_examples(
+    path: Path,
+    pixels: Tensor,
+    threat: ThreatModel,
+    make: Callable[[slice], Tensor],
+    *,
+    batch_size: int,
+    say: Say,
+) -> Tensor:
+    """Pictures made batch by batch and kept in ``path``, 8 bits each; what is there is not made again.
+
+    Args:
+        path: of the file; its name must tell apart whatever the pictures depend on.
+        pixels: uint8 [N, 3, R, R], the originals.
+        threat: what may be changed.
+        make: rows -> adversarial pictures, float [n, 3, R, R].
+        batch_size: pictures made together.
+        say: told after each batch how far it is.
+    """
+    done = load_file(path)["images"] if path.is_file() else pixels[:0]
+    while len(done) < len(pixels):
+        rows = slice(len(done), min(len(done) + batch_size, len(pixels)))
+        done = torch.cat([done, rounded(make(rows).cpu(), pixels[rows], threat)])
+        path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_suffix(".writing")
         save_file({"images": done}, staged)
         staged.replace(path)
-        progress(f"{cell.attack} {cell.threat.label} {cell.level}: {len(done)}/{len(sample.labels)} examples")
+        say(f"{len(done)}/{len(pixels)} examples")
     return done
 
 
@@ -97,7 +124,7 @@ def _right(model: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor, de
     return torch.cat(parts)
 
 
-def _share(hits: Tensor) -> dict[str, Any]:
+def share(hits: Tensor) -> dict[str, Any]:
     count = len(hits)
     return {
         "percent": round(100 * int(hits.sum()) / max(1, count), 2),
@@ -137,19 +164,19 @@ def transfer_matrix(
             right = _right(other, made, sample.labels, other.encoder.device)
             both = clean[maker] & clean[answerer]
             rows[maker][answerer] = {
-                "robust": _share(right & clean[answerer]),
-                "fooled": _share(~right[both]),
+                "robust": share(right & clean[answerer]),
+                "fooled": share(~right[both]),
                 "sees": "white box" if maker == answerer else "transfer",
             }
     result = {
         "sample": {"name": sample.name, "digest": sample.digest, "pictures": len(sample.labels)},
         **cell.to_json(),
         "encoders": {name: c.encoder.digest for name, c in classifiers.items()},
-        "clean": {name: _share(right) for name, right in clean.items()},
+        "clean": {name: share(right) for name, right in clean.items()},
         "made_on": rows,
     }
     digest = hashlib.sha256(json.dumps([result["encoders"], sample.digest, cell.to_json()]).encode()).hexdigest()
-    _write(folder / f"transfer-{sample.name}-{digest[:12]}.json", result)
+    write_result(folder / f"transfer-{sample.name}-{digest[:12]}.json", result)
     return result
 
 
@@ -196,8 +223,8 @@ def level_matrix(
             classifier, sample, Cell(cell.attack, cell.threat, cell.options, level), folder, progress=progress
         )
         after = scored(made)
-        attacked[level] = {name: _share(after[name]) for name in names}
-        carried[level] = {name: _share(~after[name][before[name]]) for name in names}
+        attacked[level] = {name: share(after[name]) for name in names}
+        carried[level] = {name: share(~after[name][before[name]]) for name in names}
         severities[level] = severity(made)
         held = {name: held[name] & after[name] for name in names}
     result = {
@@ -205,14 +232,14 @@ def level_matrix(
         **cell.to_json(),
         "encoder": {"digest": classifier.encoder.digest, "head": classifier.encoder.head.type},
         "levels": classifier.level_mode,
-        "clean": {name: _share(before[name]) for name in names},
+        "clean": {name: share(before[name]) for name in names},
         "attacked": attacked,
         "carried": carried,
         "severity": severities,
-        "worst": {name: _share(held[name]) for name in names},
+        "worst": {name: share(held[name]) for name in names},
     }
     key = key_of(classifier, sample, cell)
-    _write(folder / f"levels-{sample.name}-{key[:12]}.json", result)
+    write_result(folder / f"levels-{sample.name}-{key[:12]}.json", result)
     return result
 
 
@@ -226,6 +253,6 @@ def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str, part:
     return "\n".join(lines)
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def write_result(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
