@@ -81,6 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     finding.add_argument("--pairs", type=Path, help="a folder of pictures with captions.json, in place of --vendor")
     _attacked(finding)
     finding.set_defaults(attack="apgd")
+    whole = commands.add_parser("study", help="tune, train and measure all methods alike, in resumable parts")
+    whole.add_argument("--config", required=True, help="a name in training/configs/study, or a .toml file")
+    whole.add_argument(
+        "--part", nargs="*", choices=["tune", "train", "evaluate"], default=[], help="default: all three"
+    )
+    whole.add_argument("--only", nargs="*", default=[], metavar="METHOD", help="these methods (default: the study's)")
+    whole.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the trainings")
+    whole.add_argument("--results", type=Path, default=Path("docs/robustness"), help="folder of what was found")
     domain = commands.add_parser("domain", help="measure and store the domain threshold of an artifact")
     domain.add_argument("--artifact", type=Path, required=True)
     domain.add_argument("--data", type=Path, default=Path("data/demo"))
@@ -158,6 +166,12 @@ def _retrieval(arguments: argparse.Namespace) -> None:
             print(f"{state + ' ' + way:24} " + " ".join(f"{ranks[rank]['percent']:8.1f}" for rank in ranks))
     if "target" in result:
         print(f"{'target among the first':24} " + " ".join(f"{s['percent']:8.1f}" for s in result["target"].values()))
+
+
+def _study(arguments: argparse.Namespace) -> None:
+    from training.study import load_study, study
+
+    study(load_study(arguments.config), arguments.part, arguments.only, arguments.runs, arguments.results)
 
 
 def _build(arguments: argparse.Namespace) -> None:
@@ -265,6 +279,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "transfer": _transfer,
     "levels": _levels,
     "retrieval": _retrieval,
+    "study": _study,
     "domain": _domain,
     "demo": _demo,
     "figure": _figure,
@@ -279,6 +294,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except IronclipError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

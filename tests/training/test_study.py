@@ -1,0 +1,103 @@
+"""A study end to end on a small world: it chooses, trains, measures, resumes, and keeps what it has found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ironclip.errors import OptionError
+from tests.training.robust_world import CONV, VIT, make_artifact, write_config
+from training.__main__ import main
+from training.study import best, load_study
+
+
+def test_the_best_trial_keeps_clean_accuracy() -> None:
+    trials = [
+        {"setting": ["a"], "clean": 58.0, "robust": 20.0},
+        {"setting": ["b"], "clean": 55.0, "robust": 30.0},
+        {"setting": ["c"], "clean": 40.0, "robust": 38.0},
+    ]
+    assert best(trials, 60.0, 8.0)["setting"] == ["b"]
+    assert best(trials, 60.0, 30.0)["setting"] == ["c"]
+    assert best(trials, 90.0, 8.0)["setting"] == ["a"]
+
+
+@pytest.fixture
+def study_file(demo_data: Path, tmp_path: Path) -> Path:
+    """Two methods on the emoji world, one left-out vendor, one attack."""
+    base, proxy = make_artifact(tmp_path / "vit", VIT, seed=1), make_artifact(tmp_path / "conv", CONV)
+    recipe = write_config(tmp_path / "recipe.toml", base, proxy, demo_data)
+    path = tmp_path / "study.toml"
+    path.write_text(
+        f"""
+recipe = "{recipe}"
+encoders = ["{base}"]
+methods = ["tecoa", "hierarchical"]
+data = "{demo_data}"
+
+[tuning]
+share = 0.5
+vendor = "other"
+count = 4
+attack = "pgd"
+settings = [["learning_rate=1e-3"], ["learning_rate=3e-3"]]
+
+[[cells]]
+attack = "pgd"
+eps = [1.0, 4.0]
+vendors = ["other"]
+count = 5
+
+[[cells]]
+attack = "fgsm"
+eps = [4.0]
+vendors = ["other"]
+count = 4
+levels = ["subgroup"]
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_a_study_chooses_trains_measures_and_goes_on(
+    study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, results = tmp_path / "runs", tmp_path / "results"
+    command = ["study", "--config", str(study_file), "--runs", str(runs), "--results", str(results)]
+    assert main([*command, "--part", "train", "--only", "tecoa"]) == 1
+    assert "run `study --part tune --only tecoa` first" in capsys.readouterr().err
+    assert main([*command, "--part", "tune", "--only", "tecoa"]) == 0
+    found = json.loads((results / "tuning-tecoa.json").read_text(encoding="utf-8"))
+    assert [trial["setting"] for trial in found["trials"]] == [["learning_rate=1e-3"], ["learning_rate=3e-3"]]
+    assert found["chosen"] in [["learning_rate=1e-3"], ["learning_rate=3e-3"]]
+    config = json.loads((runs / "tuning" / "tecoa-1" / "config.json").read_text(encoding="utf-8"))
+    assert config["steps"] == 4  # half of the recipe's
+    assert config["learning_rate"] == 3e-3
+    assert config["data"]["left_out"] == ["other"]
+    assert main(command) == 0
+    trained = json.loads((runs / "tecoa" / "config.json").read_text(encoding="utf-8"))
+    assert trained["steps"] == 8
+    assert [f"learning_rate={trained['learning_rate']:.0e}".replace("e-0", "e-")] == found["chosen"]
+    cells = {path.parent.name: path for path in results.glob("cells/*/*.json")}
+    assert {"tecoa", "hierarchical", "hierarchical-cosine"} <= set(cells)
+    count = len(list(results.glob("cells/**/*.json")))
+    assert count == 4 * 3  # the base, tecoa and two heads; two radii and a level each
+    for path in results.glob("cells/hierarchical-cosine/*.json"):
+        assert json.loads(path.read_text(encoding="utf-8"))["encoder"]["head"] == "cosine"
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in (".pt", ".safetensors")}
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "step" not in capsys.readouterr().out
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+
+
+def test_unknown_names_are_refused(study_file: Path, tmp_path: Path) -> None:
+    text = study_file.read_text(encoding="utf-8")
+    study_file.write_text(text.replace('"hierarchical"', '"hierarchial"'), encoding="utf-8")
+    with pytest.raises(OptionError, match="no method 'hierarchial'"):
+        load_study(str(study_file))
+    assert load_study("demo").methods[0] == "simclip"
+    assert json.dumps(load_study("demo").tuning.settings)

@@ -1,0 +1,218 @@
+"""`study`: every method trained at one budget and measured alike, in small resumable parts.
+
+Three parts, each of which may be stopped at any moment and goes on: `tune` tries a few settings for each method at a
+share of the budget with a training vendor left out, `train` trains each method with the setting that did best, and
+`evaluate` measures every encoder, cell by cell. What has been found lies in JSON files beside the repository's docs;
+nothing is computed twice, and a table or plot is drawn from the files alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ironclip.attacks import ThreatModel
+from ironclip.encoder import Head
+from ironclip.errors import OptionError
+from ironclip.loading import load_encoder
+from training.config import from_mapping, read_config
+from training.emoji.pictures import manifest_names, read_manifest
+from training.evaluate import attack_emoji, emoji_classifier, emoji_sample
+from training.methods import METHODS
+from training.recipe import load_recipe
+from training.robustness import Cell, key_of, measure
+from training.train import train
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """How settings are chosen.
+
+    Attributes:
+        share: of the recipe's budget (or steps) that one trial gets.
+        vendor: training vendor that is left out of the trials and measured on.
+        count: its pictures.
+        attack, eps: what a trial is measured under (L-inf, 1/255).
+        clean_loss: points of clean accuracy that a setting may cost against the base.
+        settings: overrides of the recipe, a list for each trial.
+    """
+
+    vendor: str
+    settings: tuple[tuple[str, ...], ...]
+    share: float = 0.125
+    count: int = 200
+    attack: str = "apgd-ce"
+    eps: float = 2.0
+    clean_loss: float = 8.0
+
+
+@dataclass(frozen=True)
+class CellsConfig:
+    """Cells of an evaluation: an attack at several radii (L-inf, 1/255), on several vendors, at some levels."""
+
+    attack: str
+    eps: tuple[float, ...]
+    vendors: tuple[str, ...]
+    count: int
+    levels: tuple[str, ...] = ("",)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A study.
+
+    Attributes:
+        recipe: config of robust training, by name or path.
+        encoders: specs of encoders that are measured beside the trained ones.
+        methods: names in METHODS.
+        data: folder of the built emoji data.
+        tuning: how settings are chosen.
+        cells: what is measured.
+    """
+
+    recipe: str
+    encoders: tuple[str, ...]
+    methods: tuple[str, ...]
+    tuning: TuningConfig
+    data: str = "data/demo"
+    cells: tuple[CellsConfig, ...] = ()
+
+
+PARTS = ("tune", "train", "evaluate")
+
+
+def load_study(name: str) -> StudyConfig:
+    """A study by name (a file in ``training/configs/study``) or path; raises OptionError."""
+    values = read_config(name, "study")
+    cells = tuple(from_mapping(CellsConfig, cell, "cells") for cell in values.pop("cells", []))
+    config = from_mapping(StudyConfig, {**values, "cells": ()})
+    unknown = sorted(set(config.methods) - set(METHODS))
+    if unknown:
+        raise OptionError(f"{name}: there is no method {unknown[0]!r}; there are: {', '.join(METHODS)}")
+    return StudyConfig(**{**config.__dict__, "cells": cells})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + ".writing")
+    staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    staged.replace(path)
+
+
+def best(trials: Sequence[Mapping[str, Any]], base_clean: float, clean_loss: float) -> Mapping[str, Any]:
+    """The most robust trial of those that keep clean accuracy; where none does, the one that keeps most of it."""
+    kept = [trial for trial in trials if trial["clean"] >= base_clean - clean_loss]
+    if kept:
+        return max(kept, key=lambda trial: (trial["robust"], trial["clean"]))
+    return max(trials, key=lambda trial: trial["clean"])
+
+
+def tune(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path) -> None:
+    """Try the settings of ``methods``; ``results/tuning-METHOD.json`` holds all trials and the chosen one."""
+    tuning, data = config.tuning, Path(config.data)
+
+    def score(spec: str) -> dict[str, Any]:
+        encoder = load_encoder(spec)
+        classifier = emoji_classifier(encoder, manifest_names(read_manifest(data)))
+        sample = emoji_sample(encoder, data, tuning.vendor, tuning.count)
+        cell = Cell(tuning.attack, ThreatModel("linf", tuning.eps / 255))
+        path = runs / "tuning" / f"{key_of(classifier, sample, cell)[:24]}.json"
+        return {part: measure(classifier, sample, cell, path)[part] for part in ("clean", "robust", "robust_interval")}
+
+    for method in methods:
+        path = results / f"tuning-{method}.json"
+        found = _read(path) or {"method": method, "trials": []}
+        found["tuning"] = {**tuning.__dict__, "settings": [list(setting) for setting in tuning.settings]}
+        for number, setting in enumerate(tuning.settings):
+            if any(trial["setting"] == list(setting) for trial in found["trials"]):
+                continue
+            recipe = load_recipe(method, config.recipe, setting)
+            part = {"budget": recipe.budget * tuning.share, "steps": int(recipe.steps * tuning.share)}
+            shorter = [f"{key}={value}" for key, value in part.items() if value]
+            left_out = [f'data.left_out=["{tuning.vendor}"]', f"data.path={config.data}", "evaluate_count=0"]
+            trial = load_recipe(method, config.recipe, [*setting, *shorter, *left_out])
+            artifact = train(trial, runs / "tuning" / f"{method}-{number}")
+            if artifact.name != "artifact":
+                raise KeyboardInterrupt  # asked to stop
+            found["base"] = score(recipe.base)
+            found["trials"].append({"setting": list(setting), **score(str(artifact))})
+            _write(path, found)
+        found["chosen"] = best(found["trials"], found["base"]["clean"], tuning.clean_loss)["setting"]
+        _write(path, found)
+        print(f"{method}: {found['chosen']} of {len(found['trials'])} settings", flush=True)
+
+
+def train_methods(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path) -> None:
+    """Train ``methods`` with their chosen settings, to ``runs/METHOD/artifact``; finished ones are kept.
+
+    Raises:
+        OptionError: a method whose settings have not been chosen.
+    """
+    for method in methods:
+        if (runs / method / "artifact" / "ironclip.json").is_file():
+            continue
+        chosen = _read(results / f"tuning-{method}.json").get("chosen")
+        if chosen is None:
+            raise OptionError(f"{method} has no chosen setting: run `study --part tune --only {method}` first")
+        recipe = load_recipe(method, config.recipe, [*chosen, f"data.path={config.data}"])
+        if train(recipe, runs / method) == runs / method:
+            raise KeyboardInterrupt  # asked to stop
+
+
+def evaluate(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path) -> None:
+    """Measure the study's encoders and the trained ones of ``methods``; a hyperbolic head's also by their cosines.
+
+    Each cell is a file in ``results/cells/ENCODER``.
+    """
+    trained = {method: str(runs / method / "artifact") for method in methods}
+    there = {name: spec for name, spec in trained.items() if Path(spec, "ironclip.json").is_file()}
+    measured = {spec.strip("/").replace("/", "-"): spec for spec in config.encoders} | there
+    for cells in config.cells:
+        for name, spec in measured.items():
+            encoder = load_encoder(spec)
+            heads = {name: encoder.head}
+            if encoder.head.type != "cosine":
+                heads[f"{name}-cosine"] = Head()
+            for row, head in heads.items():
+                encoder.head = head
+                for level in cells.levels:
+                    print(f"== {row} {cells.attack} {level}", flush=True)
+                    attack_emoji(
+                        encoder,
+                        Path(config.data),
+                        results / "cells" / row,
+                        [cells.attack],
+                        cells.eps,
+                        vendors=cells.vendors,
+                        count=cells.count,
+                        level=level,
+                        options=cells.options,
+                    )
+
+
+def study(config: StudyConfig, parts: Sequence[str], methods: Sequence[str], runs: Path, results: Path) -> None:
+    """Do the parts of a study in order.
+
+    Args:
+        config: what to do.
+        parts: of PARTS; all if empty.
+        methods: of the study; all if empty.
+        runs: folder of the trainings.
+        results: folder of what was found.
+    """
+    chosen = list(methods) or list(config.methods)
+    unknown = sorted(set(chosen) - set(config.methods))
+    if unknown:
+        raise OptionError(f"the study has no method {unknown[0]!r}; it has {', '.join(config.methods)}")
+    steps = {"tune": tune, "train": train_methods, "evaluate": evaluate}
+    for part in parts or PARTS:
+        steps[part](config, chosen, runs, results)
