@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ironclip.errors import IronclipError
 
 if TYPE_CHECKING:
+    from ironclip.encoder import Encoder
     from training.robustness import Cell
 
 # Command -> where its configs lie, and what it does. Kept beside METHODS by a test: --help loads no torch.
@@ -65,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--count", type=int, default=500, help="pictures of each vendor that are attacked")
     score.add_argument("--level", default="", help="level of the tree that is attacked and scored")
     score.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the attacks")
+    score.add_argument("--suite", default="", help="the papers' sets instead: a name in training/configs/suites")
+    score.add_argument("--root", type=Path, default=Path("data"), help="folder of the suite's sets")
     score.add_argument("--results", type=Path, default=Path("runs/robustness"), help="folder of the attacks' results")
     crossed = commands.add_parser("transfer", help="examples made on each encoder, answered by each")
     crossed.add_argument("--encoders", nargs="+", required=True, help="encoder specs")
@@ -221,6 +224,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from training.evaluate import attack_emoji, attack_summary, evaluate_emoji, summary, write_json
 
     encoder = load_encoder(arguments.encoder)
+    if arguments.suite:
+        _suite(arguments, encoder)
+        return
     if arguments.attack:
         options = read_overrides(arguments.set)
         found = attack_emoji(
@@ -249,6 +255,27 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         write_json(arguments.json, {"encoder": made, "scores": results})
     if arguments.into_artifact:
         update_meta(arguments.encoder, scores=results)
+
+
+def _suite(arguments: argparse.Namespace, encoder: Encoder) -> None:
+    from training.config import read_overrides
+    from training.evaluate import attack_summary
+    from training.suites import averages, evaluate_suite, load_suite
+
+    found, missing = evaluate_suite(
+        encoder,
+        load_suite(arguments.suite),
+        arguments.root,
+        arguments.results,
+        arguments.attack or ["pgd"],
+        arguments.eps,
+        count=arguments.count,
+        options=read_overrides(arguments.set),
+    )
+    if found:
+        print("\n".join([attack_summary(found), *averages(found)]))
+    if missing:
+        print(f"not below {arguments.root}, left out: {', '.join(missing)}")
 
 
 def _domain(arguments: argparse.Namespace) -> None:
