@@ -99,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="write label sets, tree and sample pictures of the demo")
     demo.add_argument("--data", type=Path, default=Path("data/demo"))
     demo.add_argument("--out", type=Path, default=Path("ironclip/demo"))
+    trees = commands.add_parser("trees", help="write the demo's further label trees: WordNet's, and one by clustering")
+    trees.add_argument("--encoder", default="demo", help="whose text features are clustered")
+    trees.add_argument("--data", type=Path, default=Path("data/demo"))
+    trees.add_argument("--out", type=Path, default=Path("ironclip/demo/trees"))
     figure = commands.add_parser("figure", help="draw the README's picture of test-vendor predictions")
     figure.add_argument("--encoder", default="demo")
     figure.add_argument("--data", type=Path, default=Path("data/demo"))
@@ -290,6 +294,13 @@ def _demo(arguments: argparse.Namespace) -> None:
     write_demo_files(arguments.data, arguments.out)
 
 
+def _trees(arguments: argparse.Namespace) -> None:
+    from ironclip.loading import load_encoder
+    from training.emoji.trees import write_trees
+
+    write_trees(load_encoder(arguments.encoder), arguments.data, arguments.out)
+
+
 def _figure(arguments: argparse.Namespace) -> None:
     from training.figure import draw_predictions
 
@@ -309,6 +320,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "study": _study,
     "domain": _domain,
     "demo": _demo,
+    "trees": _trees,
     "figure": _figure,
 }
 
