@@ -133,7 +133,7 @@ def tree_of_the_house() -> str:
     import ast
 
     rows = []
-    for package in ("ironclip", "service", "training", "loadtests"):
+    for package in ("ironclip", "service", "training", "loadtests", "benchmarks"):
         rows.append(f"{package + '/':<28}{_first_line(ROOT / package / '__init__.py')}")
         entries = sorted((ROOT / package).iterdir(), key=lambda path: (path.is_dir(), path.name))
         for entry in entries:

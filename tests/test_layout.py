@@ -18,8 +18,14 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("ironclip", "service", "training", "loadtests")
-ALLOWED = {"ironclip": set(), "service": {"ironclip"}, "training": {"ironclip"}, "loadtests": set()}
+PACKAGES = ("ironclip", "service", "training", "loadtests", "benchmarks")
+ALLOWED = {
+    "ironclip": set(),
+    "service": {"ironclip"},
+    "training": {"ironclip"},
+    "loadtests": set(),
+    "benchmarks": {"ironclip", "training"},
+}
 WEB = {"fastapi", "starlette", "uvicorn", "redis", "pydantic"}
 
 
@@ -61,7 +67,13 @@ def test_only_settings_read_the_environment() -> None:
 def test_every_import_is_a_declared_dependency() -> None:
     """Someone who installs an extra gets all that its code imports."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = {"ironclip": [], "service": ["serve"], "training": ["train"], "loadtests": ["load"]}
+    extras = {
+        "ironclip": [],
+        "service": ["serve"],
+        "training": ["train"],
+        "loadtests": ["load"],
+        "benchmarks": ["train"],
+    }
     modules = {
         "pillow": "PIL",
         "fonttools": "fontTools",

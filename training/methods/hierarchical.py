@@ -133,12 +133,18 @@ class Hierarchical(Plain):
         head = _head(networks)
         with torch.no_grad():
             texts, temperature = head.texts(), head.temperature()
+        plans: dict[tuple[int, ...], _Plan] = {}
 
         def loss(features: Tensor, items: Tensor) -> Tensor:
-            rows = head.rows_of[batch.labels[items]]
-            terms = self._terms(head, head.images(features), rows, texts, temperature)
-            share = terms.losses / terms.counts.clamp_min(1)
-            return torch.where(rows >= 0, share[rows.clamp_min(0)], 0.0).sum(1)
+            # An attack that trains asks about the same pictures each time.
+            key = tuple(items.tolist())
+            if key not in plans:
+                plans.clear()
+                plans[key] = _plan(head, batch.labels[items])
+            plan = plans[key]
+            losses, _ = self._terms(head, head.images(features), plan, texts, temperature)
+            share = losses / plan.counts
+            return torch.where(plan.rows >= 0, share[plan.rows.clamp_min(0)], 0.0).sum(1)
 
         return loss
 
@@ -147,10 +153,10 @@ class Hierarchical(Plain):
         head = _head(networks)
         points = head.images(networks.gather(networks.student(adversarial)))
         labels = networks.gather(batch.labels)
-        rows = head.rows_of[labels]
-        texts = head.texts(self._text_shift(head, points.detach(), rows))
-        terms = self._terms(head, points, rows, texts, head.temperature())
-        alignment = terms.losses.sum()
+        plan = _plan(head, labels)
+        texts = head.texts(self._text_shift(head, points.detach(), plan))
+        losses, middles = self._terms(head, points, plan, texts, head.temperature())
+        alignment = losses.sum()
         if head.flat:
             return Losses(alignment, {"alignment": alignment})
         matched = paired_distances(points, texts[labels], self.curvature)
@@ -158,46 +164,35 @@ class Hierarchical(Plain):
         depths = ball_norm(texts, self.curvature)
         edges = head.edges
         label_gap = _hinge(depths[edges[:, 1]] - depths[edges[:, 0]] + self.gap_margin)
-        intra_gap = self._intra(head, terms, depths)
+        intra_gap = self._intra(head, plan, middles, depths)
         total = alignment + self.violation * violation + self.gap * (label_gap + intra_gap)
         parts = {"alignment": alignment, "violation": violation, "label_gap": label_gap, "intra_gap": intra_gap}
         return Losses(total, parts)
 
     def _terms(
-        self, head: HierarchicalHead, points: Tensor, rows: Tensor, texts: Tensor, temperature: Tensor
-    ) -> _Terms:
-        """Weighted cross-entropy of each row that the batch has pictures of: one scatter-add, one product."""
-        count = len(head.node_of)
-        middles, present = head.middles(points, rows)
-        there = torch.nonzero(present).flatten()
-        logits = head.logits(middles[there], texts, temperature).masked_fill(~head.rivals[there], -torch.inf)
-        each = F.cross_entropy(logits, head.node_of[there], reduction="none")
-        columns = head.column_of[there]
-        in_column = torch.bincount(columns, minlength=len(head.weights))
-        weights = head.weights[columns].to(each) / in_column[columns]
-        losses = each.new_zeros(count).index_add(0, there, weights * each)
-        counts = torch.bincount(rows[rows >= 0], minlength=count)
-        return _Terms(losses, counts, middles, there)
+        self, head: HierarchicalHead, points: Tensor, plan: _Plan, texts: Tensor, temperature: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted cross-entropy [P] and midpoint [P, dim] of the rows with pictures: one scatter-add, one product."""
+        middles = head.middles(points, plan.rows, len(plan.there))
+        logits = head.logits(middles, texts, temperature).masked_fill(plan.strangers, -torch.inf)
+        return plan.weights * F.cross_entropy(logits, plan.nodes, reduction="none"), middles
 
-    def _intra(self, head: HierarchicalHead, terms: _Terms, depths: Tensor) -> Tensor:
-        pictures = ball_norm(terms.middles, self.curvature)
+    def _intra(self, head: HierarchicalHead, plan: _Plan, middles: Tensor, depths: Tensor) -> Tensor:
+        pictures = ball_norm(middles, self.curvature)
         if self.intra == "instance":
-            return _hinge(depths[head.node_of[terms.there]] - pictures[terms.there] + self.gap_margin)
-        # A row's parent is the next column's row of any class that has it.
-        below, above = head.rows_of[:, :-1].flatten(), head.rows_of[:, 1:].flatten()
+            return _hinge(depths[plan.nodes] - pictures + self.gap_margin)
+        # Within a tree the weights fall from column to column: a pair across two trees is no parent and child.
+        falls = head.weights[1:] < head.weights[:-1]
+        below, above = plan.rows[:, :-1][:, falls].flatten(), plan.rows[:, 1:][:, falls].flatten()
         pairs = torch.unique(torch.stack([below, above], 1), dim=0)
-        same_tree = head.weights[head.column_of[pairs[:, 1].clamp_min(0)]] < head.weights[head.column_of[pairs[:, 0]]]
-        present = torch.zeros(len(pictures), dtype=torch.bool, device=pictures.device)
-        present[terms.there] = True
-        pairs = pairs[(pairs >= 0).all(1) & same_tree]
-        pairs = pairs[present[pairs].all(1)]
+        pairs = pairs[(pairs >= 0).all(1)]
         return _hinge(pictures[pairs[:, 1]] - pictures[pairs[:, 0]] + self.gap_margin)
 
-    def _text_shift(self, head: HierarchicalHead, points: Tensor, rows: Tensor) -> Tensor | None:
+    def _text_shift(self, head: HierarchicalHead, points: Tensor, plan: _Plan) -> Tensor | None:
         """Sign steps on the text side against the same loss, pictures fixed: [N, width], or None."""
         if self.text_attack == "none" or not self.text_eps:
             return None
-        on_paths = torch.unique(head.node_of[rows[rows >= 0]])
+        on_paths = torch.unique(plan.nodes)
         moved = torch.zeros_like(head.pooled)
         eps = self.text_eps
         if self.text_attack == "feature":
@@ -215,21 +210,44 @@ class Hierarchical(Plain):
 
         for _ in range(self.text_steps):
             delta.requires_grad_(True)
-            terms = self._terms(head, points, rows, head.texts(pooled_shift(delta)), head.temperature())
-            (gradient,) = torch.autograd.grad(terms.losses.sum(), delta)
+            losses, _ = self._terms(head, points, plan, head.texts(pooled_shift(delta)), head.temperature())
+            (gradient,) = torch.autograd.grad(losses.sum(), delta)
             delta = (delta + eps * gradient.sign()).clamp(-eps, eps).detach()
         with torch.no_grad():
             return pooled_shift(delta)
 
 
 @dataclass(frozen=True)
-class _Terms:
-    """By row: weighted losses [R], pictures [R], midpoints [R, dim]; and int64 [P], which rows have pictures."""
+class _Plan:
+    """What depends on a batch's labels alone; P of all rows have pictures.
 
-    losses: Tensor
-    counts: Tensor
-    middles: Tensor
+    Attributes:
+        rows: int64 [B, columns], each picture's rows among the P; -1 for none.
+        there: int64 [P], which rows they are.
+        nodes: int64 [P], their nodes.
+        counts: int64 [P], their pictures.
+        weights: float [P], omega_l over trees and over the level's rows in the batch.
+        strangers: bool [P, N], nodes that do not compete.
+    """
+
+    rows: Tensor
     there: Tensor
+    nodes: Tensor
+    counts: Tensor
+    weights: Tensor
+    strangers: Tensor
+
+
+def _plan(head: HierarchicalHead, labels: Tensor) -> _Plan:
+    of_all = head.rows_of[labels]
+    there, inverse, counts = torch.unique(of_all, return_inverse=True, return_counts=True)
+    rows = inverse.reshape(of_all.shape)
+    if int(there[0]) < 0:  # the first is "no row"
+        there, counts, rows = there[1:], counts[1:], rows - 1
+    columns = head.column_of[there]
+    in_column = torch.bincount(columns, minlength=len(head.weights))
+    weights = (head.weights[columns] / in_column[columns]).to(head.projection.dtype)
+    return _Plan(rows, there, head.node_of[there], counts, weights, ~head.rivals[there])
 
 
 def _head(networks: Networks) -> HierarchicalHead:

@@ -91,14 +91,19 @@ class HierarchicalHead(nn.Module):
         """lambda, at most 100."""
         return self.log_temperature.exp().clamp_max(100.0)
 
-    def middles(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Midpoints of each row's pictures [R, dim] (eq. 8; flat: their sum as a unit vector), and whose they are."""
+    def middles(self, points: Tensor, groups: Tensor, count: int) -> Tensor:
+        """Midpoints of groups of pictures (eq. 8; flat: their sum as a unit vector): [count, dim].
+
+        Args:
+            points: [B, dim].
+            groups: int64 [B, m], each picture's groups; -1 for none. Every group has a picture.
+            count: of the groups.
+        """
         if not self.flat:
-            return averages(points, rows, len(self.node_of), self.curvature)
-        picture, column = torch.nonzero(rows >= 0, as_tuple=True)
-        sums = points.new_zeros(len(self.node_of), points.shape[1])
-        sums = sums.index_add(0, rows[picture, column], points[picture])
-        return F.normalize(sums, dim=-1), torch.bincount(rows[picture, column], minlength=len(sums)) > 0
+            return averages(points, groups, count, self.curvature)[0]
+        picture, column = torch.nonzero(groups >= 0, as_tuple=True)
+        sums = points.new_zeros(count, points.shape[1])
+        return F.normalize(sums.index_add(0, groups[picture, column], points[picture]), dim=-1)
 
     def logits(self, middles: Tensor, texts: Tensor, temperature: Tensor) -> Tensor:
         """[P, dim] and [N, dim] -> [P, N]."""

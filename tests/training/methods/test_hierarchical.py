@@ -20,7 +20,7 @@ from ironclip.hyperbolic import ball_norm, paired_distances
 from ironclip.labels import LabelSet
 from tests.conftest import make_tiny_encoder
 from training.methods.base import Batch, Networks, Texts
-from training.methods.hierarchical import Hierarchical
+from training.methods.hierarchical import Hierarchical, _plan
 from training.methods.hyperbolic_head import HierarchicalHead
 from training.methods.nodes import make_nodes
 from training.methods.tecoa import TeCoA
@@ -157,8 +157,9 @@ def test_one_perturbation_raises_the_loss_of_every_level(tmp_path: Path) -> None
         head = world.head
         with torch.no_grad():
             points = head.images(world.encoder.encode_image(images))
-            terms = world.method._terms(head, points, head.rows_of[world.labels], head.texts(), head.temperature())
-        return torch.zeros(3).index_add(0, head.column_of, terms.losses)
+            plan = _plan(head, world.labels)
+            losses, _ = world.method._terms(head, points, plan, head.texts(), head.temperature())
+        return torch.zeros(3).index_add(0, head.column_of[plan.there], losses)
 
     clean, adversarial = by_level(world.images), by_level(moved)
     assert (adversarial[:2] > clean[:2]).all()  # the root has no rival
@@ -171,12 +172,12 @@ def test_the_text_side_moves_against_the_loss_and_stays_in_its_ball(kind: str, t
     after = attacked.method.loss(attacked.networks, attacked.batch, attacked.images)
     assert after.parts["alignment"] > before.parts["alignment"]
     head = attacked.head
-    rows = head.rows_of[attacked.labels]
+    plan = _plan(head, attacked.labels)
     points = head.images(attacked.encoder.encode_image(attacked.images)).detach()
-    shift = attacked.method._text_shift(head, points, rows)
+    shift = attacked.method._text_shift(head, points, plan)
     assert shift is not None
     untouched = torch.ones(len(shift), dtype=torch.bool)
-    untouched[head.node_of[rows[rows >= 0]]] = False
+    untouched[plan.nodes] = False
     assert (shift[untouched] == 0).all()
     untouched[-1] = True  # the root has no rival, so nothing can be gained there
     assert (shift[~untouched].abs().sum(1) > 0).all()

@@ -1,0 +1,1 @@
+"""Measurements that are not about HTTP: what a training step costs beside its floor and beside a plain re-creation."""

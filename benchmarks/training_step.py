@@ -1,0 +1,137 @@
+"""`python -m benchmarks.training_step`: a step of each method over its floor, and beside a plain re-creation.
+
+In one run, interleaved, on one thread count: the recipe's step; the bare forwards and backwards it cannot do without
+(`training.throughput`); and a step written as the published scripts do it: prompts encoded anew in every forward,
+weight gradients computed in the attack, the frozen towers' graphs kept, a clean forward for the log, float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training.methods.base import Batch, Texts
+from training.recipe import RobustConfig, load_recipe
+from training.sources import step_batches
+from training.throughput import measure_floor
+from training.towers import timed
+from training.train import Run, make_fabric, start, train_step
+
+METHODS = ("simclip", "fare", "tecoa", "pmg_aft", "agft", "hpt_gpd", "hierarchical")
+RESULTS = Path(__file__).parent / "results" / "training_step.json"
+
+
+class ReencodedTexts(Texts):
+    """Class texts that go through the text tower whenever they are asked for, with a graph."""
+
+    def __init__(self, run: Run) -> None:
+        object.__setattr__(self, "_run", run)
+        object.__setattr__(self, "scale", run.networks.texts.scale)
+
+    @property
+    def weights(self) -> Tensor:
+        """Unit float32 [K, dim], new each time."""
+        run: Run = self._run  # type: ignore[attr-defined]
+        labels = run.classifier.label_set
+        prompts = [text for label in labels.labels for text in labels.prompts(label)]
+        return F.normalize(run.encoder.encode_text(prompts), dim=-1)
+
+
+def plain_step(run: Run, batch: Batch) -> None:
+    """One step as the published scripts write it."""
+    method, encoder = run.method, run.encoder
+    encoder.requires_grad_(True)
+    reads_texts = run.config.method in ("tecoa", "pmg_aft", "agft", "hpt_gpd")
+    texts = ReencodedTexts(run) if reads_texts else run.networks.texts
+    networks = replace(run.networks, student=encoder.encode_image, texts=texts)
+    batch = replace(batch, anchor=run.networks.original(batch.images)) if method.anchored else batch
+    objective, items = method.objective(networks, batch), torch.arange(len(batch.images))
+    delta = torch.zeros_like(batch.images, requires_grad=True)
+    threat = run.config.attack.threat
+    for _ in range(run.config.attack.iterations):
+        torch.autograd.backward(objective(encoder.encode_image(batch.images + delta), items).mean())
+        assert delta.grad is not None
+        delta = (delta + delta.grad.sign() * run.config.attack.step / 255).clamp(-threat.eps, threat.eps)
+        delta = delta.detach().requires_grad_(True)
+    encoder.model.zero_grad(set_to_none=True)
+    phase = run.stretch().phase.name
+    losses = method.loss(networks, batch, (batch.images + delta.detach()).clamp(0, 1), phase)
+    clean = encoder.encode_image(batch.images)  # for the log, its graph kept
+    torch.autograd.backward(losses.total)
+    torch.nn.utils.clip_grad_norm_(encoder.model.parameters(), 1.0)
+    del clean
+    encoder.model.zero_grad(set_to_none=True)
+    encoder.requires_grad_(False)
+    encoder.model.visual.requires_grad_(True)
+
+
+def measure_method(config: RobustConfig, rounds: int) -> dict[str, Any]:
+    """Seconds of step, floor and plain re-creation: medians over ``rounds``, and the ratios of each round's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        fabric = make_fabric()
+        run = start(config, Path(folder), fabric)
+        batches = iter(step_batches(run.source, range(rounds + 1), config.batch_size, seed=0, config=config.data))
+        drawn = next(batches)
+        train_step(run, drawn)
+        anchor = run.method.anchored and run.anchors is None
+        rows = []
+        for drawn in batches:
+            if config.method == "hpt_gpd":
+                run.step = run.steps - 2  # the dearer phase, with the proxy
+            step = timed(partial(train_step, run, drawn), fabric.device)
+            floor = measure_floor(
+                run.method, config.attack, run.tower, run.networks, config.batch_size, fabric, anchor=anchor, repeats=2
+            ).step
+            batch = Batch(drawn.pixels, drawn.labels, drawn.pixels.new_zeros(len(drawn.labels), 0))
+            run.step = max(0, run.step - 1)
+            plain = timed(partial(plain_step, run, batch), fabric.device)
+            rows.append({"step": step, "floor": floor, "plain": plain})
+    return {
+        "dtype": str(run.tower.dtype).removeprefix("torch."),
+        "seconds": {key: round(statistics.median(row[key] for row in rows), 3) for key in rows[0]},
+        "step_over_floor": round(statistics.median(row["step"] / row["floor"] for row in rows), 3),
+        "plain_over_step": round(statistics.median(row["plain"] / row["step"] for row in rows), 2),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--config", default="demo")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args(argv)
+    fixed = ["budget=0.0", "steps=1000", f"batch_size={arguments.batch}", f"threads={arguments.threads}"]
+    torch.set_num_threads(arguments.threads)
+    report: dict[str, Any] = {"batch": arguments.batch, "threads": arguments.threads, "methods": {}}
+    print(f"{'method':14} {'dtype':9} {'step':>8} {'over floor':>11} {'plain over step':>16}")
+    for method in arguments.methods:
+        config = load_recipe(method, arguments.config, [*fixed, "evaluate_count=0"])
+        report["iterations"] = config.attack.iterations
+        report["methods"][method] = found = measure_method(config, arguments.rounds)
+        print(
+            f"{method:14} {found['dtype']:9} {found['seconds']['step']:7.2f}s {found['step_over_floor']:11.2f} "
+            f"{found['plain_over_step']:16.1f}",
+            flush=True,
+        )
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
