@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     whole = commands.add_parser("study", help="tune, train and measure all methods alike, in resumable parts")
     whole.add_argument("--config", required=True, help="a name in training/configs/study, or a .toml file")
     whole.add_argument(
-        "--part", nargs="*", choices=["tune", "train", "evaluate"], default=[], help="default: all three"
+        "--part", nargs="*", choices=["tune", "train", "evaluate", "report"], default=[], help="default: all in this order"
     )
     whole.add_argument("--only", nargs="*", default=[], metavar="METHOD", help="these methods (default: the study's)")
     whole.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the trainings")

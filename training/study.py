@@ -3,7 +3,7 @@
 Three parts, each of which may be stopped at any moment and goes on: `tune` tries a few settings for each method at a
 share of the budget with a training vendor left out, `train` trains each method with the setting that did best, and
 `evaluate` measures every encoder, cell by cell. What has been found lies in JSON files beside the repository's docs;
-nothing is computed twice, and a table or plot is drawn from the files alone.
+nothing is computed twice, and `report` draws table and plots from the files alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from training.evaluate import attack_emoji, emoji_classifier, emoji_sample
 from training.methods import METHODS
 from training.recipe import load_recipe
 from training.robustness import Cell, key_of, measure
+from training.study_report import report
 from training.train import train
 
 
@@ -82,7 +83,7 @@ class StudyConfig:
     cells: tuple[CellsConfig, ...] = ()
 
 
-PARTS = ("tune", "train", "evaluate")
+PARTS = ("tune", "train", "evaluate", "report")
 
 
 def load_study(name: str) -> StudyConfig:
@@ -215,4 +216,7 @@ def study(config: StudyConfig, parts: Sequence[str], methods: Sequence[str], run
         raise OptionError(f"the study has no method {unknown[0]!r}; it has {', '.join(config.methods)}")
     steps = {"tune": tune, "train": train_methods, "evaluate": evaluate}
     for part in parts or PARTS:
-        steps[part](config, chosen, runs, results)
+        if part == "report":
+            print(report(results))
+        else:
+            steps[part](config, chosen, runs, results)

@@ -45,7 +45,8 @@ attack = "pgd"
 settings = [["learning_rate=1e-3"], ["learning_rate=3e-3"]]
 
 [[cells]]
-attack = "pgd"
+attack = "autoattack-ensemble"
+options = {{ iterations = 3 }}
 eps = [1.0, 4.0]
 vendors = ["other"]
 count = 5
@@ -83,10 +84,15 @@ def test_a_study_chooses_trains_measures_and_goes_on(
     assert [f"learning_rate={trained['learning_rate']:.0e}".replace("e-0", "e-")] == found["chosen"]
     cells = {path.parent.name: path for path in results.glob("cells/*/*.json")}
     assert {"tecoa", "hierarchical", "hierarchical-cosine"} <= set(cells)
+    assert (results / "curves-other.png").stat().st_size > 5000
     count = len(list(results.glob("cells/**/*.json")))
     assert count == 4 * 3  # the base, tecoa and two heads; two radii and a level each
     for path in results.glob("cells/hierarchical-cosine/*.json"):
         assert json.loads(path.read_text(encoding="utf-8"))["encoder"]["head"] == "cosine"
+    said = (results / "README.md").read_text(encoding="utf-8")
+    assert "| hierarchical-cosine |" in said
+    assert "learning_rate=1e-3" in said
+    assert "other subgroup fgsm linf 4/255" in said
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in (".pt", ".safetensors")}
     capsys.readouterr()
     assert main(command) == 0

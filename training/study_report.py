@@ -1,0 +1,131 @@
+"""What a study found, as a table and plots drawn from its JSON files alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training.robustness import check
+
+
+def read_cells(results: Path) -> dict[str, list[dict[str, Any]]]:
+    """Encoder -> its cells; encoders in the order of their names."""
+    return {
+        folder.name: [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+        for folder in sorted((results / "cells").glob("*"))
+        if any(folder.glob("*.json"))
+    }
+
+
+def _find(
+    cells: Sequence[Mapping[str, Any]], vendor: str, attack: str, label: str, level: str
+) -> Mapping[str, Any] | None:
+    wanted = (vendor, attack, label, level)
+    return next(
+        (c for c in cells if (c["sample"]["name"], c["attack"], c["threat"]["label"], c["level"]) == wanted), None
+    )
+
+
+def columns(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str, str, str]]:
+    """Every (vendor, attack, threat, level) that some encoder was measured at, vendors together, in a fixed order."""
+    found = {
+        (c["sample"]["name"], c["level"], c["attack"], c["threat"]["eps"], c["threat"]["label"])
+        for row in cells.values()
+        for c in row
+    }
+    return [(vendor, attack, label, level) for vendor, level, attack, _, label in sorted(found)]
+
+
+def study_table(results: Path) -> str:
+    """A Markdown table: an encoder a row, clean accuracy of each vendor and robust accuracy of each cell.
+
+    Brackets hold 95 % intervals; a dash is a cell that has not been computed.
+    """
+    cells = read_cells(results)
+    wanted = columns(cells)
+    vendors = list(dict.fromkeys(vendor for vendor, _, _, level in wanted if not level))
+    titles = [f"{vendor} clean" for vendor in vendors]
+    titles += [
+        " ".join(part for part in (vendor, level, attack, label) if part) for vendor, attack, label, level in wanted
+    ]
+    lines = ["| encoder | " + " | ".join(titles) + " |", "| --- " * (1 + len(titles)) + "|"]
+    for name, row in cells.items():
+        parts = []
+        for vendor in vendors:
+            of_vendor = [c for c in row if c["sample"]["name"] == vendor and not c["level"]]
+            largest = max(of_vendor, key=lambda c: c["sample"]["pictures"], default=None)
+            parts.append("-" if largest is None else _percent(largest["clean"], largest["clean_interval"]))
+        for column in wanted:
+            cell = _find(row, *column)
+            parts.append("-" if cell is None else _percent(cell["robust"], cell["robust_interval"]))
+        lines.append(f"| {name} | " + " | ".join(parts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _percent(value: float, interval: Sequence[float]) -> str:
+    return f"{value:.1f} ({interval[0]:.0f} to {interval[1]:.0f})"
+
+
+def doubts(results: Path) -> list[str]:
+    """What the sanity gates say of each encoder's cells, vendor by vendor."""
+    lines = []
+    for name, row in read_cells(results).items():
+        for sample in dict.fromkeys(c["sample"]["digest"] for c in row):
+            of_sample = [c for c in row if c["sample"]["digest"] == sample]
+            lines += [f"{name}, {of_sample[0]['sample']['name']}: {doubt}" for doubt in check(of_sample)]
+    return lines
+
+
+def tuning_table(results: Path) -> str:
+    """The trials of each method, the chosen one marked."""
+    lines = ["| method | setting | clean | robust |", "| --- | --- | --- | --- |"]
+    for path in sorted(results.glob("tuning-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for trial in found["trials"]:
+            mark = " (chosen)" if trial["setting"] == found.get("chosen") else ""
+            settings = " ".join(trial["setting"])
+            lines.append(f"| {found['method']} | {settings}{mark} | {trial['clean']:.1f} % | {trial['robust']:.1f} % |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_study(results: Path, attack: str = "autoattack-ensemble") -> list[Path]:
+    """``curves-VENDOR.png``: robust accuracy against the radius, a line an encoder; returns what was drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cells, drawn = read_cells(results), []
+    vendors = sorted({c["sample"]["name"] for row in cells.values() for c in row if c["attack"] == attack})
+    for vendor in vendors:
+        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        for name, row in cells.items():
+            chosen = [c for c in row if c["attack"] == attack and c["sample"]["name"] == vendor and not c["level"]]
+            points = sorted((255 * c["threat"]["eps"], c["robust"]) for c in chosen)
+            if points:
+                start = [(0.0, max(c["clean"] for c in chosen))]
+                axes.plot(*zip(*(start + points), strict=True), marker="o", label=name)
+        axes.set_xlabel("L-inf radius in 1/255")
+        axes.set_ylabel(f"accuracy on {vendor} under {attack} (%)")
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=8)
+        path = results / f"curves-{vendor}.png"
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+        drawn.append(path)
+    return drawn
+
+
+def report(results: Path) -> Path:
+    """Write ``README.md`` and the plots into the results' folder."""
+    plots = plot_study(results)
+    parts = ["# What the study found", "", study_table(results)]
+    parts += [f"![{path.stem}]({path.name})\n" for path in plots]
+    said = doubts(results)
+    parts += ["## Doubtful", "", *(f"- {line}" for line in said or ["Nothing: every sanity gate holds."]), ""]
+    parts += ["## How settings were chosen", "", tuning_table(results)]
+    path = results / "README.md"
+    path.write_text("\n".join(parts), encoding="utf-8")
+    return path
