@@ -23,10 +23,11 @@ from torch import Tensor
 
 from training.methods.base import Batch, Texts
 from training.recipe import RobustConfig, load_recipe
+from training.robust_run import Run, make_fabric, start
 from training.sources import step_batches
 from training.throughput import measure_floor
 from training.towers import timed
-from training.train import Run, make_fabric, start, train_step
+from training.train import train_step
 
 METHODS = ("simclip", "fare", "tecoa", "pmg_aft", "agft", "hpt_gpd", "hierarchical")
 RESULTS = Path(__file__).parent / "results" / "training_step.json"

@@ -11,13 +11,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ironclip.errors import IronclipError
-
-if TYPE_CHECKING:
-    from ironclip.encoder import Encoder
-    from training.robustness import Cell
+from training import commands
 
 # Command -> where its configs lie, and what it does. Kept beside METHODS by a test: --help loads no torch.
 TRAINING = {
@@ -36,26 +32,26 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build-data", help="build a data set from its packages")
+    added = parser.add_subparsers(dest="command", required=True)
+    build = added.add_parser("build-data", help="build a data set from its packages")
     build.add_argument("data", choices=["demo"])
     build.add_argument("--out", type=Path, default=Path("data/demo"))
     build.add_argument("--size", type=int, default=96, help="side of the stored pictures in pixels")
     for name, (kind, purpose) in TRAINING.items():
-        train = commands.add_parser(name, help=f"{purpose}; resumes by itself")
+        train = added.add_parser(name, help=f"{purpose}; resumes by itself")
         train.add_argument("--config", required=True, help=f"a name in training/configs/{kind}, or a .toml file")
         # torchrun would read --run as an option of its own.
         train.add_argument("--run", "--folder", type=Path, default=None, help="run folder (default runs/NAME)")
         train.add_argument(
             "overrides", nargs="*", metavar="key=value", help="fields of the config, nested ones by dots"
         )
-    export = commands.add_parser("export", help="an unfinished run's artifact, or an encoder in another form")
+    export = added.add_parser("export", help="an unfinished run's artifact, or an encoder in another form")
     what = export.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", type=Path, help="a pre-training run: its artifact as far as it has got")
     what.add_argument("--encoder", help="an encoder spec, for --to")
     export.add_argument("--to", choices=["transformers"], default="transformers", help="a CLIPModel folder")
     export.add_argument("--out", type=Path, required=True)
-    score = commands.add_parser("evaluate", help="score an encoder on the demo data set's vendors")
+    score = added.add_parser("evaluate", help="score an encoder on the demo data set's vendors")
     score.add_argument("--encoder", required=True, help="an encoder spec: demo, a folder, ...")
     score.add_argument("--data", type=Path, default=Path("data/demo"))
     score.add_argument("--vendors", nargs="*", default=[], help="default: the test vendors")
@@ -69,14 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--suite", default="", help="the papers' sets instead: a name in training/configs/suites")
     score.add_argument("--root", type=Path, default=Path("data"), help="folder of the suite's sets")
     score.add_argument("--results", type=Path, default=Path("runs/robustness"), help="folder of the attacks' results")
-    crossed = commands.add_parser("transfer", help="examples made on each encoder, answered by each")
+    crossed = added.add_parser("transfer", help="examples made on each encoder, answered by each")
     crossed.add_argument("--encoders", nargs="+", required=True, help="encoder specs")
     _attacked(crossed)
-    levels = commands.add_parser("levels", help="each level of the tree attacked, each scored")
+    levels = added.add_parser("levels", help="each level of the tree attacked, each scored")
     levels.add_argument("--encoder", required=True)
     levels.add_argument("--mode", choices=["rollup", "prompts"], default="prompts", help="how upper levels are scored")
     _attacked(levels)
-    finding = commands.add_parser("retrieval", help="image-text recall under attacks on the embedding")
+    finding = added.add_parser("retrieval", help="image-text recall under attacks on the embedding")
     finding.add_argument("--encoder", required=True)
     finding.add_argument(
         "--goal", choices=["away", "caption", "towards"], default="away", help="see training.retrieval"
@@ -84,26 +80,30 @@ def _parser() -> argparse.ArgumentParser:
     finding.add_argument("--pairs", type=Path, help="a folder of pictures with captions.json, in place of --vendor")
     _attacked(finding)
     finding.set_defaults(attack="apgd")
-    whole = commands.add_parser("study", help="tune, train and measure all methods alike, in resumable parts")
+    whole = added.add_parser("study", help="tune, train and measure all methods alike, in resumable parts")
     whole.add_argument("--config", required=True, help="a name in training/configs/study, or a .toml file")
     whole.add_argument(
-        "--part", nargs="*", choices=["tune", "train", "evaluate", "report"], default=[], help="default: all in this order"
+        "--part",
+        nargs="*",
+        choices=["tune", "train", "evaluate", "report"],
+        default=[],
+        help="default: all in this order",
     )
     whole.add_argument("--only", nargs="*", default=[], metavar="METHOD", help="these methods (default: the study's)")
     whole.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the trainings")
     whole.add_argument("--results", type=Path, default=Path("docs/robustness"), help="folder of what was found")
-    domain = commands.add_parser("domain", help="measure and store the domain threshold of an artifact")
+    domain = added.add_parser("domain", help="measure and store the domain threshold of an artifact")
     domain.add_argument("--artifact", type=Path, required=True)
     domain.add_argument("--data", type=Path, default=Path("data/demo"))
     domain.add_argument("--photos", type=Path, required=True, help="a folder of photographs, searched in depth")
-    demo = commands.add_parser("demo", help="write label sets, tree and sample pictures of the demo")
+    demo = added.add_parser("demo", help="write label sets, tree and sample pictures of the demo")
     demo.add_argument("--data", type=Path, default=Path("data/demo"))
     demo.add_argument("--out", type=Path, default=Path("ironclip/demo"))
-    trees = commands.add_parser("trees", help="write the demo's further label trees: WordNet's, and one by clustering")
+    trees = added.add_parser("trees", help="write the demo's further label trees: WordNet's, and one by clustering")
     trees.add_argument("--encoder", default="demo", help="whose text features are clustered")
     trees.add_argument("--data", type=Path, default=Path("data/demo"))
     trees.add_argument("--out", type=Path, default=Path("ironclip/demo/trees"))
-    figure = commands.add_parser("figure", help="draw the README's picture of test-vendor predictions")
+    figure = added.add_parser("figure", help="draw the README's picture of test-vendor predictions")
     figure.add_argument("--encoder", default="demo")
     figure.add_argument("--data", type=Path, default=Path("data/demo"))
     figure.add_argument("--out", type=Path, default=Path("docs/predictions.png"))
@@ -120,208 +120,20 @@ def _attacked(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=Path("runs/robustness"), help="folder of examples and results")
 
 
-def _cell(arguments: argparse.Namespace) -> Cell:
-    from ironclip.attacks import ThreatModel
-    from training.config import read_overrides
-    from training.robustness import Cell
-
-    return Cell(arguments.attack, ThreatModel("linf", arguments.eps / 255), read_overrides(arguments.set))
-
-
-def _transfer(arguments: argparse.Namespace) -> None:
-    from ironclip.loading import load_encoder
-    from training.evaluate import transfer_emoji
-    from training.examples import table
-
-    encoders = {spec: load_encoder(spec) for spec in arguments.encoders}
-    where = (arguments.data, arguments.results, arguments.vendor)
-    result = transfer_emoji(encoders, *where, _cell(arguments), arguments.count)
-    print(table(result["made_on"], "accuracy: made on, answered by", "robust"), "\n")
-    print(table(result["made_on"], "fooled, of those both had right", "fooled"))
-
-
-def _levels(arguments: argparse.Namespace) -> None:
-    from ironclip.loading import load_encoder
-    from training.evaluate import levels_emoji
-    from training.examples import table
-
-    where = (arguments.data, arguments.results, arguments.vendor)
-    result = levels_emoji(
-        load_encoder(arguments.encoder), *where, _cell(arguments), arguments.count, mode=arguments.mode
-    )
-    rows = {"(clean)": result["clean"], **result["attacked"], "(worst of all)": result["worst"]}
-    print(table(rows, "accuracy: attacked, scored"), "\n")
-    print(table(result["carried"], "wrong now, of those right before"), "\n")
-    print("severity of the leaf's mistakes:", {level or "clean": value for level, value in result["severity"].items()})
-
-
-def _retrieval(arguments: argparse.Namespace) -> None:
-    from ironclip.loading import load_encoder
-    from training.evaluate import emoji_pairs
-    from training.retrieval import caption_classifier, read_pairs, retrieval
-
-    encoder = load_encoder(arguments.encoder)
-    if arguments.pairs:
-        pairs = read_pairs(arguments.pairs, encoder.preprocessing, arguments.count)
-    else:
-        pairs = emoji_pairs(encoder, arguments.data, arguments.vendor, arguments.count)
-    classifier = caption_classifier(encoder, pairs.captions)
-    result = retrieval(classifier, pairs, arguments.goal, _cell(arguments), arguments.results)
-    print(f"{'':24} {'recall@1':>9} {'@5':>7} {'@10':>7}")
-    for state in ("clean", "attacked"):
-        for way, ranks in result[state].items():
-            print(f"{state + ' ' + way:24} " + " ".join(f"{ranks[rank]['percent']:8.1f}" for rank in ranks))
-    if "target" in result:
-        print(f"{'target among the first':24} " + " ".join(f"{s['percent']:8.1f}" for s in result["target"].values()))
-
-
-def _study(arguments: argparse.Namespace) -> None:
-    from training.study import load_study, study
-
-    study(load_study(arguments.config), arguments.part, arguments.only, arguments.runs, arguments.results)
-
-
-def _build(arguments: argparse.Namespace) -> None:
-    from training.emoji.build import build_data
-
-    build_data(arguments.out, arguments.size)
-
-
-def _pretrain(arguments: argparse.Namespace) -> None:
-    from training.config import load_config
-    from training.pretrain import PretrainConfig, pretrain
-
-    config = load_config(PretrainConfig, arguments.config, arguments.overrides)
-    print(pretrain(config, arguments.run or Path("runs") / config.name))
-
-
-def _robust(arguments: argparse.Namespace) -> None:
-    from training.recipe import load_recipe
-    from training.train import train
-
-    config = load_recipe(arguments.command, arguments.config, arguments.overrides)
-    print(train(config, arguments.run or Path("runs") / config.name))
-
-
-def _export(arguments: argparse.Namespace) -> None:
-    if arguments.encoder:
-        from ironclip.loading import load_encoder
-        from training.transformers_export import export_transformers
-
-        for note in export_transformers(load_encoder(arguments.encoder), arguments.out):
-            print(f"note: {note}")
-        print(arguments.out)
-        return
-    import json
-
-    from training.config import from_mapping
-    from training.pretrain import PretrainConfig, export_run, start
-
-    content = json.loads((arguments.run / "config.json").read_text(encoding="utf-8"))
-    print(export_run(start(from_mapping(PretrainConfig, content), arguments.run), arguments.out))
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    from ironclip.artifact import update_meta
-    from ironclip.loading import load_encoder
-    from training.config import read_overrides
-    from training.evaluate import attack_emoji, attack_summary, evaluate_emoji, summary, write_json
-
-    encoder = load_encoder(arguments.encoder)
-    if arguments.suite:
-        _suite(arguments, encoder)
-        return
-    if arguments.attack:
-        options = read_overrides(arguments.set)
-        found = attack_emoji(
-            encoder,
-            arguments.data,
-            arguments.results,
-            arguments.attack,
-            arguments.eps,
-            vendors=arguments.vendors,
-            count=arguments.count,
-            level=arguments.level,
-            options=options,
-        )
-        print(attack_summary(found))
-        return
-    results = evaluate_emoji(encoder, arguments.data, arguments.vendors)
-    print(summary(results))
-    if arguments.json:
-        pictures = encoder.provenance.get("data", {}).get("pictures", {})
-        made = {
-            "spec": arguments.encoder,
-            "digest": encoder.digest,
-            "config": encoder.provenance.get("config"),
-            "training_pictures": {key: entry["pictures"] for key, entry in pictures.items()},
-        }
-        write_json(arguments.json, {"encoder": made, "scores": results})
-    if arguments.into_artifact:
-        update_meta(arguments.encoder, scores=results)
-
-
-def _suite(arguments: argparse.Namespace, encoder: Encoder) -> None:
-    from training.config import read_overrides
-    from training.evaluate import attack_summary
-    from training.suites import averages, evaluate_suite, load_suite
-
-    found, missing = evaluate_suite(
-        encoder,
-        load_suite(arguments.suite),
-        arguments.root,
-        arguments.results,
-        arguments.attack or ["pgd"],
-        arguments.eps,
-        count=arguments.count,
-        options=read_overrides(arguments.set),
-    )
-    if found:
-        print("\n".join([attack_summary(found), *averages(found)]))
-    if missing:
-        print(f"not below {arguments.root}, left out: {', '.join(missing)}")
-
-
-def _domain(arguments: argparse.Namespace) -> None:
-    from training.domain import measure_domain
-
-    print(measure_domain(arguments.artifact, arguments.data, arguments.photos))
-
-
-def _demo(arguments: argparse.Namespace) -> None:
-    from training.demo_files import write_demo_files
-
-    write_demo_files(arguments.data, arguments.out)
-
-
-def _trees(arguments: argparse.Namespace) -> None:
-    from ironclip.loading import load_encoder
-    from training.emoji.trees import write_trees
-
-    write_trees(load_encoder(arguments.encoder), arguments.data, arguments.out)
-
-
-def _figure(arguments: argparse.Namespace) -> None:
-    from training.figure import draw_predictions
-
-    draw_predictions(arguments.encoder, arguments.data, arguments.out)
-
-
-# Each command imports its own parts, so that `--help` is quick and training needs no plotting library.
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "build-data": _build,
-    "pretrain": _pretrain,
-    **{name: _robust for name, (kind, _) in TRAINING.items() if kind == "robust"},
-    "export": _export,
-    "evaluate": _evaluate,
-    "transfer": _transfer,
-    "levels": _levels,
-    "retrieval": _retrieval,
-    "study": _study,
-    "domain": _domain,
-    "demo": _demo,
-    "trees": _trees,
-    "figure": _figure,
+    "build-data": commands.build,
+    "pretrain": commands.pretrain,
+    **{name: commands.robust for name, (kind, _) in TRAINING.items() if kind == "robust"},
+    "export": commands.export,
+    "evaluate": commands.evaluate,
+    "transfer": commands.transfer,
+    "levels": commands.levels,
+    "retrieval": commands.retrieval,
+    "study": commands.study,
+    "domain": commands.domain,
+    "demo": commands.demo,
+    "trees": commands.trees,
+    "figure": commands.figure,
 }
 
 

@@ -16,7 +16,7 @@ from training.emoji.pictures import manifest_names, read_manifest
 from training.emoji.render import render, svg_document
 from training.emoji.taxonomy import GROUP_NAMES, SUBGROUP_NAMES, Name
 from training.emoji.vendors import VENDORS
-from training.evaluate import write_json
+from training.jsonfile import write_json
 
 TEMPLATES = ["an emoji of {}"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -214,9 +213,3 @@ def summary(results: dict[str, Any]) -> str:
             title = vendor if part == "without_flags" else f"{vendor} (flags)"
             lines.append(" ".join([f"{title:22}", *(f"{scores[column]:>16}" for column in columns)]))
     return "\n".join(lines)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON for people: indented, UTF-8, a newline at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

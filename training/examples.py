@@ -23,6 +23,7 @@ from ironclip.classifier import Classifier
 from ironclip.errors import InputError
 from ironclip.hierarchy import BoundTree
 from ironclip.preprocessing import to_float
+from training.jsonfile import write_json
 from training.robustness import Cell, Sample, key_of, level_model, wilson
 
 Say = Callable[[str], None]
@@ -176,7 +177,7 @@ def transfer_matrix(
         "made_on": rows,
     }
     digest = hashlib.sha256(json.dumps([result["encoders"], sample.digest, cell.to_json()]).encode()).hexdigest()
-    write_result(folder / f"transfer-{sample.name}-{digest[:12]}.json", result)
+    write_json(folder / f"transfer-{sample.name}-{digest[:12]}.json", result)
     return result
 
 
@@ -239,7 +240,7 @@ def level_matrix(
         "worst": {name: share(held[name]) for name in names},
     }
     key = key_of(classifier, sample, cell)
-    write_result(folder / f"levels-{sample.name}-{key[:12]}.json", result)
+    write_json(folder / f"levels-{sample.name}-{key[:12]}.json", result)
     return result
 
 
@@ -251,8 +252,3 @@ def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str, part:
         cells = [(row[column][part] if part else row[column])["percent"] for column in columns]
         lines.append(f"| {name} | " + " | ".join(f"{cell:.1f} %" for cell in cells) + " |")
     return "\n".join(lines)
-
-
-def write_result(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -27,9 +27,8 @@ from ironclip.encoder import Encoder
 from training.augment import AugmentConfig, augment
 from training.captions import TEMPLATES, CaptionTable
 from training.checkpoint import NonFiniteLoss, load_checkpoint, save_checkpoint
-from training.emoji.pictures import load_vendor, manifest_names, read_manifest, training_vendors
 from training.export import export
-from training.sampling import Sampler
+from training.sampling import Sampler, emoji_sampler
 from training.schedule import warmup_cosine
 from training.towers import (
     ImageTower,
@@ -210,13 +209,7 @@ def train_step(run: Run) -> dict[str, float]:
 
 def start(config: PretrainConfig, folder: Path) -> Run:
     """Set everything up, from the folder's checkpoint if it has one."""
-    data = Path(config.data)
-    manifest = read_manifest(data)
-    names = manifest_names(manifest)
-    vendors = training_vendors(manifest, config.left_out)
-    icon_sets = {key for key in vendors if manifest["vendors"][key].get("exact")}
-    sources = [source for key in vendors for source in load_vendor(data, manifest, key)]
-    flags = torch.tensor([name.group == "flags" for name in names])
+    sampler, names = emoji_sampler(Path(config.data), config.left_out, config.style_weights, config.flag_weight)
     encoder = build_encoder(config.model, config.preprocess, config.seed)
     average = build_encoder(config.model, config.preprocess, config.seed)
     encoder.model.to(memory_format=torch.channels_last)
@@ -235,7 +228,7 @@ def start(config: PretrainConfig, folder: Path) -> Run:
         optimisers=optimisers,
         tower=ImageTower(encoder, chosen),
         texts=TextTower(encoder),
-        sampler=Sampler(sources, flags, config.style_weights, config.flag_weight, icon_sets),
+        sampler=sampler,
         captions=CaptionTable(names),
     )
     if checkpoint:

@@ -25,7 +25,8 @@ from ironclip.encoder import Encoder
 from ironclip.errors import InputError, OptionError
 from ironclip.labels import LabelSet
 from ironclip.preprocessing import Preprocessing, to_float
-from training.examples import Say, kept_examples, share, write_result
+from training.examples import Say, kept_examples, share
+from training.jsonfile import write_json
 from training.robustness import Cell, Sample, key_of
 
 Goal = Literal["away", "caption", "towards"]
@@ -190,7 +191,7 @@ def retrieval(
         order = attacked.topk(min(max(RANKS), attacked.shape[1]), dim=1).indices
         hits = order == targets.cpu()[:, None]
         result["target"] = {str(rank): share(hits[:, :rank].any(1)) for rank in RANKS}
-    write_result(folder / f"retrieval-{pairs.name}-{key[:12]}.json", result)
+    write_json(folder / f"retrieval-{pairs.name}-{key[:12]}.json", result)
     return result
 
 

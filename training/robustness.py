@@ -25,6 +25,7 @@ from ironclip.errors import OptionError
 from ironclip.preprocessing import to_float
 from training.checkpoint import CheckpointError
 from training.data import LabelledImages
+from training.jsonfile import read_json, write_json
 
 SCHEMA = 1
 # What a picture came to: wrong as it is, fooled, or held against the attack.
@@ -199,7 +200,7 @@ def measure(
         OptionError: no such attack, option or level.
     """
     key = key_of(classifier, sample, cell)
-    if (found := _read(path)) is not None:
+    if (found := read_json(path)) is not None:
         if found.get("key") != key:
             raise CheckpointError(f"{path} is the result of another encoder, sample or attack; use another file")
         return found
@@ -207,7 +208,7 @@ def measure(
     model = level_model(classifier, cell.level)
     labels = classifier.levels[cell.level].index[sample.labels] if cell.level else sample.labels
     partial_path = path.with_suffix(".partial.json")
-    state = _read(partial_path)
+    state = read_json(partial_path)
     if state is None or state["key"] != key:
         state = {"key": key, "outcomes": "", "forwards": 0, "backwards": 0, "zero_gradients": 0, "unseen": 0}
         state["seconds"] = 0.0
@@ -226,7 +227,7 @@ def measure(
         # Zero all along: a single zero may be chance, none but zeros hides the model from the attack.
         state["zero_gradients"] += int(((result.zero_gradients == result.backwards) & (result.backwards > 0)).sum())
         state["seconds"] += time.perf_counter() - began
-        _write(partial_path, state)
+        write_json(partial_path, state)
         done = state["outcomes"]
         rate = state["seconds"] / len(done)
         progress(
@@ -234,7 +235,7 @@ def measure(
             f"{rate * (len(labels) - len(done)) / 60:.1f} min left"
         )
     outcome = _result(classifier, sample, cell, state)
-    _write(path, outcome)
+    write_json(path, outcome)
     partial_path.unlink(missing_ok=True)
     return outcome
 
@@ -308,21 +309,3 @@ def check(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _title(result: Mapping[str, Any]) -> str:
     return f"{result['attack']} at {result['threat']['label']}{' on ' * bool(result['level'])}{result['level']}"
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not readable: {error}; remove it to compute it again") from error
-    return content
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".writing")
-    staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    staged.replace(path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from training.emoji.pictures import Source
+from training.emoji.pictures import Source, load_vendor, manifest_names, read_manifest, training_vendors
+from training.emoji.taxonomy import Name
 
 
 class Sampler:
@@ -61,3 +63,16 @@ class Sampler:
             where = source == index
             images[where] = self._sources[index].images[row[where]]
         return images
+
+
+def emoji_sampler(
+    folder: Path, left_out: Sequence[str], style_weights: Mapping[str, float], flag_weight: float
+) -> tuple[Sampler, list[Name]]:
+    """The training vendors' pictures of a built data set without those left out, and all its names."""
+    manifest = read_manifest(folder)
+    names = manifest_names(manifest)
+    vendors = training_vendors(manifest, left_out)
+    icon_sets = {key for key in vendors if manifest["vendors"][key].get("exact")}
+    sources = [source for key in vendors for source in load_vendor(folder, manifest, key)]
+    flags = torch.tensor([name.group == "flags" for name in names])
+    return Sampler(sources, flags, style_weights, flag_weight, icon_sets), names

@@ -22,8 +22,8 @@ from ironclip.hierarchy import LabelTree
 from ironclip.preprocessing import Preprocessing
 from training.augment import AugmentConfig, augment
 from training.data import FolderImages, LabelledImages, TorchvisionImages
-from training.emoji.pictures import load_vendor, manifest_names, read_manifest, training_vendors
-from training.sampling import Sampler
+from training.emoji.pictures import load_vendor, read_manifest
+from training.sampling import Sampler, emoji_sampler
 from training.shards import ShardImages
 
 
@@ -125,15 +125,11 @@ class EmojiSource:
 
     def __init__(self, config: DataConfig, preprocessing: Preprocessing) -> None:
         folder = Path(config.path)
+        self._sampler, names = emoji_sampler(folder, config.left_out, config.style_weights, config.flag_weight)
         manifest = read_manifest(folder)
-        names = manifest_names(manifest)
-        vendors = training_vendors(manifest, config.left_out)
-        icon_sets = {key for key in vendors if manifest["vendors"][key].get("exact")}
-        pictures = [source for key in vendors for source in load_vendor(folder, manifest, key)]
-        flags = torch.tensor([name.group == "flags" for name in names])
         held = [load_vendor(folder, manifest, key)[0] for key in config.left_out]
-        self._held = Sampler(held, flags, {"plain": 1.0, "line": 1.0}, config.flag_weight) if held else None
-        self._sampler = Sampler(pictures, flags, config.style_weights, config.flag_weight, icon_sets)
+        no_flags = torch.zeros(len(names), dtype=torch.bool)
+        self._held = Sampler(held, no_flags, {"plain": 1.0, "line": 1.0}, 1.0) if held else None
         self._size = preprocessing.resolution
         # Without an augmentation the art is only resized, onto white as the demo's preprocessing has it.
         self._augment = config.augment or AS_IT_IS

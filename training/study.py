@@ -8,7 +8,6 @@ nothing is computed twice, and `report` draws table and plots from the files alo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from ironclip.loading import load_encoder
 from training.config import from_mapping, read_config
 from training.emoji.pictures import manifest_names, read_manifest
 from training.evaluate import attack_emoji, emoji_classifier, emoji_sample
+from training.jsonfile import read_json, write_json
 from training.methods import METHODS
 from training.recipe import load_recipe
 from training.robustness import Cell, key_of, measure
@@ -97,18 +97,6 @@ def load_study(name: str) -> StudyConfig:
     return StudyConfig(**{**config.__dict__, "cells": cells})
 
 
-def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".writing")
-    staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    staged.replace(path)
-
-
 def best(trials: Sequence[Mapping[str, Any]], base_clean: float, clean_loss: float) -> Mapping[str, Any]:
     """The most robust trial of those that keep clean accuracy; where none does, the one that keeps most of it."""
     kept = [trial for trial in trials if trial["clean"] >= base_clean - clean_loss]
@@ -131,7 +119,7 @@ def tune(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path)
 
     for method in methods:
         path = results / f"tuning-{method}.json"
-        found = _read(path) or {"method": method, "trials": []}
+        found = read_json(path) or {"method": method, "trials": []}
         found["tuning"] = {**tuning.__dict__, "settings": [list(setting) for setting in tuning.settings]}
         for number, setting in enumerate(tuning.settings):
             if any(trial["setting"] == list(setting) for trial in found["trials"]):
@@ -146,9 +134,9 @@ def tune(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path)
                 raise KeyboardInterrupt  # asked to stop
             found["base"] = score(recipe.base)
             found["trials"].append({"setting": list(setting), **score(str(artifact))})
-            _write(path, found)
+            write_json(path, found)
         found["chosen"] = best(found["trials"], found["base"]["clean"], tuning.clean_loss)["setting"]
-        _write(path, found)
+        write_json(path, found)
         print(f"{method}: {found['chosen']} of {len(found['trials'])} settings", flush=True)
 
 
@@ -161,7 +149,7 @@ def train_methods(config: StudyConfig, methods: Sequence[str], runs: Path, resul
     for method in methods:
         if (runs / method / "artifact" / "ironclip.json").is_file():
             continue
-        chosen = _read(results / f"tuning-{method}.json").get("chosen")
+        chosen = (read_json(results / f"tuning-{method}.json") or {}).get("chosen")
         if chosen is None:
             raise OptionError(f"{method} has no chosen setting: run `study --part tune --only {method}` first")
         recipe = load_recipe(method, config.recipe, [*chosen, f"data.path={config.data}"])

@@ -23,9 +23,10 @@ from training.checkpoint import CheckpointError, NonFiniteLoss
 from training.methods import METHODS
 from training.methods.hpt_gpd import HPTGPD
 from training.recipe import RobustConfig, load_recipe, make_method, picture_units
+from training.robust_run import make_fabric, start, stretches
 from training.runlog import read_log
 from training.sources import step_batches
-from training.train import adversarial_pixels, make_fabric, start, stretches, train, train_step
+from training.train import adversarial_pixels, train, train_step
 
 ROOT = Path(__file__).parents[2]
 

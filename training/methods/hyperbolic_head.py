@@ -59,9 +59,9 @@ class HierarchicalHead(nn.Module):
         self.pool: Callable[..., Tensor] = encoder.pool_tokens
         table: Any = encoder.model.token_embedding
         self.embedding_width = int(table.weight.shape[1])
-        self.relative = float(pooled.square().mean().sqrt() / table.weight.square().mean().sqrt())
         self.projection = nn.Parameter(_projection(encoder).clone())
         with torch.no_grad():
+            self.relative = float(pooled.square().mean().sqrt() / table.weight.square().mean().sqrt())
             texts = pooled @ self.projection
             text_scale = 1.0 / texts[: len(nodes.rows_of)].norm(dim=-1).median()
             image_scale = 1.1 / features.norm(dim=-1).mean()
