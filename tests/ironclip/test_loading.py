@@ -148,7 +148,6 @@ def test_hub_names_wrong_config_is_not_called_a_network_fault(hub: Path, content
         ("random:ViT-B-32:x", UnknownEncoder, "SEED"),
         ("random:ViT-B-32:²", UnknownEncoder, "SEED"),
         ("random:ViT-B-32:99999999999999999999", UnknownEncoder, "SEED"),
-        ("random:roberta-ViT-B-32", EncoderLoadError, "not installed"),
         ("hf-hub:a/b@main", UnknownEncoder, "hf-hub:ORGANISATION/REPOSITORY"),
         ("local-dir:", UnknownEncoder, "no folder"),
         ("local-dir:~nosuchuser/x", UnknownEncoder, "no folder"),
@@ -159,6 +158,12 @@ def test_hub_names_wrong_config_is_not_called_a_network_fault(hub: Path, content
 def test_wrong_names_list_what_exists(spec: str, error: type[EncoderLoadError], says: str) -> None:
     with pytest.raises(error, match=says):
         load_encoder(spec)
+
+
+def test_a_text_tower_that_needs_transformers_says_so_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("open_clip.hf_model.transformers", None)  # as open_clip leaves it where it is not installed
+    with pytest.raises(EncoderLoadError, match="not installed"):
+        load_encoder("random:roberta-ViT-B-32")
 
 
 @pytest.mark.parametrize("spec", ["ViT-B-32/openai", "ViT-B/32/laion2b_s34b_b79k", "hf-hub:someone/robust-clip"])
