@@ -90,7 +90,7 @@ def test_small_requests_pass_by_a_large_label_set(tiny_encoder: Encoder) -> None
         assert time.perf_counter() - start < 4  # a few parts of 16 ms, on a machine that may be busy
         assert not large.done()
         waiting = next(iter(telemetry.QUEUE_ITEMS.labels("tiny", "bank").collect())).samples[0].value
-        assert 100 < waiting < 20_000
+        assert 100 < waiting <= 20_000
         large.cancel()
 
     serve(tiny_encoder, scenario)
@@ -172,7 +172,7 @@ def test_a_stop_does_not_wait_for_banks(tiny_encoder: Encoder) -> None:
         start = time.perf_counter()
         await served.stop()
         outcomes.extend(await asyncio.gather(bank, return_exceptions=True))
-        assert time.perf_counter() - start < 1
+        assert time.perf_counter() - start < 5  # of 10 s at least
 
     serve(tiny_encoder, scenario)
     assert isinstance(outcomes[0], NotReady)
@@ -198,7 +198,7 @@ def test_tokenizing_takes_turns_ends_with_its_caller_and_is_bounded(
         start = time.perf_counter()
         await asyncio.to_thread(int)
         await served.encode_texts(["a dog"])
-        assert time.perf_counter() - start < 0.5  # of 2 s
+        assert time.perf_counter() - start < 1.5  # of 2 s
         with pytest.raises(Overloaded) as caught:
             await served.encode_texts(["word"] * 500)
         assert caught.value.retry_after

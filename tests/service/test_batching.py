@@ -330,7 +330,7 @@ def test_idle_wait_gathers_company_only_where_some_is_expected() -> None:
             await asyncio.sleep(0.02)
             began = time.monotonic()
             await asyncio.gather(first, batcher.submit(1), batcher.submit(2))
-            assert time.monotonic() - began < 0.5  # a full batch does not wait on
+            assert time.monotonic() - began < 0.9  # a full batch does not wait on
         return model.batches
 
     assert asyncio.run(scenario(True)) == [[0, 1, 2]]
@@ -340,10 +340,10 @@ def test_idle_wait_gathers_company_only_where_some_is_expected() -> None:
 def test_on_shared_cores_a_batch_waits_for_what_is_being_prepared() -> None:
     async def scenario() -> None:
         model, preparing = Model(), True
-        options: dict[str, Any] = {"max_batch": 8, "idle_wait_ms": 60, "more_expected": lambda: preparing}
+        options: dict[str, Any] = {"max_batch": 8, "idle_wait_ms": 200, "more_expected": lambda: preparing}
         with running(model, shares_cores=True, **options) as batcher:
             first = asyncio.create_task(batcher.submit(0))
-            await asyncio.sleep(0.2)  # longer than an idle worker waits for the next item
+            await asyncio.sleep(0.6)  # longer than an idle worker waits for the next item
             assert model.batches == []
             second = asyncio.create_task(batcher.submit(1))
             await asyncio.sleep(0.02)
@@ -353,15 +353,15 @@ def test_on_shared_cores_a_batch_waits_for_what_is_being_prepared() -> None:
             # Two callers were answered; when one is back, the other is given a moment.
             began = time.monotonic()
             await batcher.submit(2)
-            assert time.monotonic() - began > 0.05
+            assert time.monotonic() - began > 0.18
             # Only one came, so one is what is expected from now on.
             began = time.monotonic()
             await batcher.submit(3)
-            assert time.monotonic() - began < 0.05
+            assert time.monotonic() - began < 0.18
             preparing = True
             began = time.monotonic()
             await batcher.submit(4)
-            assert 0.4 < time.monotonic() - began < 2  # something that never comes is not waited for long
+            assert 1.2 < time.monotonic() - began < 6  # something that never comes is not waited for long
 
     asyncio.run(scenario())
 

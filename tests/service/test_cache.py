@@ -154,7 +154,7 @@ async def test_redis_down_at_the_start_and_up_later() -> None:
         start = time.perf_counter()
         for i in range(50):
             assert await cache.get(bytes([i]) * 32, SCHEMA) is None
-        assert time.perf_counter() - start < 0.5
+        assert time.perf_counter() - start < 1.5  # of 2.5 s, were each to wait
         assert telemetry.REDIS_UP._value.get() == 0
         server.start()
         deadline = time.monotonic() + 10
@@ -184,7 +184,7 @@ async def test_redis_lost_on_the_way_costs_a_few_short_waits_and_then_nothing(
     start = time.perf_counter()
     for i in range(100):
         assert await cache.get(b"%032d" % i, SCHEMA) is None
-    assert time.perf_counter() - start < 1.0  # at most three waits of 50 ms, then none
+    assert time.perf_counter() - start < 3  # at most three waits of 50 ms, then none; each would be 5 s
     assert counted("unavailable") == before + 100
     assert (await cache.get(b"k" * 32, SCHEMA)) is not None  # what this process has, it still serves
     if trouble == "paused":

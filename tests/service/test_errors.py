@@ -314,7 +314,7 @@ def test_a_deadline_is_kept(small: TestClient) -> None:
     start = time.perf_counter()
     response = small.post("/classify", json=asked, headers={"x-request-timeout-ms": "5"})
     assert check(response, 504, "deadline-exceeded")["limit"] == 5
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 5
     for wrong in ("0", "-1", "soon", "1.5", "9" * 30, "١"):
         headers = [(b"x-request-timeout-ms", wrong.encode())]
         check(small.post("/classify", json=asked, headers=headers), 422, "request-invalid")
