@@ -34,12 +34,15 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-# What a resumed run may change: how long it is, and how it reports.
-MAY_CHANGE = frozenset({"steps", "threads", "log_every", "checkpoint_every"})
+# What a resumed run may change: how it reports. Where a change of length is noted, its length too.
+REPORTING = frozenset({"threads", "log_every", "checkpoint_every"})
+MAY_CHANGE = REPORTING | {"steps"}
 
 
-def load_checkpoint(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Read a checkpoint that was written for ``config``, MAY_CHANGE apart; None when there is none.
+def load_checkpoint(
+    path: Path, config: dict[str, Any], may_change: frozenset[str] = MAY_CHANGE
+) -> dict[str, Any] | None:
+    """Read a checkpoint that was written for ``config``, ``may_change`` apart; None when there is none.
 
     Raises:
         CheckpointError: the file is no checkpoint, or its config differs (the differing keys are named).
@@ -51,7 +54,7 @@ def load_checkpoint(path: Path, config: dict[str, Any]) -> dict[str, Any] | None
     except Exception as error:
         raise CheckpointError(f"{path} is not a readable checkpoint: {error}") from error
     saved = state.get("config", {})
-    differing = sorted({key for key in {*saved, *config} if saved.get(key) != config.get(key)} - MAY_CHANGE)
+    differing = sorted({key for key in {*saved, *config} if saved.get(key) != config.get(key)} - may_change)
     if differing:
         raise CheckpointError(f"{path} was made with another {', '.join(differing)}; use another run folder")
     return state

@@ -19,7 +19,7 @@ from ironclip.errors import OptionError
 from ironclip.labels import LabelSet
 from ironclip.loading import load_encoder
 from training.anchors import AnchorCache
-from training.checkpoint import load_checkpoint
+from training.checkpoint import REPORTING, load_checkpoint
 from training.methods.base import Batch, Method, Networks, Phase, Texts, Weights
 from training.recipe import RobustConfig, make_method, picture_units
 from training.sources import Source, make_source
@@ -27,6 +27,17 @@ from training.throughput import multiply_adds
 from training.towers import ImageTower, build_optimisers, fastest_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+# A resumed run may report otherwise; another length would be another schedule.
+MAY_CHANGE = REPORTING | {"evaluate_every", "evaluate_count", "evaluate_iterations", "keep_anchors"}
+
+
+def comparable(config: RobustConfig) -> dict[str, Any]:
+    """What two parts of one run must agree on (MAY_CHANGE apart): not how many processes prepare the batches."""
+    values = asdict(config)
+    del values["data"]["workers"]
+    return values
 
 
 class LossModule(nn.Module):
@@ -95,7 +106,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs; draws depend on (seed, step), so there is no other random state."""
         return {
-            "config": asdict(self.config),
+            "config": comparable(self.config),
             "step": self.step,
             "visual": self.tower.visual.state_dict(),
             "extra": self.networks.extra.state_dict() if self.networks.extra is not None else {},
@@ -127,7 +138,7 @@ def start(config: RobustConfig, folder: Path, fabric: Fabric) -> Run:
             f"batch_size {config.batch_size} cannot be split among {fabric.world_size} processes "
             f"in {config.accumulate} parts each"
         )
-    checkpoint = load_checkpoint(folder / "checkpoint.pt", asdict(config))
+    checkpoint = load_checkpoint(folder / "checkpoint.pt", comparable(config), MAY_CHANGE)
     encoder, original = (load_encoder(config.base).to(fabric.device) for _ in range(2))
     encoder.provenance = {}
     encoder.requires_grad_(False)

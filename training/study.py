@@ -34,7 +34,8 @@ class TuningConfig:
 
     Attributes:
         share: of the recipe's budget (or steps) that one trial gets.
-        vendor: training vendor that is left out of the trials and measured on.
+        vendor: training vendor that is left out of the trials and measured on. The base has seen it in pre-training, so
+            its clean accuracy there is that of seen art; the trials are compared with each other.
         count: its pictures.
         attack, eps: what a trial is measured under (L-inf, 1/255).
         clean_loss: points of clean accuracy that a setting may cost against the base.

@@ -202,7 +202,7 @@ def test_kept_anchors_change_nothing_and_survive_a_torn_row(config_file: Path, t
     ).parent
     for ours, theirs in zip(read_log(kept), read_log(fresh), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-    run = start(load_recipe("fare", str(config_file), ["steps=9", "log_every=1"]), tmp_path / "kept", make_fabric())
+    run = start(load_recipe("fare", str(config_file)), tmp_path / "kept", make_fabric())
     assert run.anchors is not None
     rows = run.anchors._rows
     assert (rows[:, -1] == 1).any()
@@ -240,6 +240,9 @@ def test_a_loss_that_is_not_finite_stops_with_a_report(config_file: Path, tmp_pa
 
 def test_a_checkpoint_of_another_config_is_refused(config_file: Path, tmp_path: Path) -> None:
     train(load_recipe("tecoa", str(config_file), ["steps=2"]), tmp_path / "run")
+    train(load_recipe("tecoa", str(config_file), ["steps=2", "data.workers=1", "log_every=1"]), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="another steps"):
+        train(load_recipe("tecoa", str(config_file), ["steps=3"]), tmp_path / "run")
     with pytest.raises(CheckpointError, match="another attack"):
         train(load_recipe("tecoa", str(config_file), ["steps=2", "attack.eps=1"]), tmp_path / "run")
 
