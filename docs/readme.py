@@ -72,6 +72,8 @@ def demo_limits() -> str:
     return (
         f"The aims for `demo`, in percent: {'; '.join(verdicts)}. On art that it was trained on "
         f"({', '.join(trained)}), top-1 is {min(shares):.0f} to {max(shares):.0f} %; its run saw {seen:,} pictures. "
+        "So it has learnt its own art, and what is missing is variety of art; what was tried stands under `tried` in "
+        "`ironclip/demo/convnet/ironclip.json`. "
         f"Its `domain` warning catches {outside:.0f} % of the photographs (random crops of them) that it was measured "
         "on.\n"
     )
