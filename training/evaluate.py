@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ironclip.attacks import ThreatModel
 from ironclip.classifier import Classifier, LevelMode, predict
 from ironclip.encoder import Encoder
 from ironclip.hierarchy import LabelTree
@@ -19,7 +18,7 @@ from training.emoji.pictures import VendorImages, load_vendor, manifest_names, r
 from training.emoji.taxonomy import Name
 from training.examples import level_matrix, transfer_matrix
 from training.retrieval import Pairs
-from training.robustness import Cell, Sample, check, fixed_sample, key_of, measure
+from training.robustness import Cell, Sample, check, fixed_sample, measure_all
 
 TEMPLATES = ("an emoji of {}",)
 FLAGS = "flags"
@@ -137,11 +136,7 @@ def attack_emoji(
     results = []
     for vendor in _vendors(manifest, vendors):
         sample = emoji_sample(encoder, data, vendor, count)
-        for attack in attacks:
-            for radius in radii:
-                cell = Cell(attack, ThreatModel("linf", radius / 255), dict(options or {}), level)
-                key = key_of(classifier, sample, cell)
-                results.append(measure(classifier, sample, cell, folder / f"{vendor}-{attack}-{key[:16]}.json"))
+        results += measure_all(classifier, sample, folder, attacks, radii, level=level, options=options)
     return results
 
 

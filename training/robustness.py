@@ -240,6 +240,26 @@ def measure(
     return outcome
 
 
+def measure_all(
+    classifier: Classifier,
+    sample: Sample,
+    folder: Path,
+    attacks: Sequence[str],
+    radii: Sequence[float],
+    *,
+    level: str = "",
+    options: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """`measure` each attack at each L-inf radius (in 1/255), a file in ``folder`` each, named by what it depends on."""
+    results = []
+    for attack in attacks:
+        for radius in radii:
+            cell = Cell(attack, ThreatModel("linf", radius / 255), dict(options or {}), level)
+            path = folder / f"{sample.name}-{attack}-{key_of(classifier, sample, cell)[:16]}.json"
+            results.append(measure(classifier, sample, cell, path))
+    return results
+
+
 def _result(classifier: Classifier, sample: Sample, cell: Cell, state: Mapping[str, Any]) -> dict[str, Any]:
     outcomes: str = state["outcomes"]
     count, held = len(outcomes), outcomes.count(HELD)

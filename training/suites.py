@@ -15,7 +15,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ironclip.attacks import ThreatModel
 from ironclip.classifier import Classifier
 from ironclip.encoder import Encoder
 from ironclip.errors import InputError, OptionError
@@ -23,7 +22,7 @@ from ironclip.labels import LabelSet
 from ironclip.preprocessing import Preprocessing
 from training.config import from_mapping, read_config
 from training.data import FolderImages, LabelledImages, TorchvisionImages
-from training.robustness import Cell, fixed_sample, key_of, measure
+from training.robustness import fixed_sample, measure_all
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,6 @@ class SetConfig:
 
 class NativeClassifier(Classifier):
     """A Classifier over pictures of another size, enlarged inside, so that a perturbation lives at their own size."""
-
-    native = 0
 
     def encode(self, pixels: Tensor) -> Tensor:
         """[N, 3, side, side] in [0,1] -> features, see `Classifier.encode`."""
@@ -182,14 +179,8 @@ def evaluate_suite(
             continue
         images, names = found
         classifier = NativeClassifier(encoder, _label_set(entry, names))
-        classifier.native = entry.native
         sample = fixed_sample(entry.name, images, count)
-        for attack in attacks:
-            for radius in radii:
-                cell = Cell(attack, ThreatModel("linf", radius / 255), dict(options or {}))
-                key = key_of(classifier, sample, cell)
-                path = folder / f"{entry.name}-{attack}-{key[:16]}.json"
-                results.append(measure(classifier, sample, cell, path))
+        results += measure_all(classifier, sample, folder, attacks, radii, options=options)
     return results, missing
 
 

@@ -30,13 +30,11 @@ class Floor:
     """Seconds of one rank's share of a batch, each measured alone.
 
     Attributes:
-        forward: the student without gradients.
         to_pixels, to_weights: forward and backward.
         original, proxy: forwards of the frozen towers that the method calls in each step.
         step: k * to_pixels + the method's forwards * to_weights + the frozen towers.
     """
 
-    forward: float
     to_pixels: float
     to_weights: float
     original: float
@@ -89,7 +87,6 @@ def measure_floor(
         return min(timed(work, fabric.device) for _ in range(repeats))  # type: ignore[arg-type]
 
     times = {
-        "forward": best(lambda: forward(frozen)),
         "to_pixels": best(to_pixels),
         "to_weights": best(to_weights),
         "original": best(lambda: forward(networks.original)) if method.frozen_forwards + anchor else 0.0,
