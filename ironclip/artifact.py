@@ -85,6 +85,8 @@ def save_artifact(
         raise ArtifactError(
             "open_clip cannot load a Hugging Face text tower from a folder; this encoder stays a hub name."
         )
+    if encoder.form != "trained":
+        raise ArtifactError("A served copy only answers; save the encoder that it was made from.")
     content = {"format": FORMAT, **_checked(meta), "head": encoder.head.to_json()}
     state = _state_on_disk(encoder, dtype)
     folder = Path(folder)

@@ -21,6 +21,7 @@ from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
 from ironclip.errors import ArtifactError, LabelError, OptionError
+from ironclip.folding import convolutional, folded
 from ironclip.preprocessing import Preprocessing
 from ironclip.tokenizing import CopyableLock, bound_tokenizer, check_words
 
@@ -93,6 +94,7 @@ class Encoder(nn.Module):
         resolution: side of the square input, in pixels.
         preprocessing: picture -> uint8 pixels at that resolution.
         dtype: what the towers compute in; features always come back as float32.
+        form: `trained`, or `served` for a copy that `served` made, which only answers.
     """
 
     mean: Tensor
@@ -127,6 +129,8 @@ class Encoder(nn.Module):
         self.default_templates: tuple[str, ...] = tuple(self.provenance.get("default_templates") or DEFAULT_TEMPLATES)
         self.register_buffer("mean", _channels(self.preprocess_cfg, "mean"), persistent=False)
         self.register_buffer("std", _channels(self.preprocess_cfg, "std"), persistent=False)
+        self.form = "trained"
+        self._memory_format = torch.contiguous_format
         self._digest: tuple[object, str] | None = None
         # Hugging Face's fast tokenizers hold their padding as state: two threads at once would mix it up.
         self._tokenizing = CopyableLock()
@@ -163,7 +167,8 @@ class Encoder(nn.Module):
         if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side) or not pixels.is_floating_point():
             raise ValueError(f"pixels must be float [N, 3, {side}, {side}], got {pixels.dtype} {list(pixels.shape)}")
         normalised = (pixels.float() - self.mean) / self.std
-        features: Tensor = self.model.encode_image(normalised.to(self.dtype), normalize=False)  # type: ignore[operator]
+        images = normalised.to(self.dtype).contiguous(memory_format=self._memory_format)
+        features: Tensor = self.model.encode_image(images, normalize=False)  # type: ignore[operator]
         return features.float()
 
     def tokenize(self, texts: Sequence[str], *, truncate: bool = False) -> Tensor:
@@ -268,6 +273,25 @@ class Encoder(nn.Module):
             if parameter is not None:
                 getattr(other.model, name).data = parameter.data.clone().float()
         # The same encoder: the dtype is named beside the digest wherever it matters.
+        other._digest = (other._versions(), self.digest)
+        return other
+
+    def served(self, dtype: torch.dtype = torch.float32) -> Encoder:
+        """A frozen copy that answers fastest, and the same up to rounding: what the service runs, and what is attacked.
+
+        Towers hold and compute in `dtype`; a convolutional image tower has its batch norms folded (`ironclip.folding`)
+        and its channels last. It has this encoder's digest and cannot be saved.
+
+        Raises:
+            ValueError: as `astype`.
+        """
+        other = self.astype(dtype)
+        if convolutional(self.model.visual):  # type: ignore[arg-type]
+            visual = folded(self.model.visual)  # type: ignore[arg-type]
+            other._memory_format = torch.channels_last
+            other.model.visual = visual.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        other.requires_grad_(False)
+        other.form = "served"
         other._digest = (other._versions(), self.digest)
         return other
 

@@ -9,14 +9,21 @@ Everything is computed in float32 at least: a low-precision sum of squares is no
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Points stay inside this share of the ball's radius, as the common implementations clamp them.
 RIM = 1 - 1e-3
 # Least excess over 1 of an arcosh argument, whose derivative is infinite at 1: what float32 leaves of t t' - <s, s'>,
 # and what it leaves of a difference of points.
 _LEAST, _LEAST_PAIRED = 1e-7, 1e-12
+# exp of it is nothing beside 1, and still no denormal number.
+_UNDERFLOW = -80.0
+# Rows of distances that are worked on at once on a CPU, so that they stay in its cache.
+_ROWS = 32
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -90,6 +97,82 @@ def distances(first: Tensor, second: Tensor, r: float | Tensor) -> Tensor:
     first, second = _wide(first), _wide(second)
     inner = time_part(first, r)[..., :, None] * time_part(second, r)[..., None, :] - first @ second.mT
     return _arcosh(r * inner - 1, _LEAST) / torch.as_tensor(r, dtype=inner.dtype, device=inner.device).sqrt()
+
+
+def distance_cross_entropy(
+    first: Tensor, second: Tensor, temperature: Tensor, targets: Tensor, r: float, mask: Tensor | None = None
+) -> Tensor:
+    """CE(-temperature * distances(first, second), targets), row by row: [n].
+
+    The forward pass leaves the gradient of each distance behind, so that a backward pass is two matrix products: built
+    from `distances` and a softmax it would read and write the [n, m] matrix some forty times.
+
+    Args:
+        first, second: points s [n, d] and s' [m, d].
+        temperature: positive, [].
+        targets: int64 [n].
+        r: curvature is -r.
+        mask: float [n, m], added to the logits: a large negative number where a point does not compete. Finite, since
+            CPUs take exp(-inf) slowly.
+    """
+    first, second = _wide(first), _wide(second)
+    left = torch.cat([first, time_part(first, r)[:, None]], 1)
+    right = torch.cat([-second, time_part(second, r)[:, None]], 1)
+    losses: Tensor = _DistanceCrossEntropy.apply(left, right, temperature, targets, r, mask)
+    return losses
+
+
+class _DistanceCrossEntropy(torch.autograd.Function):
+    """On (s, t) [n, d+1] and (-s', t') [m, d+1], whose products are t t' - <s, s'>."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        left: Tensor,
+        right: Tensor,
+        temperature: Tensor,
+        targets: Tensor,
+        r: float,
+        mask: Tensor | None,
+    ) -> Tensor:
+        slopes = left @ right.T  # becomes dCE / d(t t' - <s, s'>)
+        losses, by_temperature = left.new_empty(len(left)), left.new_empty(len(left))
+        scale, root = temperature.to(left), r**0.5
+        together = _ROWS if left.device.type == "cpu" else max(1, len(left))
+        for start in range(0, len(left), together):
+            part = slice(start, start + together)
+            excess = slopes[part].mul_(r).sub_(1)
+            flat = excess < _LEAST if bool(excess.amin() < _LEAST) else None
+            excess.clamp_min_(_LEAST)
+            root_term = (excess + 2).mul_(excess).sqrt_()
+            distance = excess.add_(root_term).log1p_().div_(root)
+            logits = distance * -scale
+            if mask is not None:
+                logits.add_(mask[part])
+            target = targets[part, None]
+            logits.sub_(logits.amax(1, keepdim=True))
+            ours = logits.gather(1, target)
+            shares = logits.clamp_min_(_UNDERFLOW).exp_()
+            total = shares.sum(1, keepdim=True)
+            losses[part] = (total.log() - ours).squeeze(1)
+            shares.div_(total).scatter_add_(1, target, shares.new_full(target.shape, -1.0))
+            by_temperature[part] = -(shares * distance).sum(1)
+            torch.div(shares, root_term, out=slopes[part]).mul_(-scale * root)
+            if flat is not None:
+                slopes[part].masked_fill_(flat, 0.0)
+        ctx.save_for_backward(left, right, slopes, by_temperature)
+        ctx.temperature_dtype = temperature.dtype
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, slopes, by_temperature = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        to_left = (slopes @ right).mul_(grad[:, None]) if wanted[0] else None
+        to_right = slopes.T @ (left * grad[:, None]) if wanted[1] else None
+        to_temperature = (grad * by_temperature).sum().to(ctx.temperature_dtype) if wanted[2] else None
+        return to_left, to_right, to_temperature, None, None, None
 
 
 def paired_distances(first: Tensor, second: Tensor, r: float | Tensor) -> Tensor:

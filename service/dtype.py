@@ -88,7 +88,7 @@ def choose_dtype(encoder: Encoder, requested: str = "auto", *, seconds: float = 
         names = ["float32", "bfloat16"] if encoder.device.type == "cpu" else list(DTYPES)
     else:
         names = list(dict.fromkeys(["float32", requested]))
-    candidates = {name: encoder if name == "float32" else encoder.astype(DTYPES[name]) for name in names}
+    candidates = {name: encoder.served(DTYPES[name]) for name in names}
     pictures = drift_pictures(encoder)
     cosines = {name: _least_cosine(encoder, candidate, pictures) for name, candidate in candidates.items()}
     timed = candidates if requested == "auto" else {requested: candidates[requested]}
@@ -126,8 +126,6 @@ def drift_pictures(encoder: Encoder) -> Tensor:
 
 @torch.inference_mode()
 def _least_cosine(reference: Encoder, candidate: Encoder, pictures: Tensor) -> float:
-    if candidate is reference:
-        return 1.0
     cosine = cosine_similarity(reference.encode_image(pictures), candidate.encode_image(pictures))
     return float(cosine.min()) if bool(cosine.isfinite().all()) else float("nan")
 

@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--attack", nargs="*", default=[], help="attack the encoder instead: names of ironclip.attacks")
     score.add_argument("--eps", nargs="*", type=float, default=[1, 2, 4], help="L-inf radii in 1/255 (default 1 2 4)")
     score.add_argument("--count", type=int, default=500, help="pictures of each vendor that are attacked")
+    _served(score)
     score.add_argument("--level", default="", help="level of the tree that is attacked and scored")
     score.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the attacks")
     score.add_argument("--suite", default="", help="the papers' sets instead: a name in training/configs/suites")
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     whole.add_argument(
         "--part",
         nargs="*",
-        choices=["tune", "train", "evaluate", "report"],
+        choices=["tune", "train", "evaluate", "compare", "report"],
         default=[],
         help="default: all in this order",
     )
@@ -118,6 +119,16 @@ def _attacked(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the attack")
     parser.add_argument("--results", type=Path, default=Path("runs/robustness"), help="folder of examples and results")
+    _served(parser)
+
+
+def _served(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="what the attacked encoder computes in, as the service would (default float32)",
+    )
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -19,13 +19,22 @@ def _cell(arguments: argparse.Namespace) -> Cell:
     return Cell(arguments.attack, ThreatModel("linf", arguments.eps / 255), read_overrides(arguments.set))
 
 
+def _served(spec: str, arguments: argparse.Namespace) -> Encoder:
+    """An encoder in the form that the service runs, in the dtype asked for."""
+    import torch
+
+    from ironclip.loading import load_encoder
+
+    encoder: Encoder = load_encoder(spec).served(getattr(torch, arguments.dtype))
+    return encoder
+
+
 def transfer(arguments: argparse.Namespace) -> None:
     """Examples made on each encoder, answered by each."""
-    from ironclip.loading import load_encoder
     from training.evaluate import transfer_emoji
     from training.examples import table
 
-    encoders = {spec: load_encoder(spec) for spec in arguments.encoders}
+    encoders = {spec: _served(spec, arguments) for spec in arguments.encoders}
     where = (arguments.data, arguments.results, arguments.vendor)
     result = transfer_emoji(encoders, *where, _cell(arguments), arguments.count)
     print(table(result["made_on"], "accuracy: made on, answered by", "robust"), "\n")
@@ -34,13 +43,12 @@ def transfer(arguments: argparse.Namespace) -> None:
 
 def levels(arguments: argparse.Namespace) -> None:
     """Each level of the tree attacked, each scored."""
-    from ironclip.loading import load_encoder
     from training.evaluate import levels_emoji
     from training.examples import table
 
     where = (arguments.data, arguments.results, arguments.vendor)
     result = levels_emoji(
-        load_encoder(arguments.encoder), *where, _cell(arguments), arguments.count, mode=arguments.mode
+        _served(arguments.encoder, arguments), *where, _cell(arguments), arguments.count, mode=arguments.mode
     )
     rows = {"(clean)": result["clean"], **result["attacked"], "(worst of all)": result["worst"]}
     print(table(rows, "accuracy: attacked, scored"), "\n")
@@ -50,11 +58,10 @@ def levels(arguments: argparse.Namespace) -> None:
 
 def retrieval(arguments: argparse.Namespace) -> None:
     """Image-text recall under attacks on the embedding."""
-    from ironclip.loading import load_encoder
     from training.evaluate import emoji_pairs
     from training.retrieval import caption_classifier, read_pairs, retrieval
 
-    encoder = load_encoder(arguments.encoder)
+    encoder = _served(arguments.encoder, arguments)
     if arguments.pairs:
         pairs = read_pairs(arguments.pairs, encoder.preprocessing, arguments.count)
     else:
@@ -122,20 +129,21 @@ def export(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Accuracy on the demo's vendors or a suite, as it is or attacked."""
+    import torch
+
     from ironclip.artifact import update_meta
     from ironclip.loading import load_encoder
     from training.config import read_overrides
     from training.evaluate import attack_emoji, attack_summary, evaluate_emoji, summary
     from training.jsonfile import write_json
 
-    encoder = load_encoder(arguments.encoder)
     if arguments.suite:
-        _suite(arguments, encoder)
+        _suite(arguments, _served(arguments.encoder, arguments))
         return
     if arguments.attack:
         options = read_overrides(arguments.set)
         found = attack_emoji(
-            encoder,
+            _served(arguments.encoder, arguments),
             arguments.data,
             arguments.results,
             arguments.attack,
@@ -147,7 +155,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
         print(attack_summary(found))
         return
-    results = evaluate_emoji(encoder, arguments.data, arguments.vendors)
+    encoder = load_encoder(arguments.encoder)
+    results = evaluate_emoji(encoder.served(getattr(torch, arguments.dtype)), arguments.data, arguments.vendors)
     print(summary(results))
     if arguments.json:
         pictures = encoder.provenance.get("data", {}).get("pictures", {})

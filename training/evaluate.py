@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from ironclip.encoder import Encoder
 from ironclip.hierarchy import LabelTree
 from ironclip.labels import LabelSet
 from training.data import LabelledImages
+from training.depth import depth_profile
 from training.emoji.pictures import VendorImages, load_vendor, manifest_names, read_manifest
 from training.emoji.taxonomy import Name
-from training.examples import level_matrix, transfer_matrix
+from training.examples import examples, level_matrix, transfer_matrix
 from training.retrieval import Pairs
 from training.robustness import Cell, Sample, check, fixed_sample, measure_all
 
@@ -85,6 +87,7 @@ def evaluate_emoji(encoder: Encoder, data: Path, vendors: Sequence[str] = ()) ->
     manifest = read_manifest(data)
     names = manifest_names(manifest)
     rollup = emoji_classifier(encoder, names)
+    # The bank of the names serves both.
     prompts = Classifier(encoder, rollup.label_set, rollup.bank, tree=emoji_tree(names), levels="prompts")
     classifiers: dict[LevelMode, Classifier] = {"rollup": rollup, "prompts": prompts}
     flags = torch.tensor([name.group == FLAGS for name in names])
@@ -97,10 +100,10 @@ def evaluate_emoji(encoder: Encoder, data: Path, vendors: Sequence[str] = ()) ->
     return results
 
 
-def emoji_classifier(encoder: Encoder, names: Sequence[Name]) -> Classifier:
-    """The Classifier over all names, prompt ``an emoji of {}``, with the tree's levels rolled up."""
+def emoji_classifier(encoder: Encoder, names: Sequence[Name], levels: LevelMode = "rollup") -> Classifier:
+    """The Classifier over all names, prompt ``an emoji of {}``, with the tree's levels."""
     label_set = LabelSet.parse([name.label for name in names], list(TEMPLATES))
-    return Classifier(encoder, label_set, tree=emoji_tree(names))
+    return Classifier(encoder, label_set, tree=emoji_tree(names), levels=levels)
 
 
 def attack_emoji(
@@ -164,11 +167,17 @@ def levels_emoji(
 ) -> dict[str, Any]:
     """`examples.level_matrix` of one encoder over names, subgroups and groups."""
     names = manifest_names(read_manifest(data))
-    tree = emoji_tree(names)
-    label_set = LabelSet.parse([name.label for name in names], list(TEMPLATES))
-    classifier = Classifier(encoder, label_set, tree=tree, levels=mode)
+    classifier = emoji_classifier(encoder, names, mode)
     sample = emoji_sample(encoder, data, vendor, count)
-    return level_matrix(classifier, tree.bind(classifier.names), sample, cell, folder)
+    return level_matrix(classifier, emoji_tree(names).bind(classifier.names), sample, cell, folder)
+
+
+def depth_emoji(encoder: Encoder, data: Path, folder: Path, vendor: str, cell: Cell, count: int) -> dict[str, Any]:
+    """`depth.depth_profile` of an encoder with a hyperbolic head, on the examples of its level matrix by prompts."""
+    classifier = emoji_classifier(encoder, manifest_names(read_manifest(data)), "prompts")
+    sample = emoji_sample(encoder, data, vendor, count)
+    made = {level: examples(classifier, sample, replace(cell, level=level), folder) for level in classifier.levels}
+    return depth_profile(classifier, sample, made)
 
 
 def emoji_pairs(encoder: Encoder, data: Path, vendor: str, count: int) -> Pairs:

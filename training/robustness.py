@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ from training.checkpoint import CheckpointError
 from training.data import LabelledImages
 from training.jsonfile import read_json, write_json
 
-SCHEMA = 1
+SCHEMA = 2
 # What a picture came to: wrong as it is, fooled, or held against the attack.
 WRONG, FOOLED, HELD = "-", "x", "o"
+# What is summed up over the batches of a cell.
+COUNTED = ("forwards", "backwards", "zero_gradients", "fooled_only_at_the_end", "seconds")
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def key_of(classifier: Classifier, sample: Sample, cell: Cell) -> str:
         "schema": SCHEMA,
         "encoder": classifier.encoder.digest,
         "dtype": str(classifier.encoder.dtype),
+        "form": classifier.encoder.form,
         "head": classifier.encoder.head.to_json(),
         "label_set": classifier.label_set.digest,
         "defence": [defence.name, {key: repr(value) for key, value in sorted(defence.options().items())}],
@@ -147,6 +150,7 @@ def attack_batch(
     threat: ThreatModel,
     *,
     keys: Tensor,
+    standing: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Result]:
     """Attack those pictures of a batch that the model has right as they are.
 
@@ -157,13 +161,16 @@ def attack_batch(
         attack: which.
         threat: what it may change.
         keys: int64 [N], see `Problem`.
+        standing: bool [N], attack only these; all if None.
 
     Returns:
-        bool [N], which are right; of those that are, bool [n], which are fooled (the attack saw it, or the final pixels
-        are answered wrong in a forward of their own); and the attack's result.
+        bool [N], which are right and standing; of those that are, bool [n], which are fooled (the attack saw it, or the
+        final pixels are answered wrong in a forward of their own); and the attack's result.
     """
     with torch.no_grad():
         right = model(images).argmax(1) == labels
+    if standing is not None:
+        right = right & standing
     problem = classification(images[right], labels[right], threat, keys=keys[right])
     result = drive(attack, problem, WhiteBox(model, problem, batch_size=len(images)))
     if not len(result.images):
@@ -179,6 +186,7 @@ def measure(
     cell: Cell,
     path: Path,
     *,
+    after: Mapping[str, Any] | None = None,
     batch_size: int = 128,
     progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -192,12 +200,14 @@ def measure(
         sample: on what.
         cell: how.
         path: the result's JSON file.
+        after: the result of a cell whose attack is the first part of this one's, on the same sample: AutoAttack goes on
+            from its ensemble, with what that left standing.
         batch_size: pictures attacked together.
         progress: told a line after each batch.
 
     Raises:
         CheckpointError: ``path`` holds the result of something else.
-        OptionError: no such attack, option or level.
+        OptionError: no such attack, option or level; or ``after`` is of another kind.
     """
     key = key_of(classifier, sample, cell)
     if (found := read_json(path)) is not None:
@@ -205,23 +215,30 @@ def measure(
             raise CheckpointError(f"{path} is the result of another encoder, sample or attack; use another file")
         return found
     attack = make_attack(cell.attack, cell.options)
+    if after is not None:
+        first = replace(cell, attack="autoattack-ensemble")
+        if cell.attack != "autoattack" or after["key"] != key_of(classifier, sample, first):
+            raise OptionError(f"{cell.attack} goes on from no such cell; autoattack does from its own ensemble's")
+        attack = make_attack("autoattack-rest", cell.options)
     model = level_model(classifier, cell.level)
     labels = classifier.levels[cell.level].index[sample.labels] if cell.level else sample.labels
+    before: str = HELD * len(labels) if after is None else after["outcomes"]
     partial_path = path.with_suffix(".partial.json")
     state = read_json(partial_path)
     if state is None or state["key"] != key:
-        state = {"key": key, "outcomes": "", "forwards": 0, "backwards": 0, "zero_gradients": 0, "unseen": 0}
-        state["seconds"] = 0.0
+        state = {"key": key, "outcomes": "", **{part: after[part] if after else 0 for part in COUNTED}}
     device = classifier.encoder.device
     while len(state["outcomes"]) < len(labels):
         began, start = time.perf_counter(), len(state["outcomes"])
         rows = slice(start, start + batch_size)
         images, truth = to_float(sample.pixels[rows]).to(device), labels[rows].to(device)
         keys = torch.arange(start, start + len(images), device=device)
-        right, fooled, result = attack_batch(model, images, truth, attack, cell.threat, keys=keys)
+        standing = torch.tensor([outcome == HELD for outcome in before[rows]], device=device)
+        right, fooled, result = attack_batch(model, images, truth, attack, cell.threat, keys=keys, standing=standing)
         lost = iter(fooled.tolist())
-        state["outcomes"] += "".join((FOOLED if next(lost) else HELD) if ok else WRONG for ok in right.tolist())
-        state["unseen"] += int((fooled & ~result.fooled).sum())
+        for ok, was in zip(right.tolist(), before[rows], strict=True):
+            state["outcomes"] += was if was != HELD else (FOOLED if next(lost) else HELD) if ok else WRONG
+        state["fooled_only_at_the_end"] += int((fooled & ~result.fooled).sum())
         state["forwards"] += int(result.forwards.sum())
         state["backwards"] += int(result.backwards.sum())
         # Zero all along: a single zero may be chance, none but zeros hides the model from the attack.
@@ -250,13 +267,21 @@ def measure_all(
     level: str = "",
     options: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """`measure` each attack at each L-inf radius (in 1/255), a file in ``folder`` each, named by what it depends on."""
+    """`measure` each attack at each L-inf radius (in 1/255), a file in ``folder`` each, named by what it depends on.
+
+    AutoAttack starts with its ensemble as a cell of its own, which is measured first where it is not there yet.
+    """
+
+    def one(cell: Cell, after: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        path = folder / f"{sample.name}-{cell.attack}-{key_of(classifier, sample, cell)[:16]}.json"
+        return measure(classifier, sample, cell, path, after=after)
+
     results = []
     for attack in attacks:
         for radius in radii:
             cell = Cell(attack, ThreatModel("linf", radius / 255), dict(options or {}), level)
-            path = folder / f"{sample.name}-{attack}-{key_of(classifier, sample, cell)[:16]}.json"
-            results.append(measure(classifier, sample, cell, path))
+            first = one(replace(cell, attack="autoattack-ensemble")) if attack == "autoattack" else None
+            results.append(one(cell, first))
     return results
 
 
@@ -275,6 +300,7 @@ def _result(classifier: Classifier, sample: Sample, cell: Cell, state: Mapping[s
             "name": classifier.encoder.provenance.get("name", classifier.encoder.spec),
             "digest": classifier.encoder.digest,
             "dtype": str(classifier.encoder.dtype).removeprefix("torch."),
+            "form": classifier.encoder.form,
             "head": classifier.encoder.head.type,
         },
         "defence": classifier.defence.name,
@@ -286,9 +312,7 @@ def _result(classifier: Classifier, sample: Sample, cell: Cell, state: Mapping[s
         "robust": round(share * held, 2),
         "robust_interval": [round(bound, 2) for bound in wilson(held, count)],
         "unreliable": unreliable,
-        "forwards": state["forwards"],
-        "backwards": state["backwards"],
-        "fooled_only_at_the_end": state["unseen"],
+        **{part: state[part] for part in COUNTED},
         "seconds": round(state["seconds"], 1),
         "outcomes": outcomes,
     }

@@ -1,28 +1,40 @@
 """`study`: every method trained at one budget and measured alike, in small resumable parts.
 
-Three parts, each of which may be stopped at any moment and goes on: `tune` tries a few settings for each method at a
-share of the budget with a training vendor left out, `train` trains each method with the setting that did best, and
-`evaluate` measures every encoder, cell by cell. What has been found lies in JSON files beside the repository's docs;
-nothing is computed twice, and `report` draws table and plots from the files alone.
+Its parts may be stopped at any moment and go on: `tune` tries a few settings for each method at a share of the budget
+with a training vendor left out, `train` trains each method with the setting that did best, `evaluate` measures every
+encoder, cell by cell, and `compare` asks what no single number says (transfer, levels, retrieval, depth). What has been
+found lies in JSON files beside the repository's docs; nothing is computed twice, and `report` draws tables and plots
+from the files alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ironclip.attacks import ThreatModel
-from ironclip.encoder import Head
+from ironclip.classifier import LEVEL_MODES
+from ironclip.encoder import Encoder, Head
 from ironclip.errors import OptionError
 from ironclip.loading import load_encoder
 from training.config import from_mapping, read_config
 from training.emoji.pictures import manifest_names, read_manifest
-from training.evaluate import attack_emoji, emoji_classifier, emoji_sample
+from training.evaluate import (
+    attack_emoji,
+    depth_emoji,
+    emoji_classifier,
+    emoji_pairs,
+    emoji_sample,
+    levels_emoji,
+    transfer_emoji,
+)
 from training.jsonfile import read_json, write_json
 from training.methods import METHODS
 from training.recipe import load_recipe
+from training.retrieval import Goal, caption_classifier, retrieval
+from training.robust_run import DTYPES
 from training.robustness import Cell, key_of, measure
 from training.study_report import report
 from training.train import train
@@ -60,6 +72,28 @@ class CellsConfig:
     vendors: tuple[str, ...]
     count: int
     levels: tuple[str, ...] = ("",)
+    dtype: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What is asked beside the cells, of one vendor's pictures at one radius (L-inf, 1/255).
+
+    Attributes:
+        vendor, count, eps: the pictures and the radius.
+        attack: on the decision, for the transfer matrix and the matrix of levels.
+        goals: of the attacks on the embedding, see `training.retrieval`.
+        embedding_attack: one that takes an objective.
+        options: of the attacks.
+    """
+
+    vendor: str
+    count: int
+    eps: float = 2.0
+    attack: str = "apgd-ce"
+    goals: tuple[Goal, ...] = ("away", "towards")
+    embedding_attack: str = "apgd"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -74,6 +108,8 @@ class StudyConfig:
         data: folder of the built emoji data.
         tuning: how settings are chosen.
         cells: what is measured.
+        dtype: that encoders are measured in, as served (`Encoder.served`); a cell may name another.
+        compare: transfer, levels, retrieval and depth; none of it if None.
     """
 
     recipe: str
@@ -82,9 +118,11 @@ class StudyConfig:
     tuning: TuningConfig
     data: str = "data/demo"
     cells: tuple[CellsConfig, ...] = ()
+    dtype: str = "float32"
+    compare: CompareConfig | None = None
 
 
-PARTS = ("tune", "train", "evaluate", "report")
+PARTS = ("tune", "train", "evaluate", "compare", "report")
 
 
 def load_study(name: str) -> StudyConfig:
@@ -95,6 +133,9 @@ def load_study(name: str) -> StudyConfig:
     unknown = sorted(set(config.methods) - set(METHODS))
     if unknown:
         raise OptionError(f"{name}: there is no method {unknown[0]!r}; there are: {', '.join(METHODS)}")
+    dtypes = {config.dtype, *(cell.dtype or config.dtype for cell in cells)}
+    if not dtypes <= set(DTYPES):
+        raise OptionError(f"{name}: dtype is one of {', '.join(DTYPES)}, not {(dtypes - set(DTYPES)).pop()!r}")
     return StudyConfig(**{**config.__dict__, "cells": cells})
 
 
@@ -111,18 +152,19 @@ def tune(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path)
     tuning, data = config.tuning, Path(config.data)
 
     def score(spec: str) -> dict[str, Any]:
-        encoder = load_encoder(spec)
+        encoder = load_encoder(spec).served(DTYPES[config.dtype])
         classifier = emoji_classifier(encoder, manifest_names(read_manifest(data)))
         sample = emoji_sample(encoder, data, tuning.vendor, tuning.count)
         cell = Cell(tuning.attack, ThreatModel("linf", tuning.eps / 255))
         path = runs / "tuning" / f"{key_of(classifier, sample, cell)[:24]}.json"
-        return {part: measure(classifier, sample, cell, path)[part] for part in ("clean", "robust", "robust_interval")}
+        found = measure(classifier, sample, cell, path)
+        return {part: found[part] for part in ("clean", "robust", "robust_interval")} | {"dtype": config.dtype}
 
     for method in methods:
         path = results / f"tuning-{method}.json"
         found = read_json(path) or {"method": method, "trials": []}
         found["tuning"] = {**tuning.__dict__, "settings": [list(setting) for setting in tuning.settings]}
-        for number, setting in enumerate(tuning.settings):
+        for setting in tuning.settings:
             if any(trial["setting"] == list(setting) for trial in found["trials"]):
                 continue
             recipe = load_recipe(method, config.recipe, setting)
@@ -130,7 +172,7 @@ def tune(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path)
             shorter = [f"{key}={value}" for key, value in part.items() if value]
             left_out = [f'data.left_out=["{tuning.vendor}"]', f"data.path={config.data}", "evaluate_count=0"]
             trial = load_recipe(method, config.recipe, [*setting, *shorter, *left_out])
-            artifact = train(trial, runs / "tuning" / f"{method}-{number}")
+            artifact = train(trial, runs / "tuning" / "-".join([method, *setting]))
             if artifact.name != "artifact":
                 raise KeyboardInterrupt  # asked to stop
             found["base"] = score(recipe.base)
@@ -158,22 +200,30 @@ def train_methods(config: StudyConfig, methods: Sequence[str], runs: Path, resul
             raise KeyboardInterrupt  # asked to stop
 
 
+def _measured(config: StudyConfig, methods: Sequence[str], runs: Path) -> dict[str, str]:
+    """Row -> spec: the study's encoders, and those of ``methods`` that are trained."""
+    trained = {method: str(runs / method / "artifact") for method in methods}
+    there = {name: spec for name, spec in trained.items() if Path(spec, "ironclip.json").is_file()}
+    return {spec.strip("/").replace("/", "-"): spec for spec in config.encoders} | there
+
+
+def _rows(name: str, spec: str, dtype: str) -> Iterator[tuple[str, Encoder]]:
+    """An encoder as served, and with a hyperbolic head a second time by its cosines."""
+    encoder = load_encoder(spec).served(DTYPES[dtype])
+    yield name, encoder
+    if encoder.head.type != "cosine":
+        encoder.head = Head()
+        yield f"{name}-cosine", encoder
+
+
 def evaluate(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path) -> None:
     """Measure the study's encoders and the trained ones of ``methods``; a hyperbolic head's also by their cosines.
 
     Each cell is a file in ``results/cells/ENCODER``.
     """
-    trained = {method: str(runs / method / "artifact") for method in methods}
-    there = {name: spec for name, spec in trained.items() if Path(spec, "ironclip.json").is_file()}
-    measured = {spec.strip("/").replace("/", "-"): spec for spec in config.encoders} | there
     for cells in config.cells:
-        for name, spec in measured.items():
-            encoder = load_encoder(spec)
-            heads = {name: encoder.head}
-            if encoder.head.type != "cosine":
-                heads[f"{name}-cosine"] = Head()
-            for row, head in heads.items():
-                encoder.head = head
+        for name, spec in _measured(config, methods, runs).items():
+            for row, encoder in _rows(name, spec, cells.dtype or config.dtype):
                 for level in cells.levels:
                     print(f"== {row} {cells.attack} {level}", flush=True)
                     attack_emoji(
@@ -187,6 +237,38 @@ def evaluate(config: StudyConfig, methods: Sequence[str], runs: Path, results: P
                         level=level,
                         options=cells.options,
                     )
+
+
+def compare(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path) -> None:
+    """Transfer between all encoders, levels, retrieval and depth of each; examples are kept in ``runs/examples``.
+
+    Writes ``transfer.json`` (of all methods alone), ``levels/ROW-MODE.json``, ``retrieval/ROW-GOAL.json`` and
+    ``depth/ROW.json``.
+    """
+    wanted = config.compare
+    if wanted is None:
+        return
+    data, kept = Path(config.data), runs / "examples"
+    threat = ThreatModel("linf", wanted.eps / 255)
+    cell, embedding = (Cell(attack, threat, wanted.options) for attack in (wanted.attack, wanted.embedding_attack))
+    specs = _measured(config, methods, runs)
+    for name, spec in specs.items():
+        for row, encoder in _rows(name, spec, config.dtype):
+            print(f"== {row}", flush=True)
+            for mode in LEVEL_MODES:
+                found = levels_emoji(encoder, data, kept, wanted.vendor, cell, wanted.count, mode)
+                write_json(results / "levels" / f"{row}-{mode}.json", found)
+            if encoder.head.type == "poincare":
+                depth = depth_emoji(encoder, data, kept, wanted.vendor, cell, wanted.count)
+                write_json(results / "depth" / f"{row}.json", depth)
+            pairs = emoji_pairs(encoder, data, wanted.vendor, wanted.count)
+            for goal in wanted.goals:
+                said = retrieval(caption_classifier(encoder, pairs.captions), pairs, goal, embedding, kept)
+                write_json(results / "retrieval" / f"{row}-{goal}.json", said)
+    if set(methods) == set(config.methods):
+        encoders = {name: next(_rows(name, spec, config.dtype))[1] for name, spec in specs.items()}
+        crossed = transfer_emoji(encoders, data, kept, wanted.vendor, cell, wanted.count)
+        write_json(results / "transfer.json", crossed)
 
 
 def study(config: StudyConfig, parts: Sequence[str], methods: Sequence[str], runs: Path, results: Path) -> None:
@@ -203,7 +285,7 @@ def study(config: StudyConfig, parts: Sequence[str], methods: Sequence[str], run
     unknown = sorted(set(chosen) - set(config.methods))
     if unknown:
         raise OptionError(f"the study has no method {unknown[0]!r}; it has {', '.join(config.methods)}")
-    steps = {"tune": tune, "train": train_methods, "evaluate": evaluate}
+    steps = {"tune": tune, "train": train_methods, "evaluate": evaluate, "compare": compare}
     for part in parts or PARTS:
         if part == "report":
             print(report(results))

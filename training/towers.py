@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ironclip.encoder import Encoder
+from ironclip.folding import foldable, folded, folded_weights
 from training.muon import Muon
 
 NO_DECAY = ("bias", "embedding", "logit_scale", "bn", "ln_", "norm")
@@ -105,6 +106,9 @@ class ImageTower:
         self._norms = tuple(f"{prefix}." for prefix, module in self.visual.named_modules() if isinstance(module, kept))
         self.dtype = dtype
         self.resolution = encoder.resolution
+        self._pairs = foldable(self.visual)
+        # What `frozen` runs: its weights are replaced in every call.
+        self._folded = folded(self.visual) if self._pairs else self.visual
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of the weights in ``dtype``, in the graph unless under no_grad; empty where none are needed."""
@@ -119,19 +123,28 @@ class ImageTower:
 
         ``weights`` that `weights` returned serve several calls; without them each call makes its own.
         """
+        return self._run(self.visual, self.weights() if weights is None else weights, pixels)
+
+    def _run(self, visual: nn.Module, weights: dict[str, Tensor], pixels: Tensor) -> Tensor:
         normalised = (pixels - self._encoder.mean) / self._encoder.std
         images = normalised.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        cast = self.weights() if weights is None else weights
-        output = torch.func.functional_call(self.visual, cast, (images,)) if cast else self.visual(images)
+        output = torch.func.functional_call(visual, weights, (images,)) if weights else visual(images)
         features: Tensor = output[0] if isinstance(output, tuple) else output  # CoCa's towers return their tokens too
         return features if features.dtype == torch.float64 else features.float()
 
     def frozen(self) -> Callable[[Tensor], Tensor]:
-        """The tower as it is now, differentiable to the pixels alone; the weights are cast once."""
-        detached = {name: value.detach() for name, value in self.visual.named_parameters()}
+        """The tower as it is now in eval mode, differentiable to the pixels alone; its weights are cast once.
+
+        Batch norms are folded into the convolutions: a backward to the pixels takes half the time.
+        """
         with torch.no_grad():
-            detached |= self.weights()
-        return lambda pixels: self(pixels, detached)
+            weights = {name: value.detach() for name, value in self.visual.named_parameters()} | self.weights()
+            if self._pairs:
+                inside = tuple(f"{norm}." for _, norm in self._pairs)
+                weights = {name: value for name, value in weights.items() if not name.startswith(inside)}
+                for name, value in folded_weights(self.visual, self._pairs).items():
+                    weights[name] = value.to(self.dtype)
+        return lambda pixels: self._run(self._folded, weights, pixels)
 
 
 def now(device: torch.device) -> float:

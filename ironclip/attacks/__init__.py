@@ -56,6 +56,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "square": Square,
     "autoattack": AutoAttack,
     "autoattack-ensemble": partial(AutoAttack, version="ensemble"),
+    "autoattack-rest": partial(AutoAttack, version="rest"),
     "autoattack-rand": partial(AutoAttack, version="rand"),
 }
 

@@ -14,13 +14,19 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+_PART = 1 << 15
 
 
 def _mix(x: Tensor) -> Tensor:
     """A bijection of 32-bit words (held in int64) whose every input bit moves about half of the output bits."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
+    return _mix_(x.clone())
+
+
+def _mix_(x: Tensor) -> Tensor:
+    """The same in place."""
+    x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(_MASK)
+    x.bitwise_xor_(x >> 15).mul_(0x846CA68B).bitwise_and_(_MASK)
+    return x.bitwise_xor_(x >> 16)
 
 
 def _words(keys: Tensor, seed: int, step: int, count: int, stream: int) -> Tensor:
@@ -29,8 +35,13 @@ def _words(keys: Tensor, seed: int, step: int, count: int, stream: int) -> Tenso
     state = _mix(state ^ ((keys.to(torch.int64) >> 32) & _MASK))
     for part in (seed, seed >> 32, step, stream):
         state = _mix((state + 0x9E3779B9 + (part & _MASK)) & _MASK)
-    counter = torch.arange(count, device=keys.device, dtype=torch.int64)
-    return _mix((_mix(counter) + state[:, None]) & _MASK)
+    counter = _mix(torch.arange(count, device=keys.device, dtype=torch.int64))
+    words = counter + state[:, None]
+    # On a CPU in parts that stay in its cache.
+    parts = torch.split(words.view(-1), _PART) if words.device.type == "cpu" else (words,)
+    for together in parts:
+        _mix_(together.bitwise_and_(_MASK))
+    return words
 
 
 def uniform(keys: Tensor, shape: Sequence[int], *, seed: int, step: int, stream: int = 0) -> Tensor:

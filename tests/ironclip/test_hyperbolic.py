@@ -10,6 +10,7 @@ from ironclip.hyperbolic import (
     RIM,
     averages,
     ball_norm,
+    distance_cross_entropy,
     distances,
     exp0,
     from_ball,
@@ -101,3 +102,28 @@ def test_everything_is_differentiable() -> None:
         return distances(middle, others, 0.7)
 
     assert torch.autograd.gradcheck(through, (tangent,))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_fused_cross_entropy_is_that_of_the_distances(masked: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    # More rows than are worked on at once; a point that is its own target, where the distance has no slope.
+    first = from_ball(ball_points(70, 0.5).double(), 0.5)
+    second = torch.cat([first[:1], from_ball(ball_points(20, 0.5, seed=1).double(), 0.5)])
+    targets = torch.randint(21, (70,), generator=generator).index_fill(0, torch.tensor([0]), 0)
+    temperature, weights = torch.tensor(30.0, dtype=torch.float64), torch.rand(70, generator=generator).double()
+    mask = torch.zeros(70, 21, dtype=torch.float64)
+    if masked:
+        mask.masked_fill_(torch.rand(70, 21, generator=generator) < 0.4, -1e30).scatter_(1, targets[:, None], 0.0)
+    inputs = [value.clone().requires_grad_(True) for value in (first, second, temperature)]
+    expected = torch.nn.functional.cross_entropy(
+        -inputs[2] * distances(inputs[0], inputs[1], 0.5) + mask, targets, reduction="none"
+    )
+    found = distance_cross_entropy(*inputs, targets, 0.5, mask if masked else None)
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
+    ):
+        assert torch.allclose(ours, theirs, rtol=1e-7, atol=1e-9)

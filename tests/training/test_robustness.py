@@ -19,7 +19,19 @@ from ironclip.hierarchy import LabelTree
 from ironclip.labels import LabelSet
 from training.__main__ import main
 from training.checkpoint import CheckpointError
-from training.robustness import FOOLED, HELD, WRONG, Cell, Sample, check, fixed_sample, measure, wilson, worst_case
+from training.robustness import (
+    FOOLED,
+    HELD,
+    WRONG,
+    Cell,
+    Sample,
+    check,
+    fixed_sample,
+    measure,
+    measure_all,
+    wilson,
+    worst_case,
+)
 
 NAMES = ["carrot", "kale", "cat", "dog", "rocket"]
 TREE = {"levels": ["name", "kind"], "parents": dict(zip(NAMES, ["plant", "plant", "pet", "pet", "thing"], strict=True))}
@@ -58,6 +70,24 @@ def test_it_counts_what_is_right_and_what_holds(classifier: Classifier, sample: 
     assert kind["outcomes"][0] in {WRONG, HELD, FOOLED}
     with pytest.raises(OptionError, match="has: name, kind"):
         measure(classifier, sample, Cell("pgd", PGD.threat, level="family"), tmp_path / "no.json")
+
+
+def test_autoattack_goes_on_from_its_ensemble_as_if_in_one_piece(
+    classifier: Classifier, sample: Sample, tmp_path: Path
+) -> None:
+    options = {"iterations": 3, "queries": 30, "classes": 2}
+    cell = Cell("autoattack", ThreatModel("linf", 10 / 255), options)
+    whole = measure(classifier, sample, cell, tmp_path / "whole.json")
+    assert {WRONG, FOOLED, HELD} == set(whole["outcomes"])
+    (parted,) = measure_all(classifier, sample, tmp_path / "parts", ["autoattack"], [10], options=options)
+    ensemble = json.loads(next((tmp_path / "parts").glob("noise-autoattack-ensemble-*.json")).read_text("utf-8"))
+    assert whole["forwards"] > ensemble["forwards"] + 12 * 30  # FAB's and Square's on what stood
+    assert parted["outcomes"] == whole["outcomes"]
+    assert (parted["attack"], parted["key"]) == ("autoattack", whole["key"])
+    assert parted["backwards"] == whole["backwards"]
+    assert parted["seconds"] > ensemble["seconds"]
+    with pytest.raises(OptionError, match="goes on from no such cell"):
+        measure(classifier, sample, PGD, tmp_path / "other.json", after=ensemble)
 
 
 def test_a_stopped_cell_goes_on_and_a_finished_one_is_kept(

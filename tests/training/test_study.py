@@ -57,6 +57,14 @@ eps = [4.0]
 vendors = ["other"]
 count = 4
 levels = ["subgroup"]
+
+[compare]
+vendor = "other"
+count = 4
+attack = "pgd"
+embedding_attack = "pgd"
+eps = 4.0
+options = {{ iterations = 2 }}
 """,
         encoding="utf-8",
     )
@@ -74,7 +82,7 @@ def test_a_study_chooses_trains_measures_and_goes_on(
     found = json.loads((results / "tuning-tecoa.json").read_text(encoding="utf-8"))
     assert [trial["setting"] for trial in found["trials"]] == [["learning_rate=1e-3"], ["learning_rate=3e-3"]]
     assert found["chosen"] in [["learning_rate=1e-3"], ["learning_rate=3e-3"]]
-    config = json.loads((runs / "tuning" / "tecoa-1" / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((runs / "tuning" / "tecoa-learning_rate=3e-3" / "config.json").read_text(encoding="utf-8"))
     assert config["steps"] == 4  # half of the recipe's
     assert config["learning_rate"] == 3e-3
     assert config["data"]["left_out"] == ["other"]
@@ -83,12 +91,25 @@ def test_a_study_chooses_trains_measures_and_goes_on(
     assert trained["steps"] == 8
     assert [f"learning_rate={trained['learning_rate']:.0e}".replace("e-0", "e-")] == found["chosen"]
     cells = {path.parent.name: path for path in results.glob("cells/*/*.json")}
-    assert {"tecoa", "hierarchical", "hierarchical-cosine"} <= set(cells)
+    rows = set(cells)
+    (base_row,) = rows - {"tecoa", "hierarchical", "hierarchical-cosine"}
     assert (results / "curves-other.png").stat().st_size > 5000
     count = len(list(results.glob("cells/**/*.json")))
     assert count == 4 * 3  # the base, tecoa and two heads; two radii and a level each
     for path in results.glob("cells/hierarchical-cosine/*.json"):
         assert json.loads(path.read_text(encoding="utf-8"))["encoder"]["head"] == "cosine"
+    transfer = json.loads((results / "transfer.json").read_text(encoding="utf-8"))
+    assert set(transfer["made_on"]) == {base_row, "tecoa", "hierarchical"}
+    for kind, names in {
+        "levels": {f"{row}-{mode}" for row in rows for mode in ("rollup", "prompts")},
+        "retrieval": {f"{row}-{goal}" for row in rows for goal in ("away", "towards")},
+        "depth": {"hierarchical"},
+    }.items():
+        assert {path.stem for path in (results / kind).glob("*.json")} == names
+    depth = json.loads((results / "depth" / "hierarchical.json").read_text(encoding="utf-8"))
+    assert set(depth["levels"]) == {"name", "subgroup", "group"}
+    assert all(0 < level["norm"][1] < 1 for level in depth["levels"].values())
+    assert 0 <= depth["in_order"] <= 100
     said = (results / "README.md").read_text(encoding="utf-8")
     assert "| hierarchical-cosine |" in said
     assert "learning_rate=1e-3" in said

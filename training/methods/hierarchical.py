@@ -30,7 +30,7 @@ from ironclip.hierarchy import LabelTree
 from ironclip.hyperbolic import ball_norm, paired_distances
 from ironclip.labels import Label, LabelSet
 from training.methods.base import Batch, Losses, Networks, Plain
-from training.methods.hyperbolic_head import HierarchicalHead
+from training.methods.hyperbolic_head import NO_RIVAL, HierarchicalHead
 from training.methods.nodes import make_nodes
 
 
@@ -174,8 +174,8 @@ class Hierarchical(Plain):
     ) -> tuple[Tensor, Tensor]:
         """Weighted cross-entropy [P] and midpoint [P, dim] of the rows with pictures: one scatter-add, one product."""
         middles = head.middles(points, plan.rows, len(plan.there))
-        logits = head.logits(middles, texts, temperature).masked_fill(plan.strangers, -torch.inf)
-        return plan.weights * F.cross_entropy(logits, plan.nodes, reduction="none"), middles
+        losses = head.losses(middles, texts, temperature, plan.nodes, plan.mask)
+        return plan.weights * losses, middles
 
     def _intra(self, head: HierarchicalHead, plan: _Plan, middles: Tensor, depths: Tensor) -> Tensor:
         pictures = ball_norm(middles, self.curvature)
@@ -227,7 +227,7 @@ class _Plan:
         nodes: int64 [P], their nodes.
         counts: int64 [P], their pictures.
         weights: float [P], omega_l over trees and over the level's rows in the batch.
-        strangers: bool [P, N], nodes that do not compete.
+        mask: float [P, N], added to the logits: a large negative number where a node does not compete.
     """
 
     rows: Tensor
@@ -235,7 +235,7 @@ class _Plan:
     nodes: Tensor
     counts: Tensor
     weights: Tensor
-    strangers: Tensor
+    mask: Tensor
 
 
 def _plan(head: HierarchicalHead, labels: Tensor) -> _Plan:
@@ -247,7 +247,8 @@ def _plan(head: HierarchicalHead, labels: Tensor) -> _Plan:
     columns = head.column_of[there]
     in_column = torch.bincount(columns, minlength=len(head.weights))
     weights = (head.weights[columns] / in_column[columns]).to(head.projection.dtype)
-    return _Plan(rows, there, head.node_of[there], counts, weights, ~head.rivals[there])
+    mask = weights.new_zeros(()).masked_fill(~head.rivals[there], NO_RIVAL)
+    return _Plan(rows, there, head.node_of[there], counts, weights, mask)
 
 
 def _head(networks: Networks) -> HierarchicalHead:

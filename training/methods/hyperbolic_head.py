@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from ironclip.encoder import Encoder
 from ironclip.errors import OptionError
-from ironclip.hyperbolic import averages, distances, exp0, paired_distances
+from ironclip.hyperbolic import averages, distance_cross_entropy, exp0, paired_distances
 from training.methods.nodes import Nodes
+
+# Added to the logit of a node that does not compete.
+NO_RIVAL = -1e30
 
 
 class HierarchicalHead(nn.Module):
@@ -105,11 +108,17 @@ class HierarchicalHead(nn.Module):
         sums = points.new_zeros(count, points.shape[1])
         return F.normalize(sums.index_add(0, groups[picture, column], points[picture]), dim=-1)
 
-    def logits(self, middles: Tensor, texts: Tensor, temperature: Tensor) -> Tensor:
-        """[P, dim] and [N, dim] -> [P, N]."""
-        if self.flat:
-            return temperature * middles @ texts.T
-        return -temperature * distances(middles, texts, self.curvature)
+    def losses(self, middles: Tensor, texts: Tensor, temperature: Tensor, nodes: Tensor, mask: Tensor) -> Tensor:
+        """Cross-entropy of each midpoint [P, dim] with its node among the texts [N, dim]: [P].
+
+        Args:
+            middles, texts, temperature: as this head makes them.
+            nodes: int64 [P].
+            mask: float [P, N], added to the logits: 0, or NO_RIVAL for texts that do not compete.
+        """
+        if not self.flat:
+            return distance_cross_entropy(middles, texts, temperature, nodes, self.curvature, mask)
+        return F.cross_entropy(temperature * middles @ texts.T + mask, nodes, reduction="none")
 
 
 def _projection(encoder: Encoder) -> Tensor:
