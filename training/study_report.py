@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from training.claims import claims_table
+from training.compare_report import compared
 from training.robustness import check
 
 
@@ -121,11 +123,23 @@ def plot_study(results: Path, attack: str = "autoattack-ensemble") -> list[Path]
 def report(results: Path) -> Path:
     """Write ``README.md`` and the plots into the results' folder."""
     plots = plot_study(results)
-    parts = ["# What the study found", "", study_table(results)]
+    cells = read_cells(results)
+    parts = ["# What the study found", "", f"{BRACKETS}\n", study_table(results)]
     parts += [f"![{path.stem}]({path.name})\n" for path in plots]
+    for vendor, label in dict.fromkeys((v, lb) for v, attack, lb, level in columns(cells) if attack == "autoattack"):
+        parts += [f"## Claims, asked of {vendor} at {label}", "", PAIRED, "", claims_table(cells, vendor, label)]
+    parts += compared(results)
     said = doubts(results)
     parts += ["## Doubtful", "", *(f"- {line}" for line in said or ["Nothing: every sanity gate holds."]), ""]
     parts += ["## How settings were chosen", "", tuning_table(results)]
     path = results / "README.md"
     path.write_text("\n".join(parts), encoding="utf-8")
     return path
+
+
+BRACKETS = "Percent of the pictures, in brackets the 95 % interval; a dash is a cell that has not been computed."
+PAIRED = (
+    "Each claim compares two encoders on the same pictures; the difference is in points, with its 95 % interval (for "
+    "paired shares, Newcombe 1998). It held where that lies above zero, is the opposite below, and open where it spans "
+    "zero."
+)

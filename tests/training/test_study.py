@@ -112,6 +112,11 @@ def test_a_study_chooses_trains_measures_and_goes_on(
     assert 0 <= depth["in_order"] <= 100
     said = (results / "README.md").read_text(encoding="utf-8")
     assert "| hierarchical-cosine |" in said
+    for part in ("## Transfer", "## Levels of the tree", "![levels-prompts]", "## Depth", "## Retrieval"):
+        assert part in said
+    assert "| hierarchical | name | 7 |" in said
+    for plot in ("levels-rollup.png", "levels-prompts.png", "depth.png"):
+        assert (results / plot).stat().st_size > 5000
     assert "learning_rate=1e-3" in said
     assert "other subgroup fgsm linf 4/255" in said
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in (".pt", ".safetensors")}
