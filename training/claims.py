@@ -132,19 +132,22 @@ def judge(claim: Claim, cells: Cells, vendor: str, label: str) -> Verdict | None
         vendor: name of the sample.
         label: of the threat model, such as ``linf 2/255``.
     """
-    found = []
-    for row in (claim.ours, claim.theirs):
-        candidates = [
-            cell
-            for cell in cells.get(row, ())
-            if (cell["sample"]["name"], cell["threat"]["label"], cell["level"]) == (vendor, label, claim.level)
-            and cell["attack"] == (claim.attack or cell["attack"])
-        ]
-        if not candidates:
-            return None
-        found.append(max(candidates, key=lambda cell: cell["sample"]["pictures"]))
-    if found[0]["sample"]["digest"] != found[1]["sample"]["digest"]:
+
+    def candidates(row: str) -> list[Mapping[str, Any]]:
+        wanted = (vendor, label, claim.level)
+        alike = [c for c in cells.get(row, ()) if (c["sample"]["name"], c["threat"]["label"], c["level"]) == wanted]
+        return [cell for cell in alike if claim.attack in ("", cell["attack"])]
+
+    pairs = [
+        (ours, theirs)
+        for ours in candidates(claim.ours)
+        for theirs in candidates(claim.theirs)
+        if ours["sample"]["digest"] == theirs["sample"]["digest"]
+        and ours["encoder"]["dtype"] == theirs["encoder"]["dtype"]
+    ]
+    if not pairs:
         return None
+    found = max(pairs, key=lambda pair: pair[0]["sample"]["pictures"])
     hits = [[outcome == HELD if claim.attack else outcome != WRONG for outcome in cell["outcomes"]] for cell in found]
     difference, interval = paired(hits[0], hits[1])
     count = len(hits[0])

@@ -21,48 +21,48 @@ def read_cells(results: Path) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def _find(
-    cells: Sequence[Mapping[str, Any]], vendor: str, attack: str, label: str, level: str
-) -> Mapping[str, Any] | None:
-    wanted = (vendor, attack, label, level)
-    return next(
-        (c for c in cells if (c["sample"]["name"], c["attack"], c["threat"]["label"], c["level"]) == wanted), None
-    )
+Column = tuple[str, str, str, str, str]
 
 
-def columns(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str, str, str]]:
-    """Every (vendor, attack, threat, level) that some encoder was measured at, vendors together, in a fixed order."""
-    found = {
-        (c["sample"]["name"], c["level"], c["attack"], c["threat"]["eps"], c["threat"]["label"])
-        for row in cells.values()
-        for c in row
-    }
-    return [(vendor, attack, label, level) for vendor, level, attack, _, label in sorted(found)]
+def column_of(cell: Mapping[str, Any]) -> Column:
+    """(vendor, attack, threat, level, dtype) of a cell."""
+    vendor, label = cell["sample"]["name"], cell["threat"]["label"]
+    return vendor, cell["attack"], label, cell["level"], cell["encoder"]["dtype"]
+
+
+def columns(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Column]:
+    """Every column that some encoder was measured at, vendors together, in a fixed order."""
+    every = [cell for row in cells.values() for cell in row]
+    found = {(c["sample"]["name"], c["level"], c["attack"], c["threat"]["eps"], column_of(c)) for c in every}
+    return [column for *_, column in sorted(found)]
 
 
 def study_table(results: Path) -> str:
     """A Markdown table: an encoder a row, clean accuracy of each vendor and robust accuracy of each cell.
 
-    Brackets hold 95 % intervals; a dash is a cell that has not been computed.
+    Brackets hold 95 % intervals; a dash is a cell that has not been computed. A dtype is named where it is not the one
+    that most cells were measured in.
     """
     cells = read_cells(results)
     wanted = columns(cells)
-    vendors = list(dict.fromkeys(vendor for vendor, _, _, level in wanted if not level))
+    dtypes = [cell["encoder"]["dtype"] for row in cells.values() for cell in row]
+    usual = max(sorted(set(dtypes)), key=dtypes.count, default="")
+    vendors = list(dict.fromkeys(vendor for vendor, _, _, level, _ in wanted if not level))
     titles = [f"{vendor} clean" for vendor in vendors]
-    titles += [
-        " ".join(part for part in (vendor, level, attack, label) if part) for vendor, attack, label, level in wanted
-    ]
+    for vendor, attack, label, level, dtype in wanted:
+        parts = (vendor, level, attack, label, dtype if dtype != usual else "")
+        titles.append(" ".join(part for part in parts if part))
     lines = ["| encoder | " + " | ".join(titles) + " |", "| --- " * (1 + len(titles)) + "|"]
     for name, row in cells.items():
-        parts = []
+        shown = []
         for vendor in vendors:
-            of_vendor = [c for c in row if c["sample"]["name"] == vendor and not c["level"]]
-            largest = max(of_vendor, key=lambda c: c["sample"]["pictures"], default=None)
-            parts.append("-" if largest is None else _percent(largest["clean"], largest["clean_interval"]))
+            mine = [c for c in row if (c["sample"]["name"], c["level"], c["encoder"]["dtype"]) == (vendor, "", usual)]
+            largest = max(mine, key=lambda c: c["sample"]["pictures"], default=None)
+            shown.append("-" if largest is None else _percent(largest["clean"], largest["clean_interval"]))
         for column in wanted:
-            cell = _find(row, *column)
-            parts.append("-" if cell is None else _percent(cell["robust"], cell["robust_interval"]))
-        lines.append(f"| {name} | " + " | ".join(parts) + " |")
+            cell = next((c for c in row if column_of(c) == column), None)
+            shown.append("-" if cell is None else _percent(cell["robust"], cell["robust_interval"]))
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -74,8 +74,8 @@ def doubts(results: Path) -> list[str]:
     """What the sanity gates say of each encoder's cells, vendor by vendor."""
     lines = []
     for name, row in read_cells(results).items():
-        for sample in dict.fromkeys(c["sample"]["digest"] for c in row):
-            of_sample = [c for c in row if c["sample"]["digest"] == sample]
+        for alike in dict.fromkeys((c["sample"]["digest"], c["encoder"]["dtype"]) for c in row):
+            of_sample = [c for c in row if (c["sample"]["digest"], c["encoder"]["dtype"]) == alike]
             lines += [f"{name}, {of_sample[0]['sample']['name']}: {doubt}" for doubt in check(of_sample)]
     return lines
 
@@ -126,7 +126,7 @@ def report(results: Path) -> Path:
     cells = read_cells(results)
     parts = ["# What the study found", "", f"{BRACKETS}\n", study_table(results)]
     parts += [f"![{path.stem}]({path.name})\n" for path in plots]
-    for vendor, label in dict.fromkeys((v, lb) for v, attack, lb, level in columns(cells) if attack == "autoattack"):
+    for vendor, label in dict.fromkeys((c[0], c[2]) for c in columns(cells) if c[1] == "autoattack"):
         parts += [f"## Claims, asked of {vendor} at {label}", "", PAIRED, "", claims_table(cells, vendor, label)]
     parts += compared(results)
     said = doubts(results)

@@ -47,7 +47,8 @@ __all__ = [
 
 ATTACKS: dict[str, Callable[..., Attack]] = {
     "fgsm": FGSM,
-    "pgd": PGD,
+    "pgd": partial(PGD, loss="own"),
+    "cw": partial(PGD, loss="cw"),
     "apgd": partial(APGD, loss="own"),
     "apgd-ce": partial(APGD, loss="ce"),
     "apgd-dlr": partial(APGD, loss="dlr"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ironclip.attacks.contract import Answer, Problem, Query, Steps
 from ironclip.attacks.noise import normal, uniform
+from ironclip.attacks.objectives import carlini_wagner
 from ironclip.attacks.threat import ThreatModel, lengths
 from ironclip.errors import OptionError
 
@@ -41,6 +42,8 @@ class PGD:
             with the last pixels, without asking about them: exactly ``iterations`` gradients, for training.
         stop_fooled: an item that is fooled is not attacked any further.
         seed: of the random starts.
+        loss: ``own`` for the problem's objective; ``cw`` for Carlini and Wagner's (2017) hinge of the margin, on a
+            problem with labels. A targeted problem is attacked by its own objective.
     """
 
     iterations: int = 10
@@ -51,20 +54,32 @@ class PGD:
     keep: Literal["best", "last"] = "best"
     stop_fooled: bool = True
     seed: int = 0
-    name: ClassVar[str] = "pgd"
+    loss: Literal["own", "cw"] = "own"
     gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.restarts < 1:
             raise OptionError("iterations and restarts are at least 1.")
+        if self.loss not in ("own", "cw"):
+            raise OptionError(f"loss is own or cw, not {str(self.loss)[:40]!r}.")
         if self.step_size < 0 or self.momentum < 0:
             raise OptionError("step_size and momentum are at least 0.")
+
+    @property
+    def name(self) -> str:
+        """``pgd``, or ``cw`` with that loss."""
+        return "pgd" if self.loss == "own" else self.loss
 
     def _step_size(self, threat: ThreatModel) -> float:
         return self.step_size or min(2.5 * threat.eps / self.iterations, threat.eps)
 
     def steps(self, problem: Problem) -> Steps:
         """See `Attack`."""
+        objective = problem.objective
+        if self.loss == "cw" and problem.targets is None:
+            if problem.labels is None:
+                raise ValueError("cw needs a problem with labels")
+            objective = carlini_wagner(problem.labels)
         best = problem.images.clone()
         highest = torch.full((len(problem),), -torch.inf, device=best.device)
         fooled = problem.done
@@ -81,7 +96,7 @@ class PGD:
             velocity = torch.zeros_like(pixels)
             for iteration in range(self.iterations + (self.keep == "best")):
                 last = iteration == self.iterations
-                answer: Answer = yield Query(pixels, items, problem.objective, not last, step)
+                answer: Answer = yield Query(pixels, items, objective, not last, step)
                 step += 1
                 better = answer.loss > highest[items]
                 if self.keep == "best":

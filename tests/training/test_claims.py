@@ -9,13 +9,16 @@ import pytest
 from training.claims import Claim, claims_table, judge, paired
 
 
-def cell(outcomes: str, attack: str = "autoattack", level: str = "", digest: str = "d") -> dict[str, Any]:
+def cell(
+    outcomes: str, attack: str = "autoattack", level: str = "", digest: str = "d", dtype: str = "bfloat16"
+) -> dict[str, Any]:
     return {
         "sample": {"name": "emojione", "digest": digest, "pictures": len(outcomes)},
         "attack": attack,
         "threat": {"label": "linf 2/255"},
         "level": level,
         "outcomes": outcomes,
+        "encoder": {"dtype": dtype},
     }
 
 
@@ -48,7 +51,12 @@ def test_a_claim_holds_only_where_the_interval_says_so() -> None:
 def test_what_was_not_measured_alike_is_not_judged() -> None:
     claim = Claim("TeCoA", "is robust", "tecoa", "demo")
     ours = cell("oo")
-    for other in (cell("ox", digest="another"), cell("ox", level="group"), cell("ox", attack="pgd")):
+    for other in (
+        cell("ox", digest="another"),
+        cell("ox", level="group"),
+        cell("ox", attack="pgd"),
+        cell("ox", dtype="float32"),
+    ):
         assert judge(claim, {"tecoa": [ours], "demo": [other]}, "emojione", "linf 2/255") is None
     assert judge(claim, {"tecoa": [ours]}, "emojione", "linf 2/255") is None
     assert claims_table({"tecoa": [ours]}, "emojione", "linf 2/255").count("\n") == 2

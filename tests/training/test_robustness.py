@@ -173,8 +173,16 @@ def test_doubtful_numbers_are_marked() -> None:
     ]
     assert check([made("pgd", 16, "oxxx" * 25)]) == ["pgd at linf 16/255: 25.0 % hold, more than 1 %"]
     assert check([sound[1], made("autoattack", 4, "xxoo" * 25)]) == [
-        "autoattack at linf 4/255 left 50 pictures standing that PGD fells"
+        "autoattack at linf 4/255 left 50 pictures standing that pgd at linf 4/255 fells"
     ]
+    more = made("pgd", 4, "ooxx" * 25, options={"iterations": 100})
+    assert check([made("pgd", 4, "oxxx" * 25), more]) == [
+        "pgd iterations=100 at linf 4/255 leaves more standing than pgd at linf 4/255"
+    ]
+    assert check([made("apgd-ce", 4, "ooxx" * 25), made("square", 4, "oxxx" * 25)]) == [
+        "apgd-ce at linf 4/255 leaves more standing than square at linf 4/255, which sees no gradient"
+    ]
+    assert check([made("square", 4, "ooox" * 25), made("cw", 4, "ooxx" * 25)]) == []
     assert check([made("pgd", 2, "oo", unreliable=["blind"])]) == ["pgd at linf 2/255: blind"]
 
 

@@ -26,6 +26,7 @@ from ironclip.errors import OptionError
 QUICK: dict[str, dict[str, Any]] = {
     "fgsm": {},
     "pgd": {"iterations": 5},
+    "cw": {"iterations": 5},
     "apgd": {"iterations": 12},
     "apgd-ce": {"iterations": 12},
     "apgd-dlr": {"iterations": 12},
