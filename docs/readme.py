@@ -9,6 +9,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "ironclip" / "demo"
 RESULTS = ROOT / "loadtests" / "results"
+ROBUSTNESS = ROOT / "docs" / "robustness"
 SHARE_AIM, LATENCY_AIM = 0.85, 1.2
 
 
@@ -98,6 +99,21 @@ def choice_table() -> str:
         settings = " | ".join((*chosen, f"{stock:,}", f"{seen:,}"))
         rows.append(f"| {settings} | " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
+
+
+def robust_table() -> str:
+    """What each method of the study buys and costs, from ``docs/robustness``."""
+    from training.study_report import short_table
+
+    return short_table(ROBUSTNESS)
+
+
+def robust_claims() -> str:
+    """What the papers claim, and what became of it on EmojiOne under full AutoAttack."""
+    from training.claims import claims_table
+    from training.study_report import read_cells
+
+    return claims_table(read_cells(ROBUSTNESS), "emojione", "linf 2/255")
 
 
 def bench_table() -> str:

@@ -23,6 +23,21 @@ def read_cells(results: Path) -> dict[str, list[dict[str, Any]]]:
 
 Column = tuple[str, str, str, str, str]
 
+# The README's table: title, vendor, attack, threat, level; an empty attack is clean accuracy.
+SHORT = (
+    ("EmojiOne clean", "emojione", "", "", ""),
+    ("AutoAttack 2/255", "emojione", "autoattack", "linf 2/255", ""),
+    ("1/255", "emojione", "autoattack-ensemble", "linf 1/255", ""),
+    ("2/255", "emojione", "autoattack-ensemble", "linf 2/255", ""),
+    ("4/255", "emojione", "autoattack-ensemble", "linf 4/255", ""),
+    ("subgroup 2/255", "emojione", "autoattack-ensemble", "linf 2/255", "subgroup"),
+    ("group 2/255", "emojione", "autoattack-ensemble", "linf 2/255", "group"),
+    ("OpenMoji clean", "openmoji", "", "", ""),
+    ("OpenMoji 1/255", "openmoji", "autoattack-ensemble", "linf 1/255", ""),
+    ("OpenMoji 2/255", "openmoji", "autoattack-ensemble", "linf 2/255", ""),
+    ("OpenMoji 4/255", "openmoji", "autoattack-ensemble", "linf 4/255", ""),
+)
+
 
 def column_of(cell: Mapping[str, Any]) -> Column:
     """(vendor, attack, threat, level, dtype) of a cell."""
@@ -45,8 +60,7 @@ def study_table(results: Path) -> str:
     """
     cells = read_cells(results)
     wanted = columns(cells)
-    dtypes = [cell["encoder"]["dtype"] for row in cells.values() for cell in row]
-    usual = max(sorted(set(dtypes)), key=dtypes.count, default="")
+    usual = _usual_dtype(cells)
     vendors = list(dict.fromkeys(vendor for vendor, _, _, level, _ in wanted if not level))
     titles = [f"{vendor} clean" for vendor in vendors]
     for vendor, attack, label, level, dtype in wanted:
@@ -56,14 +70,47 @@ def study_table(results: Path) -> str:
     for name, row in cells.items():
         shown = []
         for vendor in vendors:
-            mine = [c for c in row if (c["sample"]["name"], c["level"], c["encoder"]["dtype"]) == (vendor, "", usual)]
-            largest = max(mine, key=lambda c: c["sample"]["pictures"], default=None)
+            largest = _largest([c for c in row if c["encoder"]["dtype"] == usual], vendor)
             shown.append("-" if largest is None else _percent(largest["clean"], largest["clean_interval"]))
         for column in wanted:
             cell = next((c for c in row if column_of(c) == column), None)
             shown.append("-" if cell is None else _percent(cell["robust"], cell["robust_interval"]))
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
+
+
+def short_table(results: Path) -> str:
+    """The study's main columns, clean and full AutoAttack with their 95 % intervals."""
+    cells = read_cells(results)
+    usual = _usual_dtype(cells)
+    lines = ["| encoder | " + " | ".join(title for title, *_ in SHORT) + " |", "| --- " * (1 + len(SHORT)) + "|"]
+    for name, row in cells.items():
+        mine: list[Mapping[str, Any]] = [cell for cell in row if cell["encoder"]["dtype"] == usual]
+        shown = []
+        for _, vendor, attack, label, level in SHORT:
+            column = (vendor, attack, label, level, usual)
+            alike = [c for c in mine if column_of(c) == column]
+            cell = next(iter(alike), None) if attack else _largest(mine, vendor)
+            part = "robust" if attack else "clean"
+            if cell is None:
+                shown.append("-")
+            elif attack in ("", "autoattack"):
+                shown.append(_percent(cell[part], cell[f"{part}_interval"]))
+            else:
+                shown.append(f"{cell[part]:.1f}")
+        lines.append(f"| `{name}` | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _usual_dtype(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    dtypes = [cell["encoder"]["dtype"] for row in cells.values() for cell in row]
+    return max(sorted(set(dtypes)), key=dtypes.count, default="")
+
+
+def _largest(cells: Sequence[Mapping[str, Any]], vendor: str) -> Mapping[str, Any] | None:
+    """The cell over names with the most of a vendor's pictures, for its clean accuracy."""
+    of_vendor = [cell for cell in cells if (cell["sample"]["name"], cell["level"]) == (vendor, "")]
+    return max(of_vendor, key=lambda cell: cell["sample"]["pictures"], default=None)
 
 
 def _percent(value: float, interval: Sequence[float]) -> str:
