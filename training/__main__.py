@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--count", type=int, default=500, help="pictures of each vendor that are attacked")
     _served(score)
     score.add_argument("--level", default="", help="level of the tree that is attacked and scored")
+    score.add_argument("--mode", choices=["rollup", "prompts"], default="rollup", help="how upper levels are scored")
     score.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the attacks")
     score.add_argument("--suite", default="", help="the papers' sets instead: a name in training/configs/suites")
     score.add_argument("--root", type=Path, default=Path("data"), help="folder of the suite's sets")
@@ -128,6 +129,12 @@ def _served(parser: argparse.ArgumentParser) -> None:
         choices=["float32", "bfloat16", "float16"],
         default="float32",
         help="what the attacked encoder computes in, as the service would (default float32)",
+    )
+    parser.add_argument(
+        "--head",
+        choices=["native", "cosine"],
+        default="native",
+        help="decide by the encoder's own head, or by cosines whatever it has (default native)",
     )
 
 

@@ -20,12 +20,15 @@ def _cell(arguments: argparse.Namespace) -> Cell:
 
 
 def _served(spec: str, arguments: argparse.Namespace) -> Encoder:
-    """An encoder in the form that the service runs, in the dtype asked for."""
+    """An encoder in the form that the service runs, in the dtype and with the head asked for."""
     import torch
 
+    from ironclip.encoder import Head
     from ironclip.loading import load_encoder
 
     encoder: Encoder = load_encoder(spec).served(getattr(torch, arguments.dtype))
+    if arguments.head == "cosine":
+        encoder.head = Head()
     return encoder
 
 
@@ -129,10 +132,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Accuracy on the demo's vendors or a suite, as it is or attacked."""
-    import torch
-
     from ironclip.artifact import update_meta
-    from ironclip.loading import load_encoder
     from training.config import read_overrides
     from training.evaluate import attack_emoji, attack_summary, evaluate_emoji, summary
     from training.jsonfile import write_json
@@ -151,12 +151,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
             vendors=arguments.vendors,
             count=arguments.count,
             level=arguments.level,
+            mode=arguments.mode,
             options=options,
         )
         print(attack_summary(found))
         return
-    encoder = load_encoder(arguments.encoder)
-    results = evaluate_emoji(encoder.served(getattr(torch, arguments.dtype)), arguments.data, arguments.vendors)
+    encoder = _served(arguments.encoder, arguments)
+    results = evaluate_emoji(encoder, arguments.data, arguments.vendors)
     print(summary(results))
     if arguments.json:
         pictures = encoder.provenance.get("data", {}).get("pictures", {})

@@ -116,6 +116,7 @@ def attack_emoji(
     vendors: Sequence[str] = (),
     count: int = 500,
     level: str = "",
+    mode: LevelMode = "rollup",
     options: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Attack an encoder on vendors' pictures, flags left out; one file a cell in ``folder``, finished ones are kept.
@@ -129,13 +130,14 @@ def attack_emoji(
         vendors: which; the test vendors if empty.
         count: pictures of each vendor, the same ones for every encoder.
         level: of the tree that is attacked and scored; the names if empty.
+        mode: how it is scored, by the names' probabilities or by its own prompts.
         options: of the attacks.
 
     Returns:
         The cells' results, see `robustness.measure`.
     """
     manifest = read_manifest(data)
-    classifier = emoji_classifier(encoder, manifest_names(manifest))
+    classifier = emoji_classifier(encoder, manifest_names(manifest), mode if level else "rollup")
     results = []
     for vendor in _vendors(manifest, vendors):
         sample = emoji_sample(encoder, data, vendor, count)

@@ -307,6 +307,7 @@ def _result(classifier: Classifier, sample: Sample, cell: Cell, state: Mapping[s
         "label_set": classifier.label_set.digest,
         "sample": {"name": sample.name, "digest": sample.digest, "pictures": count},
         **cell.to_json(),
+        "mode": classifier.level_mode if cell.level else "",
         "clean": round(share * right, 2),
         "clean_interval": [round(bound, 2) for bound in wilson(right, count)],
         "robust": round(share * held, 2),

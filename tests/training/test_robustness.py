@@ -215,6 +215,19 @@ def test_the_command_attacks_resumes_and_names_what_it_did(
     again = capsys.readouterr().out
     assert "left" not in again  # no cell was computed anew
     assert again.splitlines() == [line for line in table.splitlines() if "min left" not in line]
+    served = ["--level", "subgroup", "--mode", "prompts", "--head", "cosine", "--dtype", "bfloat16"]
+    assert main([*command, *served]) == 0
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.glob("other-pgd-*.json")]
+    of_level = [result for result in found if result["level"]]
+    assert len(of_level) == 2
+    for result in of_level:
+        assert (result["level"], result["mode"]) == ("subgroup", "prompts")
+        assert {part: result["encoder"][part] for part in ("dtype", "form", "head")} == {
+            "dtype": "bfloat16",
+            "form": "served",
+            "head": "cosine",
+        }
+    capsys.readouterr()
     assert main([*command, "--level", "kingdom"]) == 1
     assert "the classifier has: name, subgroup, group" in capsys.readouterr().err
     assert main([*command[:-1], "iteration=3"]) == 1
