@@ -111,9 +111,10 @@ def robust_table() -> str:
 def robust_claims() -> str:
     """What the papers claim, and what became of it on EmojiOne under full AutoAttack."""
     from training.claims import claims_table
-    from training.study_report import read_cells
+    from training.study_report import read_cells, usual_dtype
 
-    return claims_table(read_cells(ROBUSTNESS), "emojione", "linf 2/255")
+    cells = read_cells(ROBUSTNESS)
+    return claims_table(cells, "emojione", "linf 2/255", usual_dtype(cells))
 
 
 def bench_table() -> str:
@@ -143,6 +144,22 @@ def bench_table() -> str:
         f"{machine['cores']} cores; seed {report['seed']}, commit {report['commit'][:12]}; "
         "[all numbers](loadtests/results/bench_floor.json).",
     ]
+    return "\n".join(rows) + "\n"
+
+
+def step_table() -> str:
+    """A training step of each method over its floor, from the last run of `python -m benchmarks.training_step`."""
+    path = ROOT / "benchmarks" / "results" / "training_step.json"
+    if not path.is_file():
+        return "Not measured yet.\n"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    rows = ["| method | seconds | over its floor | plain re-creation over it |", "| --- " * 4 + "|"]
+    for method, found in report["methods"].items():
+        rows.append(
+            f"| `{method}` | {found['seconds']['step']:.2f} | {found['step_over_floor']:.2f} | "
+            f"{found['plain_over_step']:.1f} |"
+        )
+    rows += ["", f"Batches of {report['batch']}, {report['iterations']} attack steps, {report['threads']} threads."]
     return "\n".join(rows) + "\n"
 
 

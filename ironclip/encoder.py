@@ -280,11 +280,14 @@ class Encoder(nn.Module):
         """A frozen copy that answers fastest, and the same up to rounding: what the service runs, and what is attacked.
 
         Towers hold and compute in `dtype`; a convolutional image tower has its batch norms folded (`ironclip.folding`)
-        and its channels last. It has this encoder's digest and cannot be saved.
+        and its channels last. It has this encoder's digest and cannot be saved. Where nothing would change it is this
+        encoder itself: weights are not held twice.
 
         Raises:
             ValueError: as `astype`.
         """
+        if dtype == self.dtype and not (self.form == "trained" and convolutional(self.model.visual)):  # type: ignore[arg-type]
+            return self
         other = self.astype(dtype)
         if convolutional(self.model.visual):  # type: ignore[arg-type]
             visual = folded(self.model.visual)  # type: ignore[arg-type]
@@ -299,7 +302,8 @@ class Encoder(nn.Module):
     def digest(self) -> str:
         """SHA-256 (hex) over weights, config, head and what the tokenizer does; computed anew after a change."""
         versions = self._versions()
-        if self._digest is None or self._digest[0] != versions:
+        # A served copy's weights are not those that the digest is of; they do not change.
+        if self._digest is None or (self._digest[0] != versions and self.form == "trained"):
             self._digest = (versions, self._compute_digest())
         return self._digest[1]
 

@@ -142,7 +142,8 @@ class _DistanceCrossEntropy(torch.autograd.Function):
         for start in range(0, len(left), together):
             part = slice(start, start + together)
             excess = slopes[part].mul_(r).sub_(1)
-            flat = excess < _LEAST if bool(excess.amin() < _LEAST) else None
+            # Rare, and slow to compare on a CPU; asking first would make a GPU wait.
+            flat = excess < _LEAST if excess.is_cuda or bool(excess.amin() < _LEAST) else None
             excess.clamp_min_(_LEAST)
             root_term = (excess + 2).mul_(excess).sqrt_()
             distance = excess.add_(root_term).log1p_().div_(root)

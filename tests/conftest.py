@@ -45,6 +45,23 @@ def make_tiny_encoder(seed: int = 0) -> Encoder:
     )
 
 
+def make_residual_encoder(width: int = 8) -> Encoder:
+    """A small ResNet CLIP whose batch norms do something."""
+    cfg = {**TINY_CFG, "vision_cfg": {"image_size": 64, "layers": [1, 2, 1, 1], "width": width}}
+    like = make_tiny_encoder()
+    generator = torch.Generator().manual_seed(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.model.CLIP(**cfg)
+    for module in model.visual.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for values, low in ((module.weight, 0.5), (module.bias, -0.5), (module.running_mean, -0.5)):
+                values.data.copy_(torch.rand(len(values), generator=generator) + low)
+            module.running_var.copy_(torch.rand(len(module.running_var), generator=generator) + 0.5)
+    preprocess = {**like.preprocess_cfg, "size": 64}
+    return Encoder(model, like.tokenizer, model_cfg=cfg, preprocess_cfg=preprocess).requires_grad_(False)
+
+
 @pytest.fixture(scope="session")
 def tiny_encoder() -> Encoder:
     return make_tiny_encoder().requires_grad_(False)

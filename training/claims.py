@@ -123,7 +123,7 @@ def paired(ours: Sequence[bool], theirs: Sequence[bool], z: float = 1.96) -> tup
     return 100 * (p - q), (100 * (p - q - math.sqrt(max(0.0, low))), 100 * (p - q + math.sqrt(max(0.0, high))))
 
 
-def judge(claim: Claim, cells: Cells, vendor: str, label: str) -> Verdict | None:
+def judge(claim: Claim, cells: Cells, vendor: str, label: str, dtype: str) -> Verdict | None:
     """A claim on one vendor's pictures at one radius; None where a cell is missing.
 
     Args:
@@ -131,11 +131,13 @@ def judge(claim: Claim, cells: Cells, vendor: str, label: str) -> Verdict | None
         cells: row -> its cells.
         vendor: name of the sample.
         label: of the threat model, such as ``linf 2/255``.
+        dtype: that the encoders were measured in.
     """
 
     def candidates(row: str) -> list[Mapping[str, Any]]:
         wanted = (vendor, label, claim.level)
         alike = [c for c in cells.get(row, ()) if (c["sample"]["name"], c["threat"]["label"], c["level"]) == wanted]
+        alike = [cell for cell in alike if cell["encoder"]["dtype"] == dtype and not cell["options"]]
         return [cell for cell in alike if claim.attack in ("", cell["attack"])]
 
     pairs = [
@@ -143,7 +145,6 @@ def judge(claim: Claim, cells: Cells, vendor: str, label: str) -> Verdict | None
         for ours in candidates(claim.ours)
         for theirs in candidates(claim.theirs)
         if ours["sample"]["digest"] == theirs["sample"]["digest"]
-        and ours["encoder"]["dtype"] == theirs["encoder"]["dtype"]
     ]
     if not pairs:
         return None
@@ -154,9 +155,9 @@ def judge(claim: Claim, cells: Cells, vendor: str, label: str) -> Verdict | None
     return Verdict(claim, 100 * sum(hits[0]) / count, 100 * sum(hits[1]) / count, difference, interval, count)
 
 
-def claims_table(cells: Cells, vendor: str, label: str) -> str:
+def claims_table(cells: Cells, vendor: str, label: str, dtype: str) -> str:
     """The claims that can be asked of ``cells``, as Markdown."""
-    verdicts = [verdict for claim in CLAIMS if (verdict := judge(claim, cells, vendor, label))]
+    verdicts = [verdict for claim in CLAIMS if (verdict := judge(claim, cells, vendor, label, dtype))]
     lines = ["| paper | claim | asked of | its | the other's | difference | here |", "| --- " * 7 + "|"]
     for verdict in verdicts:
         claim = verdict.claim

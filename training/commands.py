@@ -133,6 +133,7 @@ def export(arguments: argparse.Namespace) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Accuracy on the demo's vendors or a suite, as it is or attacked."""
     from ironclip.artifact import update_meta
+    from ironclip.errors import OptionError
     from training.config import read_overrides
     from training.evaluate import attack_emoji, attack_summary, evaluate_emoji, summary
     from training.jsonfile import write_json
@@ -156,6 +157,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
         print(attack_summary(found))
         return
+    if arguments.into_artifact and (arguments.head, arguments.dtype) != ("native", "float32"):
+        raise OptionError("an artifact's scores are those of its own head in float32: leave out --head and --dtype")
     encoder = _served(arguments.encoder, arguments)
     results = evaluate_emoji(encoder, arguments.data, arguments.vendors)
     print(summary(results))
@@ -164,6 +167,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         made = {
             "spec": arguments.encoder,
             "digest": encoder.digest,
+            "dtype": arguments.dtype,
+            "head": arguments.head,
             "config": encoder.provenance.get("config"),
             "training_pictures": {key: entry["pictures"] for key, entry in pictures.items()},
         }

@@ -24,7 +24,7 @@ from ironclip.errors import InputError
 from ironclip.hierarchy import BoundTree
 from ironclip.preprocessing import to_float
 from training.jsonfile import write_json
-from training.robustness import Cell, Sample, key_of, level_model, wilson
+from training.robustness import Cell, Sample, key_of, level_model, named, wilson
 
 Say = Callable[[str], None]
 
@@ -172,11 +172,12 @@ def transfer_matrix(
     result = {
         "sample": {"name": sample.name, "digest": sample.digest, "pictures": len(sample.labels)},
         **cell.to_json(),
-        "encoders": {name: c.encoder.digest for name, c in classifiers.items()},
+        "encoders": {name: named(c.encoder) for name, c in classifiers.items()},
         "clean": {name: share(right) for name, right in clean.items()},
         "made_on": rows,
     }
-    digest = hashlib.sha256(json.dumps([result["encoders"], sample.digest, cell.to_json()]).encode()).hexdigest()
+    keys = {name: key_of(classifier, sample, cell) for name, classifier in classifiers.items()}
+    digest = hashlib.sha256(json.dumps(keys).encode()).hexdigest()
     write_json(folder / f"transfer-{sample.name}-{digest[:12]}.json", result)
     return result
 
@@ -231,7 +232,7 @@ def level_matrix(
     result = {
         "sample": {"name": sample.name, "digest": sample.digest, "pictures": len(sample.labels)},
         **cell.to_json(),
-        "encoder": {"digest": classifier.encoder.digest, "head": classifier.encoder.head.type},
+        "encoder": named(classifier.encoder),
         "levels": classifier.level_mode,
         "clean": {name: share(before[name]) for name in names},
         "attacked": attacked,

@@ -27,7 +27,7 @@ from ironclip.labels import LabelSet
 from ironclip.preprocessing import Preprocessing, to_float
 from training.examples import Say, kept_examples, share
 from training.jsonfile import write_json
-from training.robustness import Cell, Sample, key_of
+from training.robustness import Cell, Sample, key_of, named
 
 Goal = Literal["away", "caption", "towards"]
 GOALS: tuple[Goal, ...] = ("away", "caption", "towards")
@@ -183,7 +183,7 @@ def retrieval(
         "captions": len(pairs.captions),
         "goal": goal,
         **cell.to_json(),
-        "encoder": {"digest": classifier.encoder.digest, "head": classifier.encoder.head.type},
+        "encoder": named(classifier.encoder),
         "clean": recalls(clean, pairs.truth),
         "attacked": recalls(attacked, pairs.truth),
     }

@@ -40,6 +40,11 @@ def comparable(config: RobustConfig) -> dict[str, Any]:
     return values
 
 
+def essence(config: RobustConfig) -> dict[str, Any]:
+    """What a finished run's weights depend on."""
+    return {key: value for key, value in comparable(config).items() if key not in MAY_CHANGE}
+
+
 class LossModule(nn.Module):
     """A method's loss as one module, so that DistributedDataParallel sees one forward a step."""
 

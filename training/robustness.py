@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ironclip.attacks import Attack, Result, ThreatModel, WhiteBox, classification, drive, make_attack
+from ironclip.attacks import Attack, AutoAttack, Result, ThreatModel, WhiteBox, classification, drive, make_attack
 from ironclip.classifier import Classifier
+from ironclip.encoder import Encoder
 from ironclip.errors import OptionError
 from ironclip.preprocessing import to_float
 from training.checkpoint import CheckpointError
@@ -31,7 +32,7 @@ SCHEMA = 2
 # What a picture came to: wrong as it is, fooled, or held against the attack.
 WRONG, FOOLED, HELD = "-", "x", "o"
 # What is summed up over the batches of a cell.
-COUNTED = ("forwards", "backwards", "zero_gradients", "fooled_only_at_the_end", "seconds")
+COUNTED = ("forwards", "backwards", "fooled_only_at_the_end", "seconds")
 
 
 @dataclass(frozen=True)
@@ -219,14 +220,14 @@ def measure(
         first = replace(cell, attack="autoattack-ensemble")
         if cell.attack != "autoattack" or after["key"] != key_of(classifier, sample, first):
             raise OptionError(f"{cell.attack} goes on from no such cell; autoattack does from its own ensemble's")
-        attack = make_attack("autoattack-rest", cell.options)
+        attack = AutoAttack(version="rest", **cell.options)
     model = level_model(classifier, cell.level)
     labels = classifier.levels[cell.level].index[sample.labels] if cell.level else sample.labels
     before: str = HELD * len(labels) if after is None else after["outcomes"]
     partial_path = path.with_suffix(".partial.json")
     state = read_json(partial_path)
     if state is None or state["key"] != key:
-        state = {"key": key, "outcomes": "", **{part: after[part] if after else 0 for part in COUNTED}}
+        state = {"key": key, "outcomes": "", "blind": [], **dict.fromkeys(COUNTED, 0)}
     device = classifier.encoder.device
     while len(state["outcomes"]) < len(labels):
         began, start = time.perf_counter(), len(state["outcomes"])
@@ -242,7 +243,8 @@ def measure(
         state["forwards"] += int(result.forwards.sum())
         state["backwards"] += int(result.backwards.sum())
         # Zero all along: a single zero may be chance, none but zeros hides the model from the attack.
-        state["zero_gradients"] += int(((result.zero_gradients == result.backwards) & (result.backwards > 0)).sum())
+        blind = (result.zero_gradients == result.backwards) & (result.backwards > 0)
+        state["blind"] += (start + torch.nonzero(right).flatten()[blind]).tolist()
         state["seconds"] += time.perf_counter() - began
         write_json(partial_path, state)
         done = state["outcomes"]
@@ -251,6 +253,12 @@ def measure(
             f"{cell.attack} {cell.threat.label} {cell.level}: {len(done)}/{len(labels)}, held {done.count(HELD)}, "
             f"{rate * (len(labels) - len(done)) / 60:.1f} min left"
         )
+    if after is not None:
+        for part in COUNTED:
+            state[part] += after[part]
+        # Blind all along: in both parts, or in the first where nothing was left for the second.
+        now = {index for index in after["blind"] if before[index] != HELD or index in state["blind"]}
+        state["blind"] = sorted(now)
     outcome = _result(classifier, sample, cell, state)
     write_json(path, outcome)
     partial_path.unlink(missing_ok=True)
@@ -285,24 +293,29 @@ def measure_all(
     return results
 
 
+def named(encoder: Encoder) -> dict[str, Any]:
+    """Which encoder, and in what form, a result is of."""
+    return {
+        "name": encoder.provenance.get("name", encoder.spec),
+        "digest": encoder.digest,
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "form": encoder.form,
+        "head": encoder.head.type,
+    }
+
+
 def _result(classifier: Classifier, sample: Sample, cell: Cell, state: Mapping[str, Any]) -> dict[str, Any]:
     outcomes: str = state["outcomes"]
     count, held = len(outcomes), outcomes.count(HELD)
     right = count - outcomes.count(WRONG)
     share = 100 / max(1, count)
     unreliable = []
-    if state["zero_gradients"]:
-        unreliable.append(f"{state['zero_gradients']} pictures had no gradient at all: the attack was blind to them")
+    if state["blind"]:
+        unreliable.append(f"{len(state['blind'])} pictures had no gradient at all: the attack was blind to them")
     return {
         "schema": SCHEMA,
         "key": state["key"],
-        "encoder": {
-            "name": classifier.encoder.provenance.get("name", classifier.encoder.spec),
-            "digest": classifier.encoder.digest,
-            "dtype": str(classifier.encoder.dtype).removeprefix("torch."),
-            "form": classifier.encoder.form,
-            "head": classifier.encoder.head.type,
-        },
+        "encoder": named(classifier.encoder),
         "defence": classifier.defence.name,
         "label_set": classifier.label_set.digest,
         "sample": {"name": sample.name, "digest": sample.digest, "pictures": count},
@@ -315,6 +328,7 @@ def _result(classifier: Classifier, sample: Sample, cell: Cell, state: Mapping[s
         "unreliable": unreliable,
         **{part: state[part] for part in COUNTED},
         "seconds": round(state["seconds"], 1),
+        "blind": state["blind"],
         "outcomes": outcomes,
     }
 

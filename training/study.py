@@ -9,10 +9,14 @@ from the files alone.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ironclip.attacks import ThreatModel
 from ironclip.classifier import LEVEL_MODES
@@ -32,9 +36,9 @@ from training.evaluate import (
 )
 from training.jsonfile import read_json, write_json
 from training.methods import METHODS
-from training.recipe import load_recipe
+from training.recipe import RobustConfig, load_recipe
 from training.retrieval import Goal, caption_classifier, retrieval
-from training.robust_run import DTYPES
+from training.robust_run import essence
 from training.robustness import Cell, key_of, measure
 from training.study_report import report
 from training.train import train
@@ -51,7 +55,8 @@ class TuningConfig:
         count: its pictures.
         attack, eps: what a trial is measured under (L-inf, 1/255).
         clean_loss: points of clean accuracy that a setting may cost against the base.
-        settings: overrides of the recipe, a list for each trial.
+        settings: overrides of the recipe, a list for each trial, the gentlest first; where one does worse than the best
+            before it the rest is not tried.
     """
 
     vendor: str
@@ -122,6 +127,8 @@ class StudyConfig:
     compare: CompareConfig | None = None
 
 
+# What a service may choose.
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 PARTS = ("tune", "train", "evaluate", "compare", "report")
 
 
@@ -148,8 +155,14 @@ def best(trials: Sequence[Mapping[str, Any]], base_clean: float, clean_loss: flo
 
 
 def tune(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path) -> None:
-    """Try the settings of ``methods``; ``results/tuning-METHOD.json`` holds all trials and the chosen one."""
+    """Try the settings of ``methods``, in order, until one does worse than the best before it.
+
+    ``results/tuning-METHOD.json`` holds the trials and the chosen one. A trial that was made or measured otherwise than
+    the config has it now is made again.
+    """
     tuning, data = config.tuning, Path(config.data)
+    measured = {key: value for key, value in tuning.__dict__.items() if key not in ("settings", "clean_loss")}
+    measured["dtype"] = config.dtype
 
     def score(spec: str) -> dict[str, Any]:
         encoder = load_encoder(spec).served(DTYPES[config.dtype])
@@ -158,28 +171,32 @@ def tune(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path)
         cell = Cell(tuning.attack, ThreatModel("linf", tuning.eps / 255))
         path = runs / "tuning" / f"{key_of(classifier, sample, cell)[:24]}.json"
         found = measure(classifier, sample, cell, path)
-        return {part: found[part] for part in ("clean", "robust", "robust_interval")} | {"dtype": config.dtype}
+        return {part: found[part] for part in ("clean", "robust", "robust_interval")}
 
     for method in methods:
         path = results / f"tuning-{method}.json"
-        found = read_json(path) or {"method": method, "trials": []}
-        found["tuning"] = {**tuning.__dict__, "settings": [list(setting) for setting in tuning.settings]}
+        before = {trial.get("key"): trial for trial in (read_json(path) or {"trials": []})["trials"]}
+        base = load_recipe(method, config.recipe, []).base
+        found: dict[str, Any] = {"method": method, "measured": measured, "base": score(base), "trials": []}
         for setting in tuning.settings:
-            if any(trial["setting"] == list(setting) for trial in found["trials"]):
-                continue
             recipe = load_recipe(method, config.recipe, setting)
             part = {"budget": recipe.budget * tuning.share, "steps": int(recipe.steps * tuning.share)}
             shorter = [f"{key}={value}" for key, value in part.items() if value]
             left_out = [f'data.left_out=["{tuning.vendor}"]', f"data.path={config.data}", "evaluate_count=0"]
             trial = load_recipe(method, config.recipe, [*setting, *shorter, *left_out])
-            artifact = train(trial, runs / "tuning" / "-".join([method, *setting]))
-            if artifact.name != "artifact":
-                raise KeyboardInterrupt  # asked to stop
-            found["base"] = score(recipe.base)
-            found["trials"].append({"setting": list(setting), **score(str(artifact))})
+            content = {"recipe": essence(trial), "measured": measured, "base": load_encoder(base).digest}
+            key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+            if key not in before:
+                artifact = train(trial, runs / "tuning" / "-".join([method, *setting]))
+                if artifact.name != "artifact":
+                    raise KeyboardInterrupt  # asked to stop
+                before[key] = {"setting": list(setting), "key": key, **score(str(artifact))}
+            found["trials"].append(before[key])
+            chosen = best(found["trials"], found["base"]["clean"], tuning.clean_loss)
+            found["chosen"] = chosen["setting"]
             write_json(path, found)
-        found["chosen"] = best(found["trials"], found["base"]["clean"], tuning.clean_loss)["setting"]
-        write_json(path, found)
+            if chosen is not before[key]:
+                break
         print(f"{method}: {found['chosen']} of {len(found['trials'])} settings", flush=True)
 
 
@@ -187,15 +204,21 @@ def train_methods(config: StudyConfig, methods: Sequence[str], runs: Path, resul
     """Train ``methods`` with their chosen settings, to ``runs/METHOD/artifact``; finished ones are kept.
 
     Raises:
-        OptionError: a method whose settings have not been chosen.
+        OptionError: a method whose settings have not been chosen, or whose artifact was made with others.
     """
     for method in methods:
-        if (runs / method / "artifact" / "ironclip.json").is_file():
-            continue
         chosen = (read_json(results / f"tuning-{method}.json") or {}).get("chosen")
         if chosen is None:
             raise OptionError(f"{method} has no chosen setting: run `study --part tune --only {method}` first")
         recipe = load_recipe(method, config.recipe, [*chosen, f"data.path={config.data}"])
+        if (runs / method / "artifact" / "ironclip.json").is_file():
+            made = from_mapping(RobustConfig, read_json(runs / method / "config.json") or {})
+            if essence(made) != essence(recipe):
+                raise OptionError(
+                    f"{runs / method} was trained with other settings than are chosen now: delete or rename it, "
+                    f"and its cells in {results / 'cells' / method}"
+                )
+            continue
         if train(recipe, runs / method) == runs / method:
             raise KeyboardInterrupt  # asked to stop
 

@@ -7,42 +7,58 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ironclip.errors import OptionError
 from training.claims import claims_table
 from training.compare_report import compared
 from training.robustness import check
 
 
 def read_cells(results: Path) -> dict[str, list[dict[str, Any]]]:
-    """Encoder -> its cells; encoders in the order of their names."""
-    return {
-        folder.name: [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-        for folder in sorted((results / "cells").glob("*"))
-        if any(folder.glob("*.json"))
-    }
+    """Encoder -> its finished cells; encoders in the order of their names.
+
+    Raises:
+        OptionError: a row holds cells of two encoders, or a column of two samples: a table of them would say nothing.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {}
+    samples: dict[Column, str] = {}
+    for folder in sorted((results / "cells").glob("*")):
+        files = sorted(path for path in folder.glob("*.json") if not path.name.endswith(".partial.json"))
+        cells = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+        digests = {cell["encoder"]["digest"] for cell in cells}
+        if len(digests) > 1:
+            raise OptionError(f"{folder} holds cells of {len(digests)} encoders: delete those of the older ones")
+        for cell in cells:
+            column = column_of(cell)
+            if samples.setdefault(column, cell["sample"]["digest"]) != cell["sample"]["digest"]:
+                raise OptionError(f"{folder}: {' '.join(column)} was measured on other pictures than elsewhere")
+        if cells:
+            rows[folder.name] = cells
+    return rows
 
 
-Column = tuple[str, str, str, str, str]
+Column = tuple[str, str, str, str, str, str]
 
 # The README's table: title, vendor, attack, threat, level; an empty attack is clean accuracy.
 SHORT = (
     ("EmojiOne clean", "emojione", "", "", ""),
     ("AutoAttack 2/255", "emojione", "autoattack", "linf 2/255", ""),
-    ("1/255", "emojione", "autoattack-ensemble", "linf 1/255", ""),
-    ("2/255", "emojione", "autoattack-ensemble", "linf 2/255", ""),
-    ("4/255", "emojione", "autoattack-ensemble", "linf 4/255", ""),
-    ("subgroup 2/255", "emojione", "autoattack-ensemble", "linf 2/255", "subgroup"),
-    ("group 2/255", "emojione", "autoattack-ensemble", "linf 2/255", "group"),
+    ("APGD ensemble 1/255", "emojione", "autoattack-ensemble", "linf 1/255", ""),
+    ("APGD ensemble 2/255", "emojione", "autoattack-ensemble", "linf 2/255", ""),
+    ("APGD ensemble 4/255", "emojione", "autoattack-ensemble", "linf 4/255", ""),
+    ("subgroup, APGD ensemble 2/255", "emojione", "autoattack-ensemble", "linf 2/255", "subgroup"),
+    ("group, APGD ensemble 2/255", "emojione", "autoattack-ensemble", "linf 2/255", "group"),
     ("OpenMoji clean", "openmoji", "", "", ""),
-    ("OpenMoji 1/255", "openmoji", "autoattack-ensemble", "linf 1/255", ""),
-    ("OpenMoji 2/255", "openmoji", "autoattack-ensemble", "linf 2/255", ""),
-    ("OpenMoji 4/255", "openmoji", "autoattack-ensemble", "linf 4/255", ""),
+    ("OpenMoji APGD ensemble 1/255", "openmoji", "autoattack-ensemble", "linf 1/255", ""),
+    ("OpenMoji APGD ensemble 2/255", "openmoji", "autoattack-ensemble", "linf 2/255", ""),
+    ("OpenMoji APGD ensemble 4/255", "openmoji", "autoattack-ensemble", "linf 4/255", ""),
 )
 
 
 def column_of(cell: Mapping[str, Any]) -> Column:
-    """(vendor, attack, threat, level, dtype) of a cell."""
-    vendor, label = cell["sample"]["name"], cell["threat"]["label"]
-    return vendor, cell["attack"], label, cell["level"], cell["encoder"]["dtype"]
+    """(vendor, attack, its options, threat, level, dtype) of a cell."""
+    options = " ".join(f"{key}={value}" for key, value in sorted(cell["options"].items()))
+    threat, dtype = cell["threat"]["label"], cell["encoder"]["dtype"]
+    return cell["sample"]["name"], cell["attack"], options, threat, cell["level"], dtype
 
 
 def columns(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Column]:
@@ -60,11 +76,11 @@ def study_table(results: Path) -> str:
     """
     cells = read_cells(results)
     wanted = columns(cells)
-    usual = _usual_dtype(cells)
-    vendors = list(dict.fromkeys(vendor for vendor, _, _, level, _ in wanted if not level))
+    usual = usual_dtype(cells)
+    vendors = list(dict.fromkeys(vendor for vendor, *_, level, _ in wanted if not level))
     titles = [f"{vendor} clean" for vendor in vendors]
-    for vendor, attack, label, level, dtype in wanted:
-        parts = (vendor, level, attack, label, dtype if dtype != usual else "")
+    for vendor, attack, options, label, level, dtype in wanted:
+        parts = (vendor, level, attack, options, label, dtype if dtype != usual else "")
         titles.append(" ".join(part for part in parts if part))
     lines = ["| encoder | " + " | ".join(titles) + " |", "| --- " * (1 + len(titles)) + "|"]
     for name, row in cells.items():
@@ -82,13 +98,13 @@ def study_table(results: Path) -> str:
 def short_table(results: Path) -> str:
     """The study's main columns, clean and full AutoAttack with their 95 % intervals."""
     cells = read_cells(results)
-    usual = _usual_dtype(cells)
+    usual = usual_dtype(cells)
     lines = ["| encoder | " + " | ".join(title for title, *_ in SHORT) + " |", "| --- " * (1 + len(SHORT)) + "|"]
     for name, row in cells.items():
         mine: list[Mapping[str, Any]] = [cell for cell in row if cell["encoder"]["dtype"] == usual]
         shown = []
         for _, vendor, attack, label, level in SHORT:
-            column = (vendor, attack, label, level, usual)
+            column = (vendor, attack, "", label, level, usual)
             alike = [c for c in mine if column_of(c) == column]
             cell = next(iter(alike), None) if attack else _largest(mine, vendor)
             part = "robust" if attack else "clean"
@@ -102,7 +118,7 @@ def short_table(results: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _usual_dtype(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def usual_dtype(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     dtypes = [cell["encoder"]["dtype"] for row in cells.values() for cell in row]
     return max(sorted(set(dtypes)), key=dtypes.count, default="")
 
@@ -118,12 +134,18 @@ def _percent(value: float, interval: Sequence[float]) -> str:
 
 
 def doubts(results: Path) -> list[str]:
-    """What the sanity gates say of each encoder's cells, vendor by vendor."""
+    """What the sanity gates say of each encoder's cells, vendor by vendor; and where a dtype blunts an attack."""
     lines = []
     for name, row in read_cells(results).items():
         for alike in dict.fromkeys((c["sample"]["digest"], c["encoder"]["dtype"]) for c in row):
             of_sample = [c for c in row if (c["sample"]["digest"], c["encoder"]["dtype"]) == alike]
             lines += [f"{name}, {of_sample[0]['sample']['name']}: {doubt}" for doubt in check(of_sample)]
+        wide = {column_of(c)[:-1]: c for c in row if c["encoder"]["dtype"] == "float32"}
+        for cell in row:
+            other = wide.get(column_of(cell)[:-1], cell)
+            if cell["robust"] > other["robust"] + 1:
+                column = " ".join(part for part in column_of(cell) if part)
+                lines.append(f"{name}: {column} holds {cell['robust']} %, in float32 {other['robust']} %")
     return lines
 
 
@@ -147,14 +169,16 @@ def plot_study(results: Path, attack: str = "autoattack-ensemble") -> list[Path]
     import matplotlib.pyplot as plt
 
     cells, drawn = read_cells(results), []
+    usual = usual_dtype(cells)
     vendors = sorted({c["sample"]["name"] for row in cells.values() for c in row if c["attack"] == attack})
     for vendor in vendors:
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         for name, row in cells.items():
-            chosen = [c for c in row if c["attack"] == attack and c["sample"]["name"] == vendor and not c["level"]]
+            alike = [c for c in row if (c["attack"], c["level"], c["encoder"]["dtype"]) == (attack, "", usual)]
+            chosen = [c for c in alike if c["sample"]["name"] == vendor and not c["options"]]
             points = sorted((255 * c["threat"]["eps"], c["robust"]) for c in chosen)
             if points:
-                start = [(0.0, max(c["clean"] for c in chosen))]
+                start = [(0.0, chosen[0]["clean"])]
                 axes.plot(*zip(*(start + points), strict=True), marker="o", label=name)
         axes.set_xlabel("L-inf radius in 1/255")
         axes.set_ylabel(f"accuracy on {vendor} under {attack} (%)")
@@ -173,8 +197,14 @@ def report(results: Path) -> Path:
     cells = read_cells(results)
     parts = ["# What the study found", "", f"{BRACKETS}\n", study_table(results)]
     parts += [f"![{path.stem}]({path.name})\n" for path in plots]
-    for vendor, label in dict.fromkeys((c[0], c[2]) for c in columns(cells) if c[1] == "autoattack"):
-        parts += [f"## Claims, asked of {vendor} at {label}", "", PAIRED, "", claims_table(cells, vendor, label)]
+    for vendor, label in dict.fromkeys((c[0], c[3]) for c in columns(cells) if c[1] == "autoattack"):
+        parts += [
+            f"## Claims, asked of {vendor} at {label}",
+            "",
+            PAIRED,
+            "",
+            claims_table(cells, vendor, label, usual_dtype(cells)),
+        ]
     parts += compared(results)
     said = doubts(results)
     parts += ["## Doubtful", "", *(f"- {line}" for line in said or ["Nothing: every sanity gate holds."]), ""]
@@ -188,5 +218,6 @@ BRACKETS = "Percent of the pictures, in brackets the 95 % interval; a dash is a 
 PAIRED = (
     "Each claim compares two encoders on the same pictures; the difference is in points, with its 95 % interval (for "
     "paired shares, Newcombe 1998). It held where that lies above zero, is the opposite below, and open where it spans "
-    "zero."
+    "zero. Each method was trained once, with one seed; the intervals speak of the pictures alone, and one in twenty "
+    "misses by chance."
 )

@@ -144,6 +144,8 @@ class ImageTower:
                 weights = {name: value for name, value in weights.items() if not name.startswith(inside)}
                 for name, value in folded_weights(self.visual, self._pairs).items():
                     weights[name] = value.to(self.dtype)
+            # A name left out would be attacked as it was when the run began.
+            assert weights.keys() == dict(self._folded.named_parameters()).keys()
         return lambda pixels: self._run(self._folded, weights, pixels)
 
 

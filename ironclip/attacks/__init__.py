@@ -55,9 +55,8 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "apgd-t": APGDT,
     "fab-t": FAB,
     "square": Square,
-    "autoattack": AutoAttack,
+    "autoattack": partial(AutoAttack, version="standard"),
     "autoattack-ensemble": partial(AutoAttack, version="ensemble"),
-    "autoattack-rest": partial(AutoAttack, version="rest"),
     "autoattack-rand": partial(AutoAttack, version="rand"),
 }
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
 from torchvision.transforms.functional import normalize
@@ -14,7 +14,7 @@ from torchvision.transforms.functional import normalize
 from ironclip.artifact import save_artifact
 from ironclip.encoder import Encoder, Head
 from ironclip.errors import ArtifactError, LabelError
-from tests.conftest import TINY_CFG, make_tiny_encoder
+from tests.conftest import make_residual_encoder, make_tiny_encoder
 
 TEXTS = ["a photo of a dog", "zxqv blorp", "the large cat in the garden behind the old house", "犬", "a"]
 
@@ -123,23 +123,6 @@ def test_a_low_precision_copy_is_not_widened_again(tiny_encoder: Encoder) -> Non
         tiny_encoder.astype(torch.bfloat16).astype(torch.float32)
 
 
-def make_residual_encoder(width: int = 8) -> Encoder:
-    """A small ResNet CLIP whose batch norms do something."""
-    cfg = {**TINY_CFG, "vision_cfg": {"image_size": 64, "layers": [1, 2, 1, 1], "width": width}}
-    like = make_tiny_encoder()
-    generator = torch.Generator().manual_seed(1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = open_clip.model.CLIP(**cfg)
-    for module in model.visual.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            for values, low in ((module.weight, 0.5), (module.bias, -0.5), (module.running_mean, -0.5)):
-                values.data.copy_(torch.rand(len(values), generator=generator) + low)
-            module.running_var.copy_(torch.rand(len(module.running_var), generator=generator) + 0.5)
-    preprocess = {**like.preprocess_cfg, "size": 64}
-    return Encoder(model, like.tokenizer, model_cfg=cfg, preprocess_cfg=preprocess).requires_grad_(False)
-
-
 def test_the_served_form_answers_and_bends_as_the_trained_one(tmp_path: Path) -> None:
     encoder = make_residual_encoder()
     served = encoder.served()
@@ -158,8 +141,14 @@ def test_the_served_form_answers_and_bends_as_the_trained_one(tmp_path: Path) ->
     assert low.dtype == torch.bfloat16
     cosine = torch.nn.functional.cosine_similarity(low.encode_image(pixels), results[0][0])
     assert cosine.min() > 0.999
+    assert copy.deepcopy(low).digest == encoder.digest
     with pytest.raises(ArtifactError, match="served copy"):
         save_artifact(served, tmp_path / "artifact", {"name": "served"})
+
+
+def test_an_encoder_that_gains_nothing_is_not_held_twice(tiny_encoder: Encoder) -> None:
+    assert tiny_encoder.served() is tiny_encoder
+    assert tiny_encoder.served(torch.bfloat16).form == "served"
 
 
 def test_empty_lists_are_answered(tiny_encoder: Encoder) -> None:

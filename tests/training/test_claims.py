@@ -17,6 +17,7 @@ def cell(
         "attack": attack,
         "threat": {"label": "linf 2/255"},
         "level": level,
+        "options": {},
         "outcomes": outcomes,
         "encoder": {"dtype": dtype},
     }
@@ -32,18 +33,20 @@ def test_the_interval_is_newcombes() -> None:
 def test_a_claim_holds_only_where_the_interval_says_so() -> None:
     claim = Claim("TeCoA", "is robust", "tecoa", "demo")
     far = {"tecoa": [cell("o" * 60 + "x" * 20 + "-" * 20)], "demo": [cell("o" * 10 + "x" * 60 + "-" * 30)]}
-    verdict = judge(claim, far, "emojione", "linf 2/255")
+    verdict = judge(claim, far, "emojione", "linf 2/255", "bfloat16")
     assert verdict is not None
     assert (verdict.ours, verdict.theirs, verdict.difference) == (60, 10, 50)
     assert verdict.word == "held"
     near = {"tecoa": [cell("o" * 52 + "x" * 48)], "demo": [cell("x" * 50 + "o" * 50)]}
-    verdict = judge(claim, near, "emojione", "linf 2/255")
+    verdict = judge(claim, near, "emojione", "linf 2/255", "bfloat16")
     assert verdict is not None
     assert verdict.word == "open"
-    verdict = judge(Claim("TeCoA", "is robust", "demo", "tecoa"), far, "emojione", "linf 2/255")
+    verdict = judge(Claim("TeCoA", "is robust", "demo", "tecoa"), far, "emojione", "linf 2/255", "bfloat16")
     assert verdict is not None
     assert verdict.word == "the opposite"
-    clean = judge(Claim("TeCoA", "keeps clean accuracy", "tecoa", "demo", attack=""), far, "emojione", "linf 2/255")
+    clean = judge(
+        Claim("TeCoA", "keeps clean accuracy", "tecoa", "demo", attack=""), far, "emojione", "linf 2/255", "bfloat16"
+    )
     assert clean is not None
     assert (clean.ours, clean.theirs) == (80, 70)
 
@@ -57,6 +60,6 @@ def test_what_was_not_measured_alike_is_not_judged() -> None:
         cell("ox", attack="pgd"),
         cell("ox", dtype="float32"),
     ):
-        assert judge(claim, {"tecoa": [ours], "demo": [other]}, "emojione", "linf 2/255") is None
-    assert judge(claim, {"tecoa": [ours]}, "emojione", "linf 2/255") is None
-    assert claims_table({"tecoa": [ours]}, "emojione", "linf 2/255").count("\n") == 2
+        assert judge(claim, {"tecoa": [ours], "demo": [other]}, "emojione", "linf 2/255", "bfloat16") is None
+    assert judge(claim, {"tecoa": [ours]}, "emojione", "linf 2/255", "bfloat16") is None
+    assert claims_table({"tecoa": [ours]}, "emojione", "linf 2/255", "bfloat16").count("\n") == 2

@@ -84,7 +84,7 @@ def test_autoattack_goes_on_from_its_ensemble_as_if_in_one_piece(
     assert whole["forwards"] > ensemble["forwards"] + 12 * 30  # FAB's and Square's on what stood
     assert parted["outcomes"] == whole["outcomes"]
     assert (parted["attack"], parted["key"]) == ("autoattack", whole["key"])
-    assert parted["backwards"] == whole["backwards"]
+    assert (parted["backwards"], parted["blind"]) == (whole["backwards"], whole["blind"])
     assert parted["seconds"] > ensemble["seconds"]
     with pytest.raises(OptionError, match="goes on from no such cell"):
         measure(classifier, sample, PGD, tmp_path / "other.json", after=ensemble)
@@ -195,6 +195,13 @@ def test_masked_gradients_are_reported(classifier: Classifier, sample: Sample, t
     labels = predict(masked, sample.pixels).logits.argmax(1)
     result = measure(masked, Sample("noise", sample.pixels, labels), PGD, tmp_path / "cell.json")
     assert "20 pictures had no gradient" in result["unreliable"][0]
+    options = {"iterations": 2, "queries": 5, "classes": 2}
+    whole = Cell("autoattack", ThreatModel("linf", 1 / 255), options)
+    blind = measure(masked, Sample("noise", sample.pixels, labels), whole, tmp_path / "whole.json")["blind"]
+    (parted,) = measure_all(
+        masked, Sample("noise", sample.pixels, labels), tmp_path, ["autoattack"], [1], options=options
+    )
+    assert parted["blind"] == blind == list(range(20))
 
 
 def test_the_command_attacks_resumes_and_names_what_it_did(

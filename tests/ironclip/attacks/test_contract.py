@@ -35,7 +35,6 @@ QUICK: dict[str, dict[str, Any]] = {
     "square": {"queries": 400},
     "autoattack": {"iterations": 6, "queries": 40, "classes": 3},
     "autoattack-ensemble": {"iterations": 8, "classes": 3},
-    "autoattack-rest": {"iterations": 6, "queries": 40, "classes": 3},
     "autoattack-rand": {"iterations": 8},
 }
 THREATS = [ThreatModel("linf", 8 / 255), ThreatModel("l2", 0.9)]
@@ -114,7 +113,7 @@ def test_pixels_stay_inside_and_the_weights_alone(attack: Attack, threat: Threat
     for query in asked:
         assert query.pixels.min() >= 0
         assert query.pixels.max() <= 1
-        if attack.name not in ("fab-t", "autoattack", "autoattack-rest"):
+        if attack.name not in ("fab-t", "autoattack"):
             assert problem.threat.distances(problem.images[query.items], query.pixels).max() <= threat.eps + 1e-6
     assert problem.threat.distances(problem.images, result.images).max() <= threat.eps + 1e-6
     assert result.images.min() >= 0
