@@ -159,20 +159,37 @@ def depth_table(results: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _made(contents: Mapping[str, Mapping[str, Any]]) -> str:
+    """How the examples of some results were made, from the results themselves."""
+    ways = []
+    for content in contents.values():
+        sample = content.get("sample") or {"name": content["data"], "pictures": content["pictures"]}
+        options = "".join(f" {key}={value}" for key, value in content["options"].items())
+        encoders = content["encoders"].values() if "encoders" in content else [content["encoder"]]
+        dtypes = ", ".join(sorted({encoder["dtype"] for encoder in encoders}))
+        attack = f"{content['attack']}{options}, {content['threat']['label']}"
+        ways.append(f"{attack}, {sample['pictures']} pictures of {sample['name']}, encoders in {dtypes}")
+    return (
+        f"Attack: {'; '.join(dict.fromkeys(ways))}; examples rounded to 8 bits. One attack is weaker than AutoAttack."
+    )
+
+
 def compared(results: Path) -> list[str]:
     """Those parts of a study's README for which there are results."""
     parts = []
     if (results / "transfer.json").is_file():
-        parts += ["## Transfer", "", TRANSFER, "", transfer_table(results)]
-    if (results / "levels").is_dir():
-        parts += ["## Levels of the tree", "", LEVELS, ""]
+        content = {"": json.loads((results / "transfer.json").read_text(encoding="utf-8"))}
+        parts += ["## Transfer", "", TRANSFER, "", _made(content), "", transfer_table(results)]
+    if found := _load(results / "levels"):
+        parts += ["## Levels of the tree", "", LEVELS, "", _made(found), ""]
         for mode in ("rollup", "prompts"):
             if (drawn := plot_levels(results, mode)) is not None:
                 parts += [f"By {mode}:", "", f"![{drawn.stem}]({drawn.name})", "", severity_table(results, mode)]
     if (drawn := plot_depth(results)) is not None:
-        parts += ["## Depth", "", DEPTH, "", depth_table(results), f"![depth]({drawn.name})", ""]
-    if (results / "retrieval").is_dir():
-        parts += ["## Retrieval", "", RETRIEVAL, "", retrieval_table(results)]
+        depth = _made(_load(results / "depth"))
+        parts += ["## Depth", "", DEPTH, "", depth, "", depth_table(results), f"![depth]({drawn.name})", ""]
+    if found := _load(results / "retrieval"):
+        parts += ["## Retrieval", "", RETRIEVAL, "", _made(found), "", retrieval_table(results)]
     return parts
 
 

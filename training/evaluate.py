@@ -20,7 +20,7 @@ from training.emoji.pictures import VendorImages, load_vendor, manifest_names, r
 from training.emoji.taxonomy import Name
 from training.examples import examples, level_matrix, transfer_matrix
 from training.retrieval import Pairs
-from training.robustness import Cell, Sample, check, fixed_sample, measure_all
+from training.robustness import Cell, Sample, check, fixed_sample, measure_all, named
 
 TEMPLATES = ("an emoji of {}",)
 FLAGS = "flags"
@@ -175,11 +175,12 @@ def levels_emoji(
 
 
 def depth_emoji(encoder: Encoder, data: Path, folder: Path, vendor: str, cell: Cell, count: int) -> dict[str, Any]:
-    """`depth.depth_profile` of an encoder with a hyperbolic head, on the examples of its level matrix by prompts."""
+    """`depth.depth_profile` of an encoder with a hyperbolic head on the examples of its level matrix, and how made."""
     classifier = emoji_classifier(encoder, manifest_names(read_manifest(data)), "prompts")
     sample = emoji_sample(encoder, data, vendor, count)
     made = {level: examples(classifier, sample, replace(cell, level=level), folder) for level in classifier.levels}
-    return depth_profile(classifier, sample, made)
+    how = {"sample": {"name": sample.name, "pictures": len(sample.labels)}, "encoder": named(encoder)}
+    return {**how, **cell.to_json(), **depth_profile(classifier, sample, made)}
 
 
 def emoji_pairs(encoder: Encoder, data: Path, vendor: str, count: int) -> Pairs:

@@ -214,7 +214,11 @@ def report(results: Path) -> Path:
     return path
 
 
-BRACKETS = "Percent of the pictures, in brackets the 95 % interval; a dash is a cell that has not been computed."
+BRACKETS = (
+    "Percent of the pictures, in brackets the 95 % interval; a dash is a cell that has not been computed. "
+    "`autoattack-ensemble` is APGD-CE and APGD-T, `autoattack` has FAB-T and Square besides. Levels above the names "
+    "are scored by the names' probabilities."
+)
 PAIRED = (
     "Each claim compares two encoders on the same pictures; the difference is in points, with its 95 % interval (for "
     "paired shares, Newcombe 1998). It held where that lies above zero, is the opposite below, and open where it spans "
