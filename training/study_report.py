@@ -150,15 +150,21 @@ def doubts(results: Path) -> list[str]:
 
 
 def tuning_table(results: Path) -> str:
-    """The trials of each method, the chosen one marked."""
+    """The trials of each method, the chosen one marked; ``EDGE`` where nothing tried after it did worse."""
     lines = ["| method | setting | clean | robust |", "| --- | --- | --- | --- |"]
     for path in sorted(results.glob("tuning-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         for trial in found["trials"]:
             mark = " (chosen)" if trial["setting"] == found.get("chosen") else ""
+            edge = EDGE if mark and trial is found["trials"][-1] and len(found["trials"]) > 1 else ""
             settings = " ".join(trial["setting"])
-            lines.append(f"| {found['method']} | {settings}{mark} | {trial['clean']:.1f} % | {trial['robust']:.1f} % |")
+            lines.append(
+                f"| {found['method']} | {settings}{mark}{edge} | {trial['clean']:.1f} % | {trial['robust']:.1f} % |"
+            )
     return "\n".join(lines) + "\n"
+
+
+EDGE = ", the last one tried: what lies beyond is not known"
 
 
 def plot_study(results: Path, attack: str = "autoattack-ensemble") -> list[Path]:
