@@ -147,7 +147,11 @@ def load_study(name: str) -> StudyConfig:
 
 
 def best(trials: Sequence[Mapping[str, Any]], base_clean: float, clean_loss: float) -> Mapping[str, Any]:
-    """The most robust trial of those that keep clean accuracy; where none does, the one that keeps most of it."""
+    """The most robust trial of those that keep clean accuracy; where none does, the one that keeps most of it.
+
+    A setting that collapsed at full length is passed over.
+    """
+    trials = [trial for trial in trials if not trial.get("collapsed")] or trials
     kept = [trial for trial in trials if trial["clean"] >= base_clean - clean_loss]
     if kept:
         return max(kept, key=lambda trial: (trial["robust"], trial["clean"]))
@@ -203,24 +207,52 @@ def tune(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path)
 def train_methods(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path) -> None:
     """Train ``methods`` with their chosen settings, to ``runs/METHOD/artifact``; finished ones are kept.
 
+    A setting that did well for a short while may collapse at full length. Such a run is set aside, the trial is marked
+    in ``results/tuning-METHOD.json``, and the method is trained with the next best setting.
+
     Raises:
         OptionError: a method whose settings have not been chosen, or whose artifact was made with others.
     """
     for method in methods:
-        chosen = (read_json(results / f"tuning-{method}.json") or {}).get("chosen")
-        if chosen is None:
-            raise OptionError(f"{method} has no chosen setting: run `study --part tune --only {method}` first")
-        recipe = load_recipe(method, config.recipe, [*chosen, f"data.path={config.data}"])
-        if (runs / method / "artifact" / "ironclip.json").is_file():
-            made = from_mapping(RobustConfig, read_json(runs / method / "config.json") or {})
-            if essence(made) != essence(recipe):
-                raise OptionError(
-                    f"{runs / method} was trained with other settings than are chosen now: delete or rename it, "
-                    f"and its cells in {results / 'cells' / method}"
-                )
-            continue
-        if train(recipe, runs / method) == runs / method:
-            raise KeyboardInterrupt  # asked to stop
+        path = results / f"tuning-{method}.json"
+        while True:
+            found = read_json(path) or {}
+            if "chosen" not in found:
+                raise OptionError(f"{method} has no chosen setting: run `study --part tune --only {method}` first")
+            recipe = load_recipe(method, config.recipe, [*found["chosen"], f"data.path={config.data}"])
+            (trial,) = (trial for trial in found["trials"] if trial["setting"] == found["chosen"])
+            stopped = False
+            if not _collapsed(runs / method, trial["clean"]):  # a run that was stopped may have
+                stopped = _train_one(recipe, runs / method, results / "cells" / method)
+            if not _collapsed(runs / method, trial["clean"]):
+                break
+            (runs / method).rename(runs / f"{method}-collapsed-{trial['key']}")
+            trial["collapsed"] = True
+            found["chosen"] = best(found["trials"], found["base"]["clean"], config.tuning.clean_loss)["setting"]
+            write_json(path, found)
+            print(f"{method}: {trial['setting']} collapsed at full length; next: {found['chosen']}", flush=True)
+        if stopped:
+            raise KeyboardInterrupt
+
+
+def _train_one(recipe: RobustConfig, folder: Path, cells: Path) -> bool:
+    """Train to the end unless it is there already; whether the run was asked to stop."""
+    if (folder / "artifact" / "ironclip.json").is_file():
+        made = from_mapping(RobustConfig, read_json(folder / "config.json") or {})
+        if essence(made) != essence(recipe):
+            raise OptionError(
+                f"{folder} was trained with other settings than are chosen now: delete or rename it, and {cells}"
+            )
+        return False
+    return train(recipe, folder) == folder
+
+
+def _collapsed(folder: Path, expected: float) -> bool:
+    """Whether the clean accuracy last seen in a run is less than half of what a trial of its setting had (percent)."""
+    log = folder / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    seen = [entry["clean"] for line in lines if "clean" in (entry := json.loads(line))]
+    return bool(seen) and seen[-1] < expected / 2
 
 
 def _measured(config: StudyConfig, methods: Sequence[str], runs: Path) -> dict[str, str]:

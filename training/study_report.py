@@ -157,6 +157,7 @@ def tuning_table(results: Path) -> str:
         for trial in found["trials"]:
             mark = " (chosen)" if trial["setting"] == found.get("chosen") else ""
             edge = EDGE if mark and trial is found["trials"][-1] and len(found["trials"]) > 1 else ""
+            mark = ", collapsed at full length" if trial.get("collapsed") else mark
             settings = " ".join(trial["setting"])
             lines.append(
                 f"| {found['method']} | {settings}{mark}{edge} | {trial['clean']:.1f} % | {trial['robust']:.1f} % |"

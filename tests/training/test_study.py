@@ -86,7 +86,14 @@ def test_a_study_chooses_trains_measures_and_goes_on(
     assert config["steps"] == 4  # half of the recipe's
     assert config["learning_rate"] == 3e-3
     assert config["data"]["left_out"] == ["other"]
+    # A run of the chosen setting that lost its clean accuracy is set aside, and the next best setting taken.
+    (runs / "tecoa").mkdir()
+    (runs / "tecoa" / "log.jsonl").write_text('{"step": 4, "clean": 0.0}\n', encoding="utf-8")
     assert main(command) == 0
+    assert len(list(runs.glob("tecoa-collapsed-*/log.jsonl"))) == 1
+    tuned, found = found, json.loads((results / "tuning-tecoa.json").read_text(encoding="utf-8"))
+    assert [trial["setting"] for trial in found["trials"] if trial.get("collapsed")] == [tuned["chosen"]]
+    assert found["chosen"] != tuned["chosen"]
     trained = json.loads((runs / "tecoa" / "config.json").read_text(encoding="utf-8"))
     assert trained["steps"] == 8
     assert [f"learning_rate={trained['learning_rate']:.0e}".replace("e-0", "e-")] == found["chosen"]
@@ -117,7 +124,7 @@ def test_a_study_chooses_trains_measures_and_goes_on(
     assert "| hierarchical | name | 7 |" in said
     for plot in ("levels-rollup.png", "levels-prompts.png", "depth.png"):
         assert (results / plot).stat().st_size > 5000
-    assert "learning_rate=1e-3" in said
+    assert f"| tecoa | {tuned['chosen'][0]}, collapsed at full length |" in said
     assert "other subgroup fgsm linf 4/255" in said
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in (".pt", ".safetensors")}
     capsys.readouterr()
