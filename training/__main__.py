@@ -87,13 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     whole.add_argument(
         "--part",
         nargs="*",
-        choices=["tune", "train", "evaluate", "compare", "report"],
+        choices=["tune", "train", "evaluate", "compare", "report", "ship"],
         default=[],
-        help="default: all in this order",
+        help="default: all in this order but ship, which copies the best encoder into the package",
     )
     whole.add_argument("--only", nargs="*", default=[], metavar="METHOD", help="these methods (default: the study's)")
     whole.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the trainings")
     whole.add_argument("--results", type=Path, default=Path("docs/robustness"), help="folder of what was found")
+    whole.add_argument("--shipped", type=Path, default=Path("ironclip/demo/robust"), help="where ship puts the best")
     domain = added.add_parser("domain", help="measure and store the domain threshold of an artifact")
     domain.add_argument("--artifact", type=Path, required=True)
     domain.add_argument("--data", type=Path, default=Path("data/demo"))

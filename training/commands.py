@@ -81,9 +81,11 @@ def retrieval(arguments: argparse.Namespace) -> None:
 
 def study(arguments: argparse.Namespace) -> None:
     """Tune, train, measure and report all methods."""
-    from training.study import load_study, study
+    from training.study import study
+    from training.study_config import load_study
 
-    study(load_study(arguments.config), arguments.part, arguments.only, arguments.runs, arguments.results)
+    where = (arguments.runs, arguments.results, arguments.shipped)
+    study(load_study(arguments.config), arguments.part, arguments.only, *where)
 
 
 def build(arguments: argparse.Namespace) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from ironclip.errors import OptionError
+from ironclip.loading import load_encoder
 from tests.training.robust_world import CONV, VIT, make_artifact, write_config
 from training.__main__ import main
-from training.study import best, load_study
+from training.study_config import load_study
+from training.study_runs import best
 
 
 def test_the_best_trial_keeps_clean_accuracy() -> None:
@@ -126,6 +128,19 @@ def test_a_study_chooses_trains_measures_and_goes_on(
         assert (results / plot).stat().st_size > 5000
     assert f"| tecoa | {tuned['chosen'][0]}, collapsed at full length |" in said
     assert "other subgroup fgsm linf 4/255" in said
+    shipped = tmp_path / "robust"
+    assert main([*command, "--part", "ship", "--shipped", str(shipped)]) == 0
+    encoder = load_encoder(str(shipped))
+    assert encoder.provenance["name"] == "demo-robust"
+    tried = encoder.provenance["tried"][0]
+    chosen = {}
+    for method in ("tecoa", "hierarchical"):
+        tuned = json.loads((results / f"tuning-{method}.json").read_text(encoding="utf-8"))
+        (trial,) = (trial for trial in tuned["trials"] if trial["setting"] == tuned["chosen"])
+        chosen[method] = (trial["robust"], trial["clean"])
+        assert f"{method} {trial['robust']:g} (clean {trial['clean']:g})" in tried
+    taken = max(chosen, key=lambda method: chosen[method])
+    assert encoder.digest == load_encoder(str(runs / taken / "artifact")).digest
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in (".pt", ".safetensors")}
     capsys.readouterr()
     assert main(command) == 0
