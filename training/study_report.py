@@ -182,7 +182,7 @@ def plot_study(results: Path, attack: str = "autoattack-ensemble") -> list[Path]
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         for name, row in cells.items():
             alike = [c for c in row if (c["attack"], c["level"], c["encoder"]["dtype"]) == (attack, "", usual)]
-            chosen = [c for c in alike if c["sample"]["name"] == vendor and not c["options"]]
+            chosen = [c for c in alike if c["sample"]["name"] == vendor]
             points = sorted((255 * c["threat"]["eps"], c["robust"]) for c in chosen)
             if points:
                 start = [(0.0, chosen[0]["clean"])]
