@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ironclip.defences import Defence, make_defence
-from ironclip.encoder import Encoder
+from ironclip.encoder import Encoder, Head
 from ironclip.errors import OptionError, TooManyLabels
 from ironclip.hierarchy import LabelTree, Level
 from ironclip.hyperbolic import distances, exp0
@@ -147,10 +147,15 @@ class Classifier(nn.Module):
         """The encoder's own rule, see `ironclip.encoder.Head`."""
         head = self.encoder.head
         if head.type == "poincare":
-            texts = exp0(head.text_scale * bank.norms[:, None] * bank.weights, head.curvature)
+            texts = text_points(head, bank)
             images = exp0(head.image_scale * features, head.curvature)
             return -head.temperature * distances(images, texts, head.curvature)
         return self.encoder.logit_scale * (normalize(features, dim=-1) @ bank.weights.T)
+
+
+def text_points(head: Head, bank: TextBank) -> Tensor:
+    """Where a hyperbolic head puts a bank's labels: points s [K, dim], see `ironclip.hyperbolic`."""
+    return exp0(head.text_scale * bank.norms[:, None] * bank.weights, head.curvature)
 
 
 def bind_levels(tree: LabelTree | Mapping[str, LabelTree], label_set: LabelSet) -> dict[str, Level]:

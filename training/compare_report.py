@@ -13,6 +13,12 @@ def _load(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
+def _levels(results: Path, mode: str) -> dict[str, dict[str, Any]]:
+    """Encoder -> its matrix of levels, scored by ``mode``."""
+    of_all = _load(results / "levels").items()
+    return {name.removesuffix(f"-{mode}"): content for name, content in of_all if name.endswith(f"-{mode}")}
+
+
 def plot_levels(results: Path, mode: str) -> Path | None:
     """``levels-MODE.png``: for each encoder a heat map, level attacked against level scored; None without results."""
     import matplotlib
@@ -20,7 +26,7 @@ def plot_levels(results: Path, mode: str) -> Path | None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = {name.removesuffix(f"-{mode}"): c for name, c in _load(results / "levels").items() if name.endswith(mode)}
+    found = _levels(results, mode)
     if not found:
         return None
     across = min(5, len(found))
@@ -131,7 +137,7 @@ def transfer_table(results: Path) -> str:
 
 def severity_table(results: Path, mode: str) -> str:
     """Mean severity of the wrong names (height of the lowest common ancestor), by the level attacked."""
-    found = {name.removesuffix(f"-{mode}"): c for name, c in _load(results / "levels").items() if name.endswith(mode)}
+    found = _levels(results, mode)
     levels = list(next(iter(found.values()))["severity"])
     titles = [f"{level} attacked" if level else "clean" for level in levels]
     lines = ["| encoder | " + " | ".join(titles) + " |", "| --- " * (1 + len(titles)) + "|"]

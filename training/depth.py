@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ironclip.classifier import Classifier
+from ironclip.classifier import Classifier, text_points
 from ironclip.errors import OptionError
-from ironclip.hyperbolic import ball_norm, exp0
+from ironclip.hyperbolic import ball_norm
 from ironclip.preprocessing import to_float
 from training.robustness import Sample
 
@@ -27,12 +27,7 @@ def node_norms(classifier: Classifier) -> dict[str, Tensor]:
         raise OptionError("depth is asked of a poincare head with levels=prompts")
     names = list(classifier.levels)
     banks = {names[0]: classifier.bank, **classifier.level_banks}
-    return {
-        name: ball_norm(
-            exp0(head.text_scale * banks[name].norms[:, None] * banks[name].weights, head.curvature), head.curvature
-        )
-        for name in names
-    }
+    return {name: ball_norm(text_points(head, banks[name]), head.curvature) for name in names}
 
 
 @torch.no_grad()

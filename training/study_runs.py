@@ -59,6 +59,7 @@ def tune(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path)
         path = results / f"tuning-{method}.json"
         before = {trial.get("key"): trial for trial in (read_json(path) or {"trials": []})["trials"]}
         base = load_recipe(method, config.recipe, []).base
+        digest = load_encoder(base).digest
         found: dict[str, Any] = {"method": method, "measured": measured, "base": score(base), "trials": []}
         for setting in tuning.settings:
             recipe = load_recipe(method, config.recipe, setting)
@@ -66,7 +67,7 @@ def tune(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path)
             shorter = [f"{key}={value}" for key, value in part.items() if value]
             left_out = [f'data.left_out=["{tuning.vendor}"]', f"data.path={config.data}", "evaluate_count=0"]
             trial = load_recipe(method, config.recipe, [*setting, *shorter, *left_out])
-            content = {"recipe": essence(trial), "measured": measured, "base": load_encoder(base).digest}
+            content = {"recipe": essence(trial), "measured": measured, "base": digest}
             key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
             if key not in before:
                 artifact = train(trial, runs / "tuning" / "-".join([method, *setting]))
@@ -98,7 +99,7 @@ def train_methods(config: StudyConfig, methods: Sequence[str], runs: Path, resul
             if "chosen" not in found:
                 raise OptionError(f"{method} has no chosen setting: run `study --part tune --only {method}` first")
             recipe = load_recipe(method, config.recipe, [*found["chosen"], f"data.path={config.data}"])
-            (trial,) = (trial for trial in found["trials"] if trial["setting"] == found["chosen"])
+            trial = _chosen(found)
             stopped = False
             if not _collapsed(runs / method, trial["clean"]):  # a run that was stopped may have
                 stopped = _train_one(recipe, runs / method, results / "cells" / method)
@@ -111,6 +112,12 @@ def train_methods(config: StudyConfig, methods: Sequence[str], runs: Path, resul
             print(f"{method}: {trial['setting']} collapsed at full length; next: {found['chosen']}", flush=True)
         if stopped:
             raise KeyboardInterrupt
+
+
+def _chosen(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The trial of a tuned method's chosen setting."""
+    (trial,) = (trial for trial in found["trials"] if trial["setting"] == found["chosen"])
+    return trial  # type: ignore[no-any-return]
 
 
 def _train_one(recipe: RobustConfig, folder: Path, cells: Path) -> bool:
@@ -148,8 +155,7 @@ def ship(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path,
         if "chosen" not in found or not (runs / method / "artifact" / "ironclip.json").is_file():
             raise OptionError(f"{method} has not been tuned and trained: the best cannot be told before")
         base = found["base"]["clean"]
-        (trial,) = (trial for trial in found["trials"] if trial["setting"] == found["chosen"])
-        trials.append({**trial, "method": method})
+        trials.append({**_chosen(found), "method": method})
     taken = best(trials, base, config.tuning.clean_loss)["method"]
     measured = f"{config.tuning.attack} at {config.tuning.eps:g}/255 on {config.tuning.vendor}, left out"
     compared = ", ".join(f"{trial['method']} {trial['robust']:g} (clean {trial['clean']:g})" for trial in trials)
@@ -160,6 +166,8 @@ def ship(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path,
         folder,
         name=f"demo-{folder.name}",
         description=f"demo made robust by {taken}: the most robust of the study's methods on a vendor left out",
-        tried=[f"Percent held under {measured}, at an eighth of the budget, base clean {base:g}: {compared}"],
+        tried=[
+            f"Percent held under {measured}, at {config.tuning.share:g} of the budget, base clean {base:g}: {compared}"
+        ],
     )
     print(f"{taken} -> {folder}", flush=True)
