@@ -57,7 +57,7 @@ def plain_step(run: Run, batch: Batch) -> None:
     texts = ReencodedTexts(run) if reads_texts else run.networks.texts
     networks = replace(run.networks, student=encoder.encode_image, texts=texts)
     batch = replace(batch, anchor=run.networks.original(batch.images)) if method.anchored else batch
-    objective, items = method.objective(networks, batch), torch.arange(len(batch.images))
+    objective, items = method.objective(networks, batch), torch.arange(len(batch.images), device=batch.images.device)
     delta = torch.zeros_like(batch.images, requires_grad=True)
     threat = run.config.attack.threat
     for _ in range(run.config.attack.iterations):
@@ -77,7 +77,7 @@ def plain_step(run: Run, batch: Batch) -> None:
     encoder.model.visual.requires_grad_(True)
 
 
-def measure_method(config: RobustConfig, rounds: int) -> dict[str, Any]:
+def measure_method(config: RobustConfig, rounds: int, plain: bool = True) -> dict[str, Any]:
     """Seconds of step, floor and plain re-creation: medians over ``rounds``, and the ratios of each round's own."""
     with tempfile.TemporaryDirectory() as folder:
         fabric = make_fabric()
@@ -94,15 +94,18 @@ def measure_method(config: RobustConfig, rounds: int) -> dict[str, Any]:
             floor = measure_floor(
                 run.method, config.attack, run.tower, run.networks, config.batch_size, fabric, anchor=anchor, repeats=2
             ).step
-            batch = Batch(drawn.pixels, drawn.labels, drawn.pixels.new_zeros(len(drawn.labels), 0))
+            pixels, labels = drawn.pixels.to(fabric.device), drawn.labels.to(fabric.device)
+            batch = Batch(pixels, labels, pixels.new_zeros(len(labels), 0))
             run.step = max(0, run.step - 1)
-            plain = timed(partial(plain_step, run, batch), fabric.device)
-            rows.append({"step": step, "floor": floor, "plain": plain})
+            rows.append({"step": step, "floor": floor})
+            if plain:
+                rows[-1]["plain"] = timed(partial(plain_step, run, batch), fabric.device)
+    slower = [row["plain"] / row["step"] for row in rows if "plain" in row]
     return {
         "dtype": str(run.tower.dtype).removeprefix("torch."),
-        "seconds": {key: round(statistics.median(row[key] for row in rows), 3) for key in rows[0]},
+        "seconds": {key: round(statistics.median(row[key] for row in rows), 4) for key in rows[0]},
         "step_over_floor": round(statistics.median(row["step"] / row["floor"] for row in rows), 3),
-        "plain_over_step": round(statistics.median(row["plain"] / row["step"] for row in rows), 2),
+        **({"plain_over_step": round(statistics.median(slower), 2)} if slower else {}),
     }
 
 
@@ -115,18 +118,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--no-plain", action="store_true", help="leave the plain re-creation out")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="fields of the config")
     arguments = parser.parse_args(argv)
     fixed = ["budget=0.0", "steps=1000", f"batch_size={arguments.batch}", f"threads={arguments.threads}"]
     torch.set_num_threads(arguments.threads)
-    report: dict[str, Any] = {"batch": arguments.batch, "threads": arguments.threads, "methods": {}}
+    device = make_fabric().device
+    report: dict[str, Any] = {
+        "config": arguments.config,
+        "set": arguments.set,
+        "batch": arguments.batch,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": arguments.threads,
+        "methods": {},
+    }
     print(f"{'method':14} {'dtype':9} {'step':>8} {'over floor':>11} {'plain over step':>16}")
     for method in arguments.methods:
-        config = load_recipe(method, arguments.config, [*fixed, "evaluate_count=0"])
-        report["iterations"] = config.attack.iterations
-        report["methods"][method] = found = measure_method(config, arguments.rounds)
+        config = load_recipe(method, arguments.config, [*fixed, "evaluate_count=0", *arguments.set])
+        found = measure_method(config, arguments.rounds, not arguments.no_plain)
+        report["methods"][method] = {"iterations": config.attack.iterations, **found}
         print(
-            f"{method:14} {found['dtype']:9} {found['seconds']['step']:7.2f}s {found['step_over_floor']:11.2f} "
-            f"{found['plain_over_step']:16.1f}",
+            f"{method:14} {found['dtype']:9} {found['seconds']['step']:7.3f}s {found['step_over_floor']:11.2f} "
+            f"{found.get('plain_over_step', '-'):>16}",
             flush=True,
         )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -216,14 +216,21 @@ def predict(classifier: Classifier, pixels: Tensor, *, batch_size: int = 256) ->
         classifier: what decides.
         pixels: uint8 or float RGB, [N, 3, R, R]; uint8 is divided by 255.
         batch_size: pictures per forward.
+
+    Returns:
+        The decision, on the device that ``pixels`` are on.
     """
     parts = []
     for batch in torch.split(pixels, batch_size):
         batch = batch.to(classifier.encoder.device)
         batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch
         parts.append(classifier.judge(classifier.encode(batch)))
+
+    def joined(values: list[Tensor]) -> Tensor:
+        return torch.cat(values).to(pixels.device)
+
     return Decision(
-        torch.cat([part.logits for part in parts]),
-        torch.cat([part.cosine for part in parts]),
-        {name: torch.cat([part.levels[name] for part in parts]) for name in parts[0].levels},
+        joined([part.logits for part in parts]),
+        joined([part.cosine for part in parts]),
+        {name: joined([part.levels[name] for part in parts]) for name in parts[0].levels},
     )

@@ -67,7 +67,7 @@ def load_encoder(
         spec: `demo` or another shipped name; an artifact's folder; `MODEL/PRETRAINED_TAG` as open_clip lists
             them; `hf-hub:ORG/REPO`; `local-dir:FOLDER`; `random:MODEL` or `random:MODEL:SEED` for random
             weights (tests and benchmarks).
-        device: where the towers go.
+        device: where the towers go, see `pick_device`.
         cache_dir: where open_clip keeps what it downloads.
         digest: the encoder's expected digest (SHA-256, hex); anything else is refused.
 
@@ -80,7 +80,7 @@ def load_encoder(
         OptionError: there is no such device.
     """
     spec = spec.strip()
-    device = _device(device)
+    device = pick_device(device)
     with _LOADING:
         encoder = _load_random(spec) if spec.startswith("random:") else _load(_resolve(spec), cache_dir)
     encoder = encoder.to(device).eval().requires_grad_(False)
@@ -254,7 +254,14 @@ def _load_random(spec: str) -> Encoder:
     return _encoder(source, model, tokenizer, get_model_config(name), meta)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def pick_device(device: str | torch.device) -> torch.device:
+    """A device that is there: ``auto`` is ``cuda`` where there is one, else ``cpu``; ``cpu``, ``cuda``, ``cuda:N``.
+
+    Raises:
+        OptionError: it is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
         torch.empty(0, device=found)

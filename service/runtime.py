@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ironclip.defences import Defence
 from ironclip.encoder import Encoder
-from ironclip.errors import OptionError
 from ironclip.labels import LabelSet
 from ironclip.loading import load_encoder
 from ironclip.preprocessing import to_float
@@ -209,24 +208,9 @@ def load_served_encoder(name: str, spec: str, *, device: str = "auto", **options
         EncoderLoadError, ArtifactError: as `load_encoder`.
         OptionError: the device does not exist.
     """
-    served = ServedEncoder(name, load_encoder(spec, device=pick_device(device)), **options)
+    served = ServedEncoder(name, load_encoder(spec, device=device), **options)
     served.start()
     return served
-
-
-def pick_device(device: str) -> str:
-    """Resolve 'auto' to 'cuda' where there is one, else 'cpu'; check that a named device exists.
-
-    Raises:
-        OptionError: it does not.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"There is no device {device!r} here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def use_threads(threads: int) -> int:

@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     whole.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the trainings")
     whole.add_argument("--results", type=Path, default=Path("docs/robustness"), help="folder of what was found")
     whole.add_argument("--shipped", type=Path, default=Path("ironclip/demo/robust"), help="where ship puts the best")
+    _device(whole)
     domain = added.add_parser("domain", help="measure and store the domain threshold of an artifact")
     domain.add_argument("--artifact", type=Path, required=True)
     domain.add_argument("--data", type=Path, default=Path("data/demo"))
@@ -125,6 +126,7 @@ def _attacked(parser: argparse.ArgumentParser) -> None:
 
 
 def _served(parser: argparse.ArgumentParser) -> None:
+    _device(parser)
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -137,6 +139,10 @@ def _served(parser: argparse.ArgumentParser) -> None:
         default="native",
         help="decide by the encoder's own head, or by cosines whatever it has (default native)",
     )
+
+
+def _device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -40,7 +40,7 @@ class AnchorCache:
         self._rows = np.memmap(path, np.float32, "r+", shape=(count, dim + 1))
 
     def __call__(self, indices: Tensor, pixels: Tensor, compute: Features) -> Tensor:
-        """f_0 of the pictures at ``indices`` (int64 [b]): float32 [b, dim], computed only where not kept."""
+        """f_0 of the pictures at ``indices`` (int64 [b]): [b, dim] in their dtype, computed only where not kept."""
         rows = torch.from_numpy(self._rows[indices.numpy()])
         missing = rows[:, -1] != 1
         if bool(missing.any()):
@@ -49,4 +49,4 @@ class AnchorCache:
             self._rows[indices[missing].numpy(), :-1] = new.numpy()
             self._rows[indices[missing].numpy(), -1] = 1
             rows[missing, :-1] = new
-        return rows[:, :-1].to(pixels.device)
+        return rows[:, :-1].to(pixels)

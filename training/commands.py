@@ -26,7 +26,7 @@ def _served(spec: str, arguments: argparse.Namespace) -> Encoder:
     from ironclip.encoder import Head
     from ironclip.loading import load_encoder
 
-    encoder: Encoder = load_encoder(spec).served(getattr(torch, arguments.dtype))
+    encoder: Encoder = load_encoder(spec, device=arguments.device).served(getattr(torch, arguments.dtype))
     if arguments.head == "cosine":
         encoder.head = Head()
     return encoder
@@ -85,7 +85,7 @@ def study(arguments: argparse.Namespace) -> None:
     from training.study_config import load_study
 
     where = (arguments.runs, arguments.results, arguments.shipped)
-    study(load_study(arguments.config), arguments.part, arguments.only, *where)
+    study(load_study(arguments.config), arguments.part, arguments.only, *where, device=arguments.device)
 
 
 def build(arguments: argparse.Namespace) -> None:

@@ -24,13 +24,13 @@ from ironclip.errors import InputError
 from ironclip.hierarchy import BoundTree
 from ironclip.preprocessing import to_float
 from training.jsonfile import write_json
-from training.robustness import Cell, Sample, key_of, level_model, named, wilson
+from training.robustness import Cell, Sample, key_of, level_model, named, together, wilson
 
 Say = Callable[[str], None]
 
 
 def examples(
-    classifier: Classifier, sample: Sample, cell: Cell, folder: Path, *, batch_size: int = 128, progress: Say = print
+    classifier: Classifier, sample: Sample, cell: Cell, folder: Path, *, batch_size: int = 0, progress: Say = print
 ) -> Tensor:
     """Adversarial pictures of a sample, uint8 [N, 3, R, R]; made batch by batch, kept in ``folder``, and resumed.
 
@@ -42,12 +42,13 @@ def examples(
         sample: on what.
         cell: how, at which level.
         folder: where they are kept, by a digest of all this.
-        batch_size: pictures attacked together.
+        batch_size: pictures attacked together; `robustness.together` if 0.
         progress: told a line after each batch.
     """
     labels = classifier.levels[cell.level].index[sample.labels] if cell.level else sample.labels
     model, attack = level_model(classifier, cell.level), make_attack(cell.attack, cell.options)
     device = classifier.encoder.device
+    batch_size = batch_size or together(device)
 
     def make(rows: slice) -> Tensor:
         images, truth = to_float(sample.pixels[rows]).to(device), labels[rows].to(device)

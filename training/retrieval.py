@@ -27,7 +27,7 @@ from ironclip.labels import LabelSet
 from ironclip.preprocessing import Preprocessing, to_float
 from training.examples import Say, kept_examples, share
 from training.jsonfile import write_json
-from training.robustness import Cell, Sample, key_of, named
+from training.robustness import Cell, Sample, key_of, named, together
 
 Goal = Literal["away", "caption", "towards"]
 GOALS: tuple[Goal, ...] = ("away", "caption", "towards")
@@ -126,7 +126,7 @@ def retrieval(
     folder: Path,
     *,
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int = 0,
     progress: Say = print,
 ) -> dict[str, Any]:
     """Recall as it is and with every picture attacked; resumable, batch by batch.
@@ -139,7 +139,7 @@ def retrieval(
         cell: the attack, one that takes an objective (pgd, apgd), and its radius.
         folder: of examples and ``retrieval-*.json``.
         seed: of the targets.
-        batch_size: pictures attacked together.
+        batch_size: pictures attacked together; `robustness.together` if 0.
         progress: told a line after each batch.
 
     Returns:
@@ -154,6 +154,7 @@ def retrieval(
     if cell.attack not in ("pgd", "apgd", "fgsm"):
         raise OptionError(f"{cell.attack} chooses its own objective; an embedding is attacked by pgd, apgd or fgsm.")
     attack, device = make_attack(cell.attack, cell.options), classifier.encoder.device
+    batch_size = batch_size or together(device)
     encode, truth = classifier.encoder.encode_image, pairs.truth.to(device)
     targets = targets_of(pairs.truth, seed).to(device) if goal == "towards" else truth.new_zeros(len(truth)).long()
 

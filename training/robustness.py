@@ -188,7 +188,7 @@ def measure(
     path: Path,
     *,
     after: Mapping[str, Any] | None = None,
-    batch_size: int = 128,
+    batch_size: int = 0,
     progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Attack every picture of the sample that is right as it is; write and return the cell's result.
@@ -203,7 +203,7 @@ def measure(
         path: the result's JSON file.
         after: the result of a cell whose attack is the first part of this one's, on the same sample: AutoAttack goes on
             from its ensemble, with what that left standing.
-        batch_size: pictures attacked together.
+        batch_size: pictures attacked together; `together` if 0. What a picture comes to does not depend on it.
         progress: told a line after each batch.
 
     Raises:
@@ -229,6 +229,7 @@ def measure(
     if state is None or state["key"] != key:
         state = {"key": key, "outcomes": "", "blind": [], **dict.fromkeys(COUNTED, 0)}
     device = classifier.encoder.device
+    batch_size = batch_size or together(device)
     while len(state["outcomes"]) < len(labels):
         began, start = time.perf_counter(), len(state["outcomes"])
         rows = slice(start, start + batch_size)
@@ -265,6 +266,11 @@ def measure(
     return outcome
 
 
+def together(device: torch.device) -> int:
+    """How many pictures are attacked at a time where the caller does not say: more where each call costs a launch."""
+    return 128 if device.type == "cpu" else 512
+
+
 def measure_all(
     classifier: Classifier,
     sample: Sample,
@@ -294,13 +300,14 @@ def measure_all(
 
 
 def named(encoder: Encoder) -> dict[str, Any]:
-    """Which encoder, and in what form, a result is of."""
+    """Which encoder, in what form and on what, a result is of."""
     return {
         "name": encoder.provenance.get("name", encoder.spec),
         "digest": encoder.digest,
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "form": encoder.form,
         "head": encoder.head.type,
+        "device": torch.cuda.get_device_name(encoder.device) if encoder.device.type == "cuda" else encoder.device.type,
     }
 
 

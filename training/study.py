@@ -9,7 +9,7 @@ from the files alone. `ship`, when asked for, copies the best encoder into the p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ironclip.attacks import ThreatModel
@@ -18,9 +18,9 @@ from ironclip.encoder import Encoder, Head
 from ironclip.errors import OptionError
 from ironclip.loading import load_encoder
 from training.evaluate import attack_emoji, depth_emoji, emoji_pairs, levels_emoji, transfer_emoji
-from training.jsonfile import write_json
+from training.jsonfile import read_json, write_json
 from training.retrieval import caption_classifier, retrieval
-from training.robustness import Cell
+from training.robustness import Cell, named
 from training.study_config import DTYPES, StudyConfig
 from training.study_report import report
 from training.study_runs import ship, train_methods, tune
@@ -36,23 +36,23 @@ def _measured(config: StudyConfig, methods: Sequence[str], runs: Path) -> dict[s
     return {spec.strip("/").replace("/", "-"): spec for spec in config.encoders} | there
 
 
-def _rows(name: str, spec: str, dtype: str) -> Iterator[tuple[str, Encoder]]:
+def _rows(name: str, spec: str, dtype: str, device: str) -> Iterator[tuple[str, Encoder]]:
     """An encoder as served, and with a hyperbolic head a second time by its cosines."""
-    encoder = load_encoder(spec).served(DTYPES[dtype])
+    encoder = load_encoder(spec, device=device).served(DTYPES[dtype])
     yield name, encoder
     if encoder.head.type != "cosine":
         encoder.head = Head()
         yield f"{name}-cosine", encoder
 
 
-def evaluate(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path) -> None:
+def evaluate(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path, device: str) -> None:
     """Measure the study's encoders and the trained ones of ``methods``; a hyperbolic head's also by their cosines.
 
     Each cell is a file in ``results/cells/ENCODER``.
     """
     for cells in config.cells:
         for name, spec in _measured(config, methods, runs).items():
-            for row, encoder in _rows(name, spec, cells.dtype or config.dtype):
+            for row, encoder in _rows(name, spec, cells.dtype or config.dtype, device):
                 for level in cells.levels:
                     print(f"== {row} {cells.attack} {level}", flush=True)
                     attack_emoji(
@@ -68,8 +68,23 @@ def evaluate(config: StudyConfig, methods: Sequence[str], runs: Path, results: P
                     )
 
 
-def compare(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path) -> None:
-    """Transfer between all encoders, levels, retrieval and depth of each; examples are kept in ``runs/examples``.
+def _kept(path: Path, encoders: Mapping[str, Encoder], cell: Cell, **wanted: object) -> bool:
+    """Whether the file holds what was found of these encoders, whatever device it was made on."""
+    found = read_json(path)
+    if found is None:
+        return False
+    made = found["encoders"] if "encoders" in found else {"": found["encoder"]}
+    now = {name: {**named(encoder), "device": ""} for name, encoder in encoders.items()}
+    pictures = found["sample"]["pictures"] if "sample" in found else found["pictures"]
+    said = {**found, "count": pictures, "vendor": found["sample"]["name"] if "sample" in found else found["data"]}
+    same = all(said.get(key) == value for key, value in {**cell.to_json(), **wanted}.items())
+    return same and now == {name: {**one, "device": ""} for name, one in made.items()}
+
+
+def compare(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path, device: str) -> None:
+    """Transfer between all encoders, levels, retrieval and depth of each; what is there already is kept.
+
+    Examples lie in ``runs/examples``.
 
     Writes ``transfer.json`` (of all methods alone), ``levels/ROW-MODE.json``, ``retrieval/ROW-GOAL.json`` and
     ``depth/ROW.json``.
@@ -81,23 +96,29 @@ def compare(config: StudyConfig, methods: Sequence[str], runs: Path, results: Pa
     threat = ThreatModel("linf", wanted.eps / 255)
     cell, embedding = (Cell(attack, threat, wanted.options) for attack in (wanted.attack, wanted.embedding_attack))
     specs = _measured(config, methods, runs)
+    asked = {"vendor": wanted.vendor, "count": wanted.count}
     for name, spec in specs.items():
-        for row, encoder in _rows(name, spec, config.dtype):
+        for row, encoder in _rows(name, spec, config.dtype, device):
             print(f"== {row}", flush=True)
+            one = {"": encoder}
             for mode in LEVEL_MODES:
-                found = levels_emoji(encoder, data, kept, wanted.vendor, cell, wanted.count, mode)
-                write_json(results / "levels" / f"{row}-{mode}.json", found)
-            if encoder.head.type == "poincare":
-                depth = depth_emoji(encoder, data, kept, wanted.vendor, cell, wanted.count)
-                write_json(results / "depth" / f"{row}.json", depth)
-            pairs = emoji_pairs(encoder, data, wanted.vendor, wanted.count)
+                path = results / "levels" / f"{row}-{mode}.json"
+                if not _kept(path, one, cell, **asked, levels=mode):
+                    write_json(path, levels_emoji(encoder, data, kept, wanted.vendor, cell, wanted.count, mode))
+            path = results / "depth" / f"{row}.json"
+            if encoder.head.type == "poincare" and not _kept(path, one, cell, **asked):
+                write_json(path, depth_emoji(encoder, data, kept, wanted.vendor, cell, wanted.count))
             for goal in wanted.goals:
-                said = retrieval(caption_classifier(encoder, pairs.captions), pairs, goal, embedding, kept)
-                write_json(results / "retrieval" / f"{row}-{goal}.json", said)
+                path = results / "retrieval" / f"{row}-{goal}.json"
+                if not _kept(path, one, embedding, **asked, goal=goal):
+                    pairs = emoji_pairs(encoder, data, wanted.vendor, wanted.count)
+                    found = retrieval(caption_classifier(encoder, pairs.captions), pairs, goal, embedding, kept)
+                    write_json(path, found)
     if set(methods) == set(config.methods):
-        encoders = {name: next(_rows(name, spec, config.dtype))[1] for name, spec in specs.items()}
-        crossed = transfer_emoji(encoders, data, kept, wanted.vendor, cell, wanted.count)
-        write_json(results / "transfer.json", crossed)
+        encoders = {name: next(_rows(name, spec, config.dtype, device))[1] for name, spec in specs.items()}
+        path = results / "transfer.json"
+        if not _kept(path, encoders, cell, **asked):
+            write_json(path, transfer_emoji(encoders, data, kept, wanted.vendor, cell, wanted.count))
 
 
 def study(
@@ -107,6 +128,7 @@ def study(
     runs: Path,
     results: Path,
     shipped: Path = SHIPPED,
+    device: str = "auto",
 ) -> None:
     """Do the parts of a study in order.
 
@@ -117,16 +139,19 @@ def study(
         runs: folder of the trainings.
         results: folder of what was found.
         shipped: where the best encoder goes.
+        device: that encoders are measured on, see `ironclip.loading.pick_device`; what trains takes the best there is.
     """
     chosen = list(methods) or list(config.methods)
     unknown = sorted(set(chosen) - set(config.methods))
     if unknown:
         raise OptionError(f"the study has no method {unknown[0]!r}; it has {', '.join(config.methods)}")
-    steps = {"tune": tune, "train": train_methods, "evaluate": evaluate, "compare": compare}
+    steps = {"tune": tune, "evaluate": evaluate, "compare": compare}
     for part in parts or PARTS:
         if part == "report":
             print(report(results))
         elif part == "ship":
             ship(config, chosen, runs, results, shipped)
+        elif part == "train":
+            train_methods(config, chosen, runs, results)
         else:
-            steps[part](config, chosen, runs, results)
+            steps[part](config, chosen, runs, results, device)

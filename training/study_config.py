@@ -23,6 +23,9 @@ class TuningConfig:
             its clean accuracy there is that of seen art; the trials are compared with each other.
         count: its pictures.
         attack, eps: what a trial is measured under (L-inf, 1/255).
+        final_attack: what each method's chosen trial is measured under at that radius when one method is picked among
+            all; ``attack`` if empty. One attack may be enough to set a learning rate; methods differ in how much they
+            hide from it.
         clean_loss: points of clean accuracy that a setting may cost against the base.
         settings: overrides of the recipe, a list for each trial, the gentlest first; where one does worse than the best
             before it the rest is not tried.
@@ -33,6 +36,7 @@ class TuningConfig:
     share: float = 0.125
     count: int = 200
     attack: str = "apgd-ce"
+    final_attack: str = ""
     eps: float = 2.0
     clean_loss: float = 8.0
 

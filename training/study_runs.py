@@ -36,31 +36,38 @@ def best(trials: Sequence[Mapping[str, Any]], base_clean: float, clean_loss: flo
     return max(trials, key=lambda trial: trial["clean"])
 
 
-def tune(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path) -> None:
+def tune(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path, device: str = "auto") -> None:
     """Try the settings of ``methods``, in order, until one does worse than the best before it.
 
     ``results/tuning-METHOD.json`` holds the trials and the chosen one. A trial that was made or measured otherwise than
-    the config has it now is made again.
+    the config has it now is made again. The chosen one is measured under the final attack too, which `ship` goes by.
     """
     tuning, data = config.tuning, Path(config.data)
-    measured = {key: value for key, value in tuning.__dict__.items() if key not in ("settings", "clean_loss")}
+    others = ("settings", "clean_loss", "final_attack")
+    measured = {key: value for key, value in tuning.__dict__.items() if key not in others}
     measured["dtype"] = config.dtype
 
-    def score(spec: str) -> dict[str, Any]:
-        encoder = load_encoder(spec).served(DTYPES[config.dtype])
+    def score(spec: str, attack: str) -> dict[str, Any]:
+        encoder = load_encoder(spec, device=device).served(DTYPES[config.dtype])
         classifier = emoji_classifier(encoder, manifest_names(read_manifest(data)))
         sample = emoji_sample(encoder, data, tuning.vendor, tuning.count)
-        cell = Cell(tuning.attack, ThreatModel("linf", tuning.eps / 255))
+        cell = Cell(attack, ThreatModel("linf", tuning.eps / 255))
         path = runs / "tuning" / f"{key_of(classifier, sample, cell)[:24]}.json"
         found = measure(classifier, sample, cell, path)
         return {part: found[part] for part in ("clean", "robust", "robust_interval")}
 
     for method in methods:
         path = results / f"tuning-{method}.json"
-        before = {trial.get("key"): trial for trial in (read_json(path) or {"trials": []})["trials"]}
+        earlier = read_json(path) or {"trials": []}
+        before = {trial.get("key"): trial for trial in earlier["trials"]}
         base = load_recipe(method, config.recipe, []).base
         digest = load_encoder(base).digest
-        found: dict[str, Any] = {"method": method, "measured": measured, "base": score(base), "trials": []}
+        found: dict[str, Any] = {
+            "method": method,
+            "measured": measured,
+            "base": score(base, tuning.attack),
+            "trials": [],
+        }
         for setting in tuning.settings:
             recipe = load_recipe(method, config.recipe, setting)
             part = {"budget": recipe.budget * tuning.share, "steps": int(recipe.steps * tuning.share)}
@@ -70,16 +77,22 @@ def tune(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path)
             content = {"recipe": essence(trial), "measured": measured, "base": digest}
             key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
             if key not in before:
-                artifact = train(trial, runs / "tuning" / "-".join([method, *setting]))
+                artifact = train(trial, _trial_folder(runs, method, setting))
                 if artifact.name != "artifact":
                     raise KeyboardInterrupt  # asked to stop
-                before[key] = {"setting": list(setting), "key": key, **score(str(artifact))}
+                before[key] = {"setting": list(setting), "key": key, **score(str(artifact), tuning.attack)}
             found["trials"].append(before[key])
             chosen = best(found["trials"], found["base"]["clean"], tuning.clean_loss)
             found["chosen"] = chosen["setting"]
             write_json(path, found)
             if chosen is not before[key]:
                 break
+        wanted = {"setting": found["chosen"], "attack": tuning.final_attack or tuning.attack}
+        final = earlier.get("final") or {}
+        if {key: final.get(key) for key in wanted} != wanted:
+            artifact = _trial_folder(runs, method, found["chosen"]) / "artifact"
+            final = {**wanted, **score(str(artifact), wanted["attack"])}
+        write_json(path, {**found, "final": final})
         print(f"{method}: {found['chosen']} of {len(found['trials'])} settings", flush=True)
 
 
@@ -114,6 +127,10 @@ def train_methods(config: StudyConfig, methods: Sequence[str], runs: Path, resul
             raise KeyboardInterrupt
 
 
+def _trial_folder(runs: Path, method: str, setting: Sequence[str]) -> Path:
+    return runs / "tuning" / "-".join([method, *setting])
+
+
 def _chosen(found: Mapping[str, Any]) -> dict[str, Any]:
     """The trial of a tuned method's chosen setting."""
     (trial,) = (trial for trial in found["trials"] if trial["setting"] == found["chosen"])
@@ -143,7 +160,8 @@ def _collapsed(folder: Path, expected: float) -> bool:
 def ship(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path, folder: Path) -> None:
     """Copy the artifact of the best method to ``folder``, which names it after itself (``demo-robust`` in ``robust``).
 
-    Best is what the trials on the vendor left out say (`best`, over the chosen trials): test vendors choose nothing.
+    Best is what the vendor left out says (`best`, over the chosen trials under the final attack): test vendors choose
+    nothing.
 
     Raises:
         OptionError: a method that has not been tuned and trained.
@@ -154,10 +172,12 @@ def ship(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path,
         found = read_json(results / f"tuning-{method}.json") or {}
         if "chosen" not in found or not (runs / method / "artifact" / "ironclip.json").is_file():
             raise OptionError(f"{method} has not been tuned and trained: the best cannot be told before")
-        base = found["base"]["clean"]
-        trials.append({**_chosen(found), "method": method})
+        base, final = found["base"]["clean"], found.get("final") or {}
+        if final.get("setting") != found["chosen"]:
+            raise OptionError(f"{method}'s choice has not been measured: run `study --part tune --only {method}` again")
+        trials.append({**_chosen(found), **final, "method": method})
     taken = best(trials, base, config.tuning.clean_loss)["method"]
-    measured = f"{config.tuning.attack} at {config.tuning.eps:g}/255 on {config.tuning.vendor}, left out"
+    measured = f"{trials[0]['attack']} at {config.tuning.eps:g}/255 on {config.tuning.vendor}, left out"
     compared = ", ".join(f"{trial['method']} {trial['robust']:g} (clean {trial['clean']:g})" for trial in trials)
     folder.mkdir(parents=True, exist_ok=True)
     for path in (runs / taken / "artifact").iterdir():

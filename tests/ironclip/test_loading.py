@@ -277,7 +277,10 @@ def test_unusable_preprocessing_is_refused(folder: Path, wrong: dict[str, object
         load_encoder(str(folder))
 
 
-def test_no_such_device(tiny_artifact: Path) -> None:
+def test_the_device_is_one_that_is_there(tiny_artifact: Path) -> None:
+    assert load_encoder(str(tiny_artifact), device="cpu").device == torch.device("cpu")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    assert load_encoder(str(tiny_artifact), device="auto").device.type == best
     for device in ("warp", "cuda:99"):
         with pytest.raises(OptionError, match=device):
             load_encoder(str(tiny_artifact), device=device)

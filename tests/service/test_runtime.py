@@ -19,7 +19,7 @@ from ironclip.preprocessing import to_float
 from ironclip.textbank import build_text_bank
 from service import dtype as dtype_module
 from service.dtype import choose_dtype
-from service.runtime import ServedEncoder, load_served_encoder, pick_device
+from service.runtime import ServedEncoder, load_served_encoder
 
 NONE = make_defence()
 
@@ -170,13 +170,6 @@ def test_a_pinned_dtype_is_kept_and_an_unknown_one_refused(tiny_encoder: Encoder
     serve(tiny_encoder, scenario, dtype="bfloat16")
     with pytest.raises(OptionError):
         choose_dtype(tiny_encoder, "int8")
-
-
-def test_devices_are_checked() -> None:
-    assert pick_device("auto") in ("cpu", "cuda")
-    assert pick_device("cpu") == "cpu"
-    with pytest.raises(OptionError):
-        pick_device("abacus")
 
 
 @pytest.mark.slow
