@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.ahead import ahead
 from training.methods.base import Batch, Texts
 from training.recipe import RobustConfig, load_recipe
 from training.robust_run import Run, make_fabric, start
@@ -82,9 +83,9 @@ def measure_method(config: RobustConfig, rounds: int, plain: bool = True) -> dic
     with tempfile.TemporaryDirectory() as folder:
         fabric = make_fabric()
         run = start(config, Path(folder), fabric)
-        batches = iter(step_batches(run.source, range(rounds + 1), config.batch_size, seed=0, config=config.data))
-        drawn = next(batches)
-        train_step(run, drawn)
+        made = list(step_batches(run.source, range(rounds + 1), config.batch_size, seed=0, config=config.data))
+        batches = ahead(made, fabric.device)
+        train_step(run, next(batches))
         anchor = run.method.anchored and run.anchors is None
         rows = []
         for drawn in batches:
@@ -142,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{found.get('plain_over_step', '-'):>16}",
             flush=True,
         )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

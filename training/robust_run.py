@@ -170,7 +170,7 @@ def start(config: RobustConfig, folder: Path, fabric: Fabric) -> Run:
         original=frozen,
         extra=method.extra(encoder, classifier.label_set, sample),
         gather=_gather(fabric),
-        **_proxy(config, label_set, dtype, fabric),
+        **(_proxy(config, label_set, dtype, fabric) if method.proxy else {}),
     )
     module: Any = LossModule(method, tower, networks)
     optimisers: list[Any] = build_optimisers(
@@ -236,8 +236,6 @@ def _texts(classifier: Classifier, dtype: torch.dtype) -> Texts:
 
 def _proxy(config: RobustConfig, label_set: LabelSet, dtype: torch.dtype, fabric: Fabric) -> dict[str, Any]:
     """The proxy's part of `Networks`; pixels are resized to its own resolution where that differs."""
-    if not config.proxy:
-        return {}
     encoder = load_encoder(config.proxy).to(fabric.device).requires_grad_(False)
     encoder = encoder.double() if dtype == torch.float64 else encoder
     templates = list(config.data.templates) or list(encoder.default_templates)

