@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from training.markdown import table
+
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "ironclip" / "demo"
 RESULTS = ROOT / "loadtests" / "results"
-ROBUSTNESS = ROOT / "docs" / "robustness"
 SHARE_AIM, LATENCY_AIM = 0.85, 1.2
 
 
@@ -35,10 +36,7 @@ def demo_table() -> str:
         "group_prompts": "group, own prompts",
         "group_rollup": "group, roll-up",
     }
-    rows = [
-        "| encoder | test vendor | pictures | " + " | ".join(columns.values()) + " |",
-        "| --- " * (len(columns) + 3) + "|",
-    ]
+    rows = []
     for folder in sorted(path.parent.name for path in DEMO.glob("*/ironclip.json")):
         meta = _meta(folder)
         for vendor, parts in meta["scores"].items():
@@ -47,8 +45,8 @@ def demo_table() -> str:
                     scores = parts[part]
                     cells = [f"{scores[key]:.1f} %" for key in columns]
                     name = f"`{meta['name']}`" if not title else ""
-                    rows.append(f"| {name} | {vendor}{title} | {scores['pictures']} | " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
+                    rows.append([name, f"{vendor}{title}", str(scores["pictures"]), *cells])
+    return table(["encoder", "test vendor", "pictures", *columns.values()], rows)
 
 
 # What the demo encoder was meant to reach on the test vendors, in percent, flags left out.
@@ -82,60 +80,36 @@ def demo_limits() -> str:
 
 def choice_table() -> str:
     """Short runs that the demo's settings were chosen on, from ``docs/choice``."""
-    rows: list[str] = []
+    rows: list[list[str]] = []
+    titles: list[str] = []
     for path in sorted((ROOT / "docs" / "choice").glob("*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
         config, scores = report["encoder"]["config"], report["scores"]
-        if not rows:
-            titles = [f"{vendor}{' (left out)' * (vendor in config['left_out'])}" for vendor in scores]
-            rows.append(
-                "| optimiser | learning rate | label smoothing | pictures | seen | " + " | ".join(titles) + " |"
-            )
-            rows.append("| --- " * (5 + len(titles)) + "|")
+        titles = titles or [f"{vendor}{' (left out)' * (vendor in config['left_out'])}" for vendor in scores]
         cells = [f"{parts['without_flags']['top1']:.1f} %" for parts in scores.values()]
         seen = config["steps_done"] * config["batch_size"]
         stock = sum(report["encoder"]["training_pictures"].values())
         chosen = (config["optimiser"], f"{config['learning_rate']:g}", f"{config['label_smoothing']:g}")
-        settings = " | ".join((*chosen, f"{stock:,}", f"{seen:,}"))
-        rows.append(f"| {settings} | " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
-
-
-def robust_table() -> str:
-    """What each method of the study buys and costs, from ``docs/robustness``."""
-    from training.study_report import short_table
-
-    return short_table(ROBUSTNESS)
-
-
-def robust_claims() -> str:
-    """What the papers claim, and what became of it on EmojiOne under full AutoAttack."""
-    from training.claims import claims_table
-    from training.study_report import read_cells, usual_dtype
-
-    cells = read_cells(ROBUSTNESS)
-    return claims_table(cells, "emojione", "linf 2/255", usual_dtype(cells))
+        rows.append([*chosen, f"{stock:,}", f"{seen:,}", *cells])
+    return table(["optimiser", "learning rate", "label smoothing", "pictures", "seen", *titles], rows)
 
 
 def bench_table() -> str:
     """Medians of the last run of `make bench`."""
     report = json.loads((RESULTS / "bench_floor.json").read_text(encoding="utf-8"))
-    rows = [
-        "| JPEG | clients | images/s | of the floor | by CPU time | p50 | p99 | p50 over decode + forward |",
-        "| --- " * 8 + "|",
-    ]
+    rows = []
+    titles = ["JPEG", "clients", "images/s", "of the floor", "by CPU time", "p50", "p99", "p50 over decode + forward"]
     for size, result in report["sizes"].items():
         for concurrency, row in result["median"]["embed"].items():
-            rows.append(
-                f"| {size} | {concurrency} | {row['images_per_second']:.1f} | "
-                f"{row['share_of_floor']:.0%} | {row['share_of_floor_by_cpu_time']:.0%} | {row['p50_ms']:.0f} ms | "
-                f"{row['p99_ms']:.0f} ms | {row['latency_over_decode_and_forward']:.2f} |"
-            )
+            shares = [f"{row[part]:.0%}" for part in ("share_of_floor", "share_of_floor_by_cpu_time")]
+            times = [f"{row[part]:.0f} ms" for part in ("p50_ms", "p99_ms")]
+            speed, latency = f"{row['images_per_second']:.1f}", f"{row['latency_over_decode_and_forward']:.2f}"
+            rows.append([size, concurrency, speed, *shares, *times, latency])
     machine = report["machine"]
     served = [result["median"]["embed"] for result in report["sizes"].values()]
     share = min(row["32"]["share_of_floor"] for row in served)
     latency = max(row["1"]["latency_over_decode_and_forward"] for row in served)
-    rows += [
+    said = [
         "",
         f"Least share at 32 clients {share:.0%} ({'met' if share >= SHARE_AIM else 'not met yet'}); largest latency at "
         f"one client {latency:.2f} ({'met' if latency <= LATENCY_AIM else 'not met yet'}).",
@@ -144,23 +118,28 @@ def bench_table() -> str:
         f"{machine['cores']} cores; seed {report['seed']}, commit {report['commit'][:12]}; "
         "[all numbers](loadtests/results/bench_floor.json).",
     ]
-    return "\n".join(rows) + "\n"
+    return table(titles, rows) + "\n".join(said) + "\n"
 
 
-def step_table() -> str:
-    """A training step of each method over its floor, from the last run of `python -m benchmarks.training_step`."""
-    path = ROOT / "benchmarks" / "results" / "training_step.json"
-    if not path.is_file():
-        return "Not measured yet.\n"
-    report = json.loads(path.read_text(encoding="utf-8"))
-    rows = ["| method | seconds | over its floor | plain re-creation over it |", "| --- " * 4 + "|"]
-    for method, found in report["methods"].items():
-        rows.append(
-            f"| `{method}` | {found['seconds']['step']:.2f} | {found['step_over_floor']:.2f} | "
-            f"{found['plain_over_step']:.1f} |"
+def step_tables() -> str:
+    """Training steps over their floor, a table for each file of `python -m benchmarks.training_step`."""
+    parts = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("training_step*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        rows = []
+        for method, found in report["methods"].items():
+            plain = f"{found['plain_over_step']:.1f}" if "plain_over_step" in found else "-"
+            seconds = f"{found['seconds']['step']:.2f}"
+            steps = str(found["iterations"])
+            rows.append([f"`{method}`", found["dtype"], steps, seconds, f"{found['step_over_floor']:.2f}", plain])
+        base = next(
+            (part.removeprefix("base=") for part in report["set"] if part.startswith("base=")), report["config"]
         )
-    rows += ["", f"Batches of {report['batch']}, {report['iterations']} attack steps, {report['threads']} threads."]
-    return "\n".join(rows) + "\n"
+        threads = f", {report['threads']} threads" if report["device"] == "cpu" else ""
+        parts.append(f"`{base}`, batches of {report['batch']}, {report['device']}{threads}:\n")
+        titles = ["method", "dtype", "attack steps", "seconds", "over its floor", "plain re-creation over it"]
+        parts.append(table(titles, rows))
+    return "\n".join(parts)
 
 
 def tree_of_the_house() -> str:

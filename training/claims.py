@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from training.markdown import table
 from training.robustness import HELD, WRONG, wilson
 
 Cells = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -158,13 +159,12 @@ def judge(claim: Claim, cells: Cells, vendor: str, label: str, dtype: str) -> Ve
 def claims_table(cells: Cells, vendor: str, label: str, dtype: str) -> str:
     """The claims that can be asked of ``cells``, as Markdown."""
     verdicts = [verdict for claim in CLAIMS if (verdict := judge(claim, cells, vendor, label, dtype))]
-    lines = ["| paper | claim | asked of | its | the other's | difference | here |", "| --- " * 7 + "|"]
+    lines = []
     for verdict in verdicts:
         claim = verdict.claim
         asked = "clean accuracy" if not claim.attack else f"{claim.attack}, {label}"
         low, high = verdict.interval
-        lines.append(
-            f"| {claim.source} | {claim.text} | {asked} | {verdict.ours:.1f} % | {verdict.theirs:.1f} % "
-            f"({claim.theirs}) | {verdict.difference:+.1f} ({low:+.1f} to {high:+.1f}) | {verdict.word} |"
-        )
-    return "\n".join(lines) + "\n"
+        shares = [f"{verdict.ours:.1f} %", f"{verdict.theirs:.1f} % ({claim.theirs})"]
+        difference = f"{verdict.difference:+.1f} ({low:+.1f} to {high:+.1f})"
+        lines.append([claim.source, claim.text, asked, *shares, difference, verdict.word])
+    return table(["paper", "claim", "asked of", "its", "the other's", "difference", "here"], lines)

@@ -35,27 +35,27 @@ def _served(spec: str, arguments: argparse.Namespace) -> Encoder:
 def transfer(arguments: argparse.Namespace) -> None:
     """Examples made on each encoder, answered by each."""
     from training.evaluate import transfer_emoji
-    from training.examples import table
+    from training.examples import share_table
 
     encoders = {spec: _served(spec, arguments) for spec in arguments.encoders}
     where = (arguments.data, arguments.results, arguments.vendor)
     result = transfer_emoji(encoders, *where, _cell(arguments), arguments.count)
-    print(table(result["made_on"], "accuracy: made on, answered by", "robust"), "\n")
-    print(table(result["made_on"], "fooled, of those both had right", "fooled"))
+    print(share_table(result["made_on"], "accuracy: made on, answered by", "robust"))
+    print(share_table(result["made_on"], "fooled, of those both had right", "fooled"), end="")
 
 
 def levels(arguments: argparse.Namespace) -> None:
     """Each level of the tree attacked, each scored."""
     from training.evaluate import levels_emoji
-    from training.examples import table
+    from training.examples import share_table
 
     where = (arguments.data, arguments.results, arguments.vendor)
     result = levels_emoji(
         _served(arguments.encoder, arguments), *where, _cell(arguments), arguments.count, mode=arguments.mode
     )
     rows = {"(clean)": result["clean"], **result["attacked"], "(worst of all)": result["worst"]}
-    print(table(rows, "accuracy: attacked, scored"), "\n")
-    print(table(result["carried"], "wrong now, of those right before"), "\n")
+    print(share_table(rows, "accuracy: attacked, scored"))
+    print(share_table(result["carried"], "wrong now, of those right before"))
     print("severity of the leaf's mistakes:", {level or "clean": value for level, value in result["severity"].items()})
 
 

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from training.examples import share_table
+from training.markdown import table
+
 
 def _load(folder: Path) -> dict[str, dict[str, Any]]:
     """Name of each JSON file in a folder -> its content."""
@@ -107,7 +110,7 @@ def retrieval_table(results: Path) -> str:
     for goal in goals:
         titles += [f"{goal}: picture to text", f"{goal}: text to picture"]
         titles += ["target comes first"] * (goal == "towards")
-    lines = ["| encoder | " + " | ".join(titles) + " |", "| --- " * (1 + len(titles)) + "|"]
+    lines = []
     ways = ("image_to_text", "text_to_image")
     for name, row in rows.items():
         first = next(iter(row.values()))
@@ -118,8 +121,8 @@ def retrieval_table(results: Path) -> str:
                 continue
             parts += [_share(row[goal]["attacked"][way]["1"]) for way in ways]
             parts += [_share(row[goal]["target"]["1"])] if goal == "towards" else []
-        lines.append(f"| {name} | " + " | ".join(parts) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, *parts])
+    return table(["encoder", *titles], lines)
 
 
 def _share(content: Mapping[str, Any]) -> str:
@@ -128,11 +131,9 @@ def _share(content: Mapping[str, Any]) -> str:
 
 def transfer_table(results: Path) -> str:
     """Accuracy on examples made on each encoder (rows), answered by each (columns)."""
-    from training.examples import table
-
     content = json.loads((results / "transfer.json").read_text(encoding="utf-8"))
     rows = {"(clean)": {name: {"robust": share} for name, share in content["clean"].items()}, **content["made_on"]}
-    return table(rows, "made on, answered by", "robust") + "\n"
+    return share_table(rows, "made on, answered by", "robust")
 
 
 def severity_table(results: Path, mode: str) -> str:
@@ -140,29 +141,24 @@ def severity_table(results: Path, mode: str) -> str:
     found = _levels(results, mode)
     levels = list(next(iter(found.values()))["severity"])
     titles = [f"{level} attacked" if level else "clean" for level in levels]
-    lines = ["| encoder | " + " | ".join(titles) + " |", "| --- " * (1 + len(titles)) + "|"]
+    lines = []
     for name, content in found.items():
         values = [content["severity"][level] for level in levels]
-        lines.append(f"| {name} | " + " | ".join("-" if v is None else f"{v:.2f}" for v in values) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, *("-" if value is None else f"{value:.2f}" for value in values)])
+    return table(["encoder", *titles], lines)
 
 
 def depth_table(results: Path) -> str:
     """Norms, margins and accuracy of hyperbolic heads by level."""
-    lines = [
-        "| encoder | level | nodes | norm | margin, clean | margin, attacked | clean | robust |",
-        "| --- " * 8 + "|",
-    ]
+    lines = []
     for name, content in _load(results / "depth").items():
         for level, found in content["levels"].items():
             norm, before, after = (found[part][1] for part in ("norm", "margin", "margin_attacked"))
-            lines.append(
-                f"| {name} | {level} | {found['nodes']} | {norm:.3f} | {before:.2f} | {after:.2f} "
-                f"| {found['clean']:.1f} % | {found['robust']:.1f} % |"
-            )
+            shares = [f"{found[part]:.1f} %" for part in ("clean", "robust")]
+            lines.append([name, level, str(found["nodes"]), f"{norm:.3f}", f"{before:.2f}", f"{after:.2f}", *shares])
         ordered = f"child deeper than parent, of {content['edges']} edges"
-        lines.append(f"| {name} | {ordered} | | {content['in_order']:.1f} % | | | | |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, ordered, "", f"{content['in_order']:.1f} %", "", "", "", ""])
+    return table(["encoder", "level", "nodes", "norm", "margin, clean", "margin, attacked", "clean", "robust"], lines)
 
 
 def _made(contents: Mapping[str, Mapping[str, Any]]) -> str:

@@ -24,6 +24,7 @@ from ironclip.errors import InputError
 from ironclip.hierarchy import BoundTree
 from ironclip.preprocessing import to_float
 from training.jsonfile import write_json
+from training.markdown import table
 from training.robustness import Cell, Sample, key_of, level_model, named, together, wilson
 
 Say = Callable[[str], None]
@@ -246,11 +247,11 @@ def level_matrix(
     return result
 
 
-def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str, part: str = "") -> str:
+def share_table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str, part: str = "") -> str:
     """A matrix of shares as Markdown: rows made or attacked, columns answered or scored."""
     columns: Sequence[str] = list(next(iter(rows.values())))
-    lines = [f"| {title} | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
+    lines = []
     for name, row in rows.items():
         cells = [(row[column][part] if part else row[column])["percent"] for column in columns]
-        lines.append(f"| {name} | " + " | ".join(f"{cell:.1f} %" for cell in cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, *(f"{cell:.1f} %" for cell in cells)])
+    return table([title, *columns], lines)

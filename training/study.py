@@ -145,13 +145,11 @@ def study(
     unknown = sorted(set(chosen) - set(config.methods))
     if unknown:
         raise OptionError(f"the study has no method {unknown[0]!r}; it has {', '.join(config.methods)}")
-    steps = {"tune": tune, "evaluate": evaluate, "compare": compare}
+    steps = {"tune": tune, "train": train_methods, "evaluate": evaluate, "compare": compare}
     for part in parts or PARTS:
         if part == "report":
             print(report(results))
         elif part == "ship":
             ship(config, chosen, runs, results, shipped)
-        elif part == "train":
-            train_methods(config, chosen, runs, results)
         else:
             steps[part](config, chosen, runs, results, device)

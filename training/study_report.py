@@ -10,6 +10,7 @@ from typing import Any
 from ironclip.errors import OptionError
 from training.claims import claims_table
 from training.compare_report import compared
+from training.markdown import table
 from training.robustness import check
 
 
@@ -82,7 +83,7 @@ def study_table(results: Path) -> str:
     for vendor, attack, options, label, level, dtype in wanted:
         parts = (vendor, level, attack, options, label, dtype if dtype != usual else "")
         titles.append(" ".join(part for part in parts if part))
-    lines = ["| encoder | " + " | ".join(titles) + " |", "| --- " * (1 + len(titles)) + "|"]
+    lines = []
     for name, row in cells.items():
         shown = []
         for vendor in vendors:
@@ -91,15 +92,15 @@ def study_table(results: Path) -> str:
         for column in wanted:
             cell = next((c for c in row if column_of(c) == column), None)
             shown.append("-" if cell is None else _percent(cell["robust"], cell["robust_interval"]))
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, *shown])
+    return table(["encoder", *titles], lines)
 
 
 def short_table(results: Path) -> str:
     """The study's main columns, clean and full AutoAttack with their 95 % intervals."""
     cells = read_cells(results)
     usual = usual_dtype(cells)
-    lines = ["| encoder | " + " | ".join(title for title, *_ in SHORT) + " |", "| --- " * (1 + len(SHORT)) + "|"]
+    lines = []
     for name, row in cells.items():
         mine: list[Mapping[str, Any]] = [cell for cell in row if cell["encoder"]["dtype"] == usual]
         shown = []
@@ -114,8 +115,8 @@ def short_table(results: Path) -> str:
                 shown.append(_percent(cell[part], cell[f"{part}_interval"]))
             else:
                 shown.append(f"{cell[part]:.1f}")
-        lines.append(f"| `{name}` | " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([f"`{name}`", *shown])
+    return table(["encoder", *(title for title, *_ in SHORT)], lines)
 
 
 def usual_dtype(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -151,20 +152,22 @@ def doubts(results: Path) -> list[str]:
 
 def tuning_table(results: Path) -> str:
     """The trials of each method, the chosen one marked; ``EDGE`` where nothing tried after it did worse."""
-    lines = ["| method | setting | clean | robust |", "| --- | --- | --- | --- |"]
+    lines = []
     for path in sorted(results.glob("tuning-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         for trial in found["trials"]:
-            mark = " (chosen)" if trial["setting"] == found.get("chosen") else ""
+            mark = CHOSEN if trial["setting"] == found.get("chosen") else ""
             edge = EDGE if mark and trial is found["trials"][-1] and len(found["trials"]) > 1 else ""
             mark = ", collapsed at full length" if trial.get("collapsed") else mark
             settings = " ".join(trial["setting"])
-            lines.append(
-                f"| {found['method']} | {settings}{mark}{edge} | {trial['clean']:.1f} % | {trial['robust']:.1f} % |"
-            )
-    return "\n".join(lines) + "\n"
+            final = f"{found['final']['robust']:.1f} %" if mark == CHOSEN and found.get("final") else ""
+            shares = [f"{trial[part]:.1f} %" for part in ("clean", "robust")]
+            lines.append([found["method"], f"{settings}{mark}{edge}", *shares, final])
+    attacks = [found["measured"]["attack"], (found.get("final") or {}).get("attack", "-")] if lines else ["", ""]
+    return table(["method", "setting", "clean", *attacks], lines)
 
 
+CHOSEN = " (chosen)"
 EDGE = ", the last one tried: what lies beyond is not known"
 
 
@@ -198,11 +201,33 @@ def plot_study(results: Path, attack: str = "autoattack-ensemble") -> list[Path]
     return drawn
 
 
+def device_of(cell: Mapping[str, Any]) -> str:
+    """What a cell was measured on."""
+    return str(cell["encoder"].get("device", "cpu"))
+
+
+def again_table(results: Path) -> str:
+    """Cells that were measured a second time on another device (``results/again``): how many pictures differ."""
+    first = {cell["key"]: (name, cell) for name, row in read_cells(results).items() for cell in row}
+    rows = []
+    for path in sorted((results / "again").glob("*/*.json")):
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        if cell["key"] not in first:
+            raise OptionError(f"{path} is of no cell that is there: delete it")
+        name, other = first[cell["key"]]
+        differing = sum(a != b for a, b in zip(cell["outcomes"], other["outcomes"], strict=True))
+        what = " ".join(part for part in column_of(cell) if part)
+        shares = [f"{found['robust']:.1f} % ({device_of(found)})" for found in (other, cell)]
+        rows.append([name, what, *shares, f"{differing} of {len(cell['outcomes'])}"])
+    return table(["encoder", "cell", "measured", "again", "pictures that differ"], rows) if rows else ""
+
+
 def report(results: Path) -> Path:
     """Write ``README.md`` and the plots into the results' folder."""
     plots = plot_study(results)
     cells = read_cells(results)
-    parts = ["# What the study found", "", f"{BRACKETS}\n", study_table(results)]
+    devices = sorted({device_of(cell) for row in cells.values() for cell in row})
+    parts = ["# What the study found", "", f"{BRACKETS} Measured on: {', '.join(devices)}.\n", study_table(results)]
     parts += [f"![{path.stem}]({path.name})\n" for path in plots]
     for vendor, label in dict.fromkeys((c[0], c[3]) for c in columns(cells) if c[1] == "autoattack"):
         parts += [
@@ -213,6 +238,8 @@ def report(results: Path) -> Path:
             claims_table(cells, vendor, label, usual_dtype(cells)),
         ]
     parts += compared(results)
+    if again := again_table(results):
+        parts += ["## The same on another device", "", again]
     said = doubts(results)
     parts += ["## Doubtful", "", *(f"- {line}" for line in said or ["Nothing: every sanity gate holds."]), ""]
     parts += ["## How settings were chosen", "", tuning_table(results)]

@@ -42,19 +42,10 @@ def tune(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path,
     ``results/tuning-METHOD.json`` holds the trials and the chosen one. A trial that was made or measured otherwise than
     the config has it now is made again. The chosen one is measured under the final attack too, which `ship` goes by.
     """
-    tuning, data = config.tuning, Path(config.data)
+    tuning = config.tuning
     others = ("settings", "clean_loss", "final_attack")
     measured = {key: value for key, value in tuning.__dict__.items() if key not in others}
     measured["dtype"] = config.dtype
-
-    def score(spec: str, attack: str) -> dict[str, Any]:
-        encoder = load_encoder(spec, device=device).served(DTYPES[config.dtype])
-        classifier = emoji_classifier(encoder, manifest_names(read_manifest(data)))
-        sample = emoji_sample(encoder, data, tuning.vendor, tuning.count)
-        cell = Cell(attack, ThreatModel("linf", tuning.eps / 255))
-        path = runs / "tuning" / f"{key_of(classifier, sample, cell)[:24]}.json"
-        found = measure(classifier, sample, cell, path)
-        return {part: found[part] for part in ("clean", "robust", "robust_interval")}
 
     for method in methods:
         path = results / f"tuning-{method}.json"
@@ -65,7 +56,7 @@ def tune(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path,
         found: dict[str, Any] = {
             "method": method,
             "measured": measured,
-            "base": score(base, tuning.attack),
+            "base": _score(config, base, tuning.attack, runs, device),
             "trials": [],
         }
         for setting in tuning.settings:
@@ -80,23 +71,50 @@ def tune(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path,
                 artifact = train(trial, _trial_folder(runs, method, setting))
                 if artifact.name != "artifact":
                     raise KeyboardInterrupt  # asked to stop
-                before[key] = {"setting": list(setting), "key": key, **score(str(artifact), tuning.attack)}
+                before[key] = {
+                    "setting": list(setting),
+                    "key": key,
+                    **_score(config, str(artifact), tuning.attack, runs, device),
+                }
             found["trials"].append(before[key])
             chosen = best(found["trials"], found["base"]["clean"], tuning.clean_loss)
             found["chosen"] = chosen["setting"]
             write_json(path, found)
             if chosen is not before[key]:
                 break
-        wanted = {"setting": found["chosen"], "attack": tuning.final_attack or tuning.attack}
-        final = earlier.get("final") or {}
-        if {key: final.get(key) for key in wanted} != wanted:
-            artifact = _trial_folder(runs, method, found["chosen"]) / "artifact"
-            final = {**wanted, **score(str(artifact), wanted["attack"])}
-        write_json(path, {**found, "final": final})
+        found["final"] = _final(config, method, {**found, "final": earlier.get("final")}, runs, device)
+        write_json(path, found)
         print(f"{method}: {found['chosen']} of {len(found['trials'])} settings", flush=True)
 
 
-def train_methods(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path) -> None:
+def _score(config: StudyConfig, spec: str, attack: str, runs: Path, device: str) -> dict[str, Any]:
+    """An encoder on the vendor left out: clean and robust accuracy (percent)."""
+    tuning, data = config.tuning, Path(config.data)
+    encoder = load_encoder(spec, device=device).served(DTYPES[config.dtype])
+    classifier = emoji_classifier(encoder, manifest_names(read_manifest(data)))
+    sample = emoji_sample(encoder, data, tuning.vendor, tuning.count)
+    cell = Cell(attack, ThreatModel("linf", tuning.eps / 255))
+    path = runs / "tuning" / f"{key_of(classifier, sample, cell)[:24]}.json"
+    found = measure(classifier, sample, cell, path)
+    return {part: found[part] for part in ("clean", "robust", "robust_interval")}
+
+
+def _final(config: StudyConfig, method: str, found: Mapping[str, Any], runs: Path, device: str) -> dict[str, Any]:
+    """The chosen trial of a tuned method under the final attack, and which they are; kept where they are the same."""
+    trial = _chosen(found)
+    wanted = {
+        "trial": trial["key"],
+        "setting": trial["setting"],
+        "attack": config.tuning.final_attack or config.tuning.attack,
+    }
+    earlier = found.get("final") or {}
+    if {key: earlier.get(key) for key in wanted} == wanted:
+        return dict(earlier)
+    artifact = _trial_folder(runs, method, trial["setting"]) / "artifact"
+    return {**wanted, **_score(config, str(artifact), wanted["attack"], runs, device)}
+
+
+def train_methods(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path, device: str = "auto") -> None:
     """Train ``methods`` with their chosen settings, to ``runs/METHOD/artifact``; finished ones are kept.
 
     A setting that did well for a short while may collapse at full length. Such a run is set aside, the trial is marked
@@ -121,6 +139,7 @@ def train_methods(config: StudyConfig, methods: Sequence[str], runs: Path, resul
             (runs / method).rename(runs / f"{method}-collapsed-{trial['key']}")
             trial["collapsed"] = True
             found["chosen"] = best(found["trials"], found["base"]["clean"], config.tuning.clean_loss)["setting"]
+            found["final"] = _final(config, method, found, runs, device)
             write_json(path, found)
             print(f"{method}: {trial['setting']} collapsed at full length; next: {found['chosen']}", flush=True)
         if stopped:

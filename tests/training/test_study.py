@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from ironclip.errors import OptionError
 from ironclip.loading import load_encoder
@@ -44,6 +45,7 @@ share = 0.5
 vendor = "other"
 count = 4
 attack = "pgd"
+final_attack = "apgd-ce"
 settings = [["learning_rate=1e-3"], ["learning_rate=3e-3"]]
 
 [[cells]]
@@ -133,14 +135,26 @@ def test_a_study_chooses_trains_measures_and_goes_on(
     encoder = load_encoder(str(shipped))
     assert encoder.provenance["name"] == "demo-robust"
     tried = encoder.provenance["tried"][0]
+    assert "apgd-ce at 2/255 on other" in tried
     chosen = {}
     for method in ("tecoa", "hierarchical"):
         tuned = json.loads((results / f"tuning-{method}.json").read_text(encoding="utf-8"))
-        (trial,) = (trial for trial in tuned["trials"] if trial["setting"] == tuned["chosen"])
-        chosen[method] = (trial["robust"], trial["clean"])
-        assert f"{method} {trial['robust']:g} (clean {trial['clean']:g})" in tried
+        final = tuned["final"]
+        assert (final["setting"], final["attack"]) == (tuned["chosen"], "apgd-ce")
+        chosen[method] = (final["robust"], final["clean"])
+        assert f"{method} {final['robust']:g} (clean {final['clean']:g})" in tried
     taken = max(chosen, key=lambda method: chosen[method])
     assert encoder.digest == load_encoder(str(runs / taken / "artifact")).digest
+    assert "Measured on: cpu." in said or torch.cuda.is_available()
+    # A cell that was measured a second time elsewhere is held against the first.
+    again = results / "again" / "tecoa" / cells["tecoa"].name
+    again.parent.mkdir(parents=True)
+    content = json.loads(cells["tecoa"].read_text(encoding="utf-8"))
+    content["encoder"]["device"], content["outcomes"] = "abacus", "?" + content["outcomes"][1:]
+    again.write_text(json.dumps(content), encoding="utf-8")
+    assert main([*command, "--part", "report"]) == 0
+    said = (results / "README.md").read_text(encoding="utf-8")
+    assert f"(abacus) | 1 of {len(content['outcomes'])} |" in said
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in (".pt", ".safetensors")}
     capsys.readouterr()
     assert main(command) == 0
