@@ -78,6 +78,19 @@ def plain_step(run: Run, batch: Batch) -> None:
     encoder.model.visual.requires_grad_(True)
 
 
+def objective_seconds(run: Run, batch: Batch) -> float:
+    """What the method's own arithmetic costs in one attack step: its objective and the gradient to the features."""
+    batch = replace(batch, anchor=run.networks.original(batch.images)) if run.method.anchored else batch
+    objective = run.method.objective(run.networks, batch)
+    items = torch.arange(len(batch.images), device=batch.images.device)
+    features = run.networks.original(batch.images).detach().requires_grad_(True)
+
+    def work() -> None:
+        torch.autograd.grad(objective(features, items).sum(), features)
+
+    return min(timed(work, run.fabric.device) for _ in range(5))
+
+
 def measure_method(config: RobustConfig, rounds: int, plain: bool = True) -> dict[str, Any]:
     """Seconds of step, floor and plain re-creation: medians over ``rounds``, and the ratios of each round's own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -98,13 +111,16 @@ def measure_method(config: RobustConfig, rounds: int, plain: bool = True) -> dic
             pixels, labels = drawn.pixels.to(fabric.device), drawn.labels.to(fabric.device)
             batch = Batch(pixels, labels, pixels.new_zeros(len(labels), 0))
             run.step = max(0, run.step - 1)
-            rows.append({"step": step, "floor": floor})
+            rows.append({"step": step, "floor": floor, "objective": objective_seconds(run, batch)})
             if plain:
                 rows[-1]["plain"] = timed(partial(plain_step, run, batch), fabric.device)
     slower = [row["plain"] / row["step"] for row in rows if "plain" in row]
     return {
         "dtype": str(run.tower.dtype).removeprefix("torch."),
         "seconds": {key: round(statistics.median(row[key] for row in rows), 4) for key in rows[0]},
+        "objectives_of_step": round(
+            statistics.median(config.attack.iterations * row["objective"] / row["step"] for row in rows), 4
+        ),
         "step_over_floor": round(statistics.median(row["step"] / row["floor"] for row in rows), 3),
         **({"plain_over_step": round(statistics.median(slower), 2)} if slower else {}),
     }
@@ -133,13 +149,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "threads": arguments.threads,
         "methods": {},
     }
-    print(f"{'method':14} {'dtype':9} {'step':>8} {'over floor':>11} {'plain over step':>16}")
+    print(f"{'method':14} {'dtype':9} {'step':>8} {'over floor':>11} {'objectives':>11} {'plain over step':>16}")
     for method in arguments.methods:
         config = load_recipe(method, arguments.config, [*fixed, "evaluate_count=0", *arguments.set])
         found = measure_method(config, arguments.rounds, not arguments.no_plain)
         report["methods"][method] = {"iterations": config.attack.iterations, **found}
         print(
             f"{method:14} {found['dtype']:9} {found['seconds']['step']:7.3f}s {found['step_over_floor']:11.2f} "
+            f"{found['objectives_of_step']:11.1%} "
             f"{found.get('plain_over_step', '-'):>16}",
             flush=True,
         )

@@ -131,13 +131,16 @@ def step_tables() -> str:
             plain = f"{found['plain_over_step']:.1f}" if "plain_over_step" in found else "-"
             seconds = f"{found['seconds']['step']:.2f}"
             steps = str(found["iterations"])
-            rows.append([f"`{method}`", found["dtype"], steps, seconds, f"{found['step_over_floor']:.2f}", plain])
+            share = f"{found['objectives_of_step']:.1%}" if "objectives_of_step" in found else "-"
+            over = f"{found['step_over_floor']:.2f}"
+            rows.append([f"`{method}`", found["dtype"], steps, seconds, over, share, plain])
         base = next(
             (part.removeprefix("base=") for part in report["set"] if part.startswith("base=")), report["config"]
         )
         threads = f", {report['threads']} threads" if report["device"] == "cpu" else ""
         parts.append(f"`{base}`, batches of {report['batch']}, {report['device']}{threads}:\n")
-        titles = ["method", "dtype", "attack steps", "seconds", "over its floor", "plain re-creation over it"]
+        titles = ["method", "dtype", "attack steps", "seconds", "over its floor", "objectives' share"]
+        titles.append("plain re-creation over it")
         parts.append(table(titles, rows))
     return "\n".join(parts)
 

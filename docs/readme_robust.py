@@ -10,7 +10,8 @@ from typing import Any
 
 from ironclip.loading import load_encoder
 from training.claims import CLAIMS, judge
-from training.study_report import read_cells, short_table, usual_dtype
+from training.study_cells import read_cells, usual_dtype
+from training.study_report import short_table
 
 ROOT = Path(__file__).parent.parent
 ROBUSTNESS = ROOT / "docs" / "robustness"

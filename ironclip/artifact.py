@@ -43,6 +43,7 @@ META_KEYS = (
     "seed",
     "commit",
     "scores",
+    "robustness",
     "domain",
     "default_templates",
     "licence",

@@ -26,7 +26,7 @@ from ironclip.translation import first_line, offline_where_unreachable, translat
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 # Names of the encoders inside the package -> their folders.
-DEMO_ENCODERS = {"demo": "convnet", "demo-vit": "vit"}
+DEMO_ENCODERS = {"demo": "convnet", "demo-robust": "robust", "demo-vit": "vit"}
 
 _LOADING = threading.Lock()
 _SPECS = (

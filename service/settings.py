@@ -54,9 +54,10 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="Address to listen on; `0.0.0.0` for every interface.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     encoders: Annotated[dict[str, str], NoDecode] = Field(
-        default={"demo": "demo", "demo-vit": "demo-vit"},
+        default={"demo": "demo", "demo-robust": "demo-robust", "demo-vit": "demo-vit"},
         description="Encoders to serve, `name=spec` with commas between, or a JSON object. A spec is `demo`, "
-        "`demo-vit`, an artifact folder, an open_clip `MODEL/PRETRAINED_TAG`, or an `hf-hub:` or `local-dir:` name.",
+        "`demo-robust`, `demo-vit`, an artifact folder, an open_clip `MODEL/PRETRAINED_TAG`, or an `hf-hub:` or "
+        "`local-dir:` name.",
     )
     default_encoder: str = Field(
         default="", description="The encoder that `default` means; the first one in `encoders` if empty."

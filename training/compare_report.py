@@ -205,6 +205,7 @@ LEVELS = (
 )
 DEPTH = "Nodes of the hyperbolic head in the ball, medians; margins in units of distance."
 RETRIEVAL = (
-    "Recall at 1 under attacks on the embedding, which see no label: `away` from the clean embedding, `towards` a "
-    "wrong caption."
+    "Recall at 1 under attacks on the embedding: `away` from the clean one, which sees no text, away from the own "
+    "`caption`, `towards` a wrong one drawn by chance. They hardly move some encoders that attacks on the decision do "
+    "fool: read them beside AutoAttack, not in its place."
 )

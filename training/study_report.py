@@ -12,32 +12,7 @@ from training.claims import claims_table
 from training.compare_report import compared
 from training.markdown import table
 from training.robustness import check
-
-
-def read_cells(results: Path) -> dict[str, list[dict[str, Any]]]:
-    """Encoder -> its finished cells; encoders in the order of their names.
-
-    Raises:
-        OptionError: a row holds cells of two encoders, or a column of two samples: a table of them would say nothing.
-    """
-    rows: dict[str, list[dict[str, Any]]] = {}
-    samples: dict[Column, str] = {}
-    for folder in sorted((results / "cells").glob("*")):
-        files = sorted(path for path in folder.glob("*.json") if not path.name.endswith(".partial.json"))
-        cells = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-        digests = {cell["encoder"]["digest"] for cell in cells}
-        if len(digests) > 1:
-            raise OptionError(f"{folder} holds cells of {len(digests)} encoders: delete those of the older ones")
-        for cell in cells:
-            column = column_of(cell)
-            if samples.setdefault(column, cell["sample"]["digest"]) != cell["sample"]["digest"]:
-                raise OptionError(f"{folder}: {' '.join(column)} was measured on other pictures than elsewhere")
-        if cells:
-            rows[folder.name] = cells
-    return rows
-
-
-Column = tuple[str, str, str, str, str, str]
+from training.study_cells import Column, column_of, device_of, read_cells, usual_dtype
 
 # The README's table: title, vendor, attack, threat, level; an empty attack is clean accuracy.
 SHORT = (
@@ -53,13 +28,6 @@ SHORT = (
     ("OpenMoji APGD ensemble 2/255", "openmoji", "autoattack-ensemble", "linf 2/255", ""),
     ("OpenMoji APGD ensemble 4/255", "openmoji", "autoattack-ensemble", "linf 4/255", ""),
 )
-
-
-def column_of(cell: Mapping[str, Any]) -> Column:
-    """(vendor, attack, its options, threat, level, dtype) of a cell."""
-    options = " ".join(f"{key}={value}" for key, value in sorted(cell["options"].items()))
-    threat, dtype = cell["threat"]["label"], cell["encoder"]["dtype"]
-    return cell["sample"]["name"], cell["attack"], options, threat, cell["level"], dtype
 
 
 def columns(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Column]:
@@ -117,11 +85,6 @@ def short_table(results: Path) -> str:
                 shown.append(f"{cell[part]:.1f}")
         lines.append([f"`{name}`", *shown])
     return table(["encoder", *(title for title, *_ in SHORT)], lines)
-
-
-def usual_dtype(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    dtypes = [cell["encoder"]["dtype"] for row in cells.values() for cell in row]
-    return max(sorted(set(dtypes)), key=dtypes.count, default="")
 
 
 def _largest(cells: Sequence[Mapping[str, Any]], vendor: str) -> Mapping[str, Any] | None:
@@ -199,11 +162,6 @@ def plot_study(results: Path, attack: str = "autoattack-ensemble") -> list[Path]
         plt.close(figure)
         drawn.append(path)
     return drawn
-
-
-def device_of(cell: Mapping[str, Any]) -> str:
-    """What a cell was measured on."""
-    return str(cell["encoder"].get("device", "cpu"))
 
 
 def again_table(results: Path) -> str:

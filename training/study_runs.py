@@ -20,6 +20,7 @@ from training.jsonfile import read_json, write_json
 from training.recipe import RobustConfig, load_recipe
 from training.robust_run import essence
 from training.robustness import Cell, key_of, measure
+from training.study_cells import device_of, read_cells
 from training.study_config import DTYPES, StudyConfig
 from training.train import train
 
@@ -179,6 +180,8 @@ def _collapsed(folder: Path, expected: float) -> bool:
 def ship(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path, folder: Path) -> None:
     """Copy the artifact of the best method to ``folder``, which names it after itself (``demo-robust`` in ``robust``).
 
+    What the study has measured of it goes along, as ``robustness``.
+
     Best is what the vendor left out says (`best`, over the chosen trials under the final attack): test vendors choose
     nothing.
 
@@ -201,8 +204,21 @@ def ship(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path,
     folder.mkdir(parents=True, exist_ok=True)
     for path in (runs / taken / "artifact").iterdir():
         shutil.copy2(path, folder / path.name)
+    parts = ("attack", "options", "level", "clean", "robust", "robust_interval")
+    measured_cells = [
+        {
+            "sample": cell["sample"]["name"],
+            "pictures": cell["sample"]["pictures"],
+            "threat": cell["threat"]["label"],
+            "dtype": cell["encoder"]["dtype"],
+            "device": device_of(cell),
+            **{part: cell[part] for part in parts},
+        }
+        for cell in read_cells(results).get(taken, [])
+    ]
     update_meta(
         folder,
+        robustness=measured_cells,
         name=f"demo-{folder.name}",
         description=f"demo made robust by {taken}: the most robust of the study's methods on a vendor left out",
         tried=[

@@ -135,6 +135,13 @@ def test_a_study_chooses_trains_measures_and_goes_on(
     encoder = load_encoder(str(shipped))
     assert encoder.provenance["name"] == "demo-robust"
     tried = encoder.provenance["tried"][0]
+    measured = encoder.provenance["robustness"]
+    assert {(cell["attack"], cell["threat"]) for cell in measured} == {
+        ("autoattack-ensemble", "linf 1/255"),
+        ("autoattack-ensemble", "linf 4/255"),
+        ("fgsm", "linf 4/255"),
+    }
+    assert all(0 <= cell["robust"] <= cell["clean"] for cell in measured)
     assert "apgd-ce at 2/255 on other" in tried
     chosen = {}
     for method in ("tecoa", "hierarchical"):
