@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ironclip.loading import load_encoder
-from training.claims import CLAIMS, judge
+from training.claims import CLAIMS, judge, paired
+from training.robustness import WRONG
 from training.study_cells import read_cells, usual_dtype
 from training.study_report import short_table
 
@@ -52,14 +53,16 @@ def robust_aim() -> str:
     untrained = {row: _cell(row, "autoattack")["robust_interval"][1] for row in ("demo", "demo-vit") if row in rows}
     low, high = ours["robust_interval"]
     loss = base["clean"] - ours["clean"]
+    right = [[outcome != WRONG for outcome in cell["outcomes"]] for cell in (ours, base)]
+    difference, (least, most) = paired(*right)
     met = ours["robust"] >= LEAST and low > max(untrained.values()) and loss <= COST
-    cost = f"costs {loss:.1f} points of" if loss > 0 else f"gains {-loss:.1f} points of"
     return (
         f"`demo-robust` is `{method}`'s encoder: of the methods, the most robust on a vendor left out of its trial "
         f"(how: `tried` in its `ironclip.json`). Under full AutoAttack at 2/255 it holds {ours['robust']:.1f} % of "
         f"EmojiOne ({low:.0f} to {high:.0f}), where encoders trained without attacks hold at most "
-        f"{max(untrained.values()):.0f} % (upper bound), and it {cost} clean accuracy there. The aim was at least "
-        f"{LEAST} %, above those, at no more than {COST} points: {'met' if met else 'missed'}.\n"
+        f"{max(untrained.values()):.0f} % (upper bound). Its clean accuracy there is {ours['clean']:.1f} %, `demo`'s "
+        f"{base['clean']:.1f} % (difference {difference:+.1f}, {least:+.1f} to {most:+.1f}). The aim was at least "
+        f"{LEAST} %, above those, at a loss of no more than {COST} points: {'met' if met else 'missed'}.\n"
     )
 
 

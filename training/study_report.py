@@ -65,9 +65,15 @@ def study_table(results: Path) -> str:
 
 
 def short_table(results: Path) -> str:
-    """The study's main columns, clean and full AutoAttack with their 95 % intervals."""
+    """The study's main columns, clean and full AutoAttack with their 95 % intervals; the most robust row first."""
     cells = read_cells(results)
     usual = usual_dtype(cells)
+
+    def held(name: str) -> float:
+        found = [c["robust"] for c in cells[name] if (c["attack"], c["encoder"]["dtype"]) == ("autoattack", usual)]
+        return -max(found, default=0.0)
+
+    cells = {name: cells[name] for name in sorted(cells, key=held)}
     lines = []
     for name, row in cells.items():
         mine: list[Mapping[str, Any]] = [cell for cell in row if cell["encoder"]["dtype"] == usual]
