@@ -1,8 +1,9 @@
 """`python -m benchmarks.training_step`: a step of each method over its floor, and beside a plain re-creation.
 
 In one run, interleaved, on one thread count: the recipe's step; the bare forwards and backwards it cannot do without
-(`training.throughput`); and a step written as the published scripts do it: prompts encoded anew in every forward,
-weight gradients computed in the attack, the frozen towers' graphs kept, a clean forward for the log, float32.
+(`training.throughput`); and a step written as the published scripts do it: weight gradients computed in the attack, the
+frozen towers' graphs kept, a clean forward for the log; for TeCoA, PMG-AFT and HPT-GPD prompts encoded anew in every
+forward, under float16 autocast where there is a GPU; the others in float32, as their scripts are.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from training.ahead import ahead
 from training.methods.base import Batch, Texts
+from training.provenance import commit
 from training.recipe import RobustConfig, load_recipe
 from training.robust_run import Run, make_fabric, start
 from training.sources import step_batches
@@ -50,12 +52,27 @@ class ReencodedTexts(Texts):
         return F.normalize(run.encoder.encode_text(prompts), dim=-1)
 
 
+# Whose scripts encode the prompts in every forward, and use autocast on a GPU.
+REENCODED = ("tecoa", "pmg_aft", "hpt_gpd")
+
+
+def plain_dtype(run: Run) -> torch.dtype:
+    """What the published script of the method would compute in on this device."""
+    half = run.config.method in REENCODED and run.fabric.device.type == "cuda"
+    return torch.float16 if half else torch.float32
+
+
 def plain_step(run: Run, batch: Batch) -> None:
-    """One step as the published scripts write it."""
+    """One step as the published scripts write it, without their loss scaling."""
+    dtype = plain_dtype(run)
+    with torch.autocast(run.fabric.device.type, dtype, enabled=dtype != torch.float32):
+        _plain_step(run, batch)
+
+
+def _plain_step(run: Run, batch: Batch) -> None:
     method, encoder = run.method, run.encoder
     encoder.requires_grad_(True)
-    reads_texts = run.config.method in ("tecoa", "pmg_aft", "agft", "hpt_gpd")
-    texts = ReencodedTexts(run) if reads_texts else run.networks.texts
+    texts = ReencodedTexts(run) if run.config.method in REENCODED else run.networks.texts
     networks = replace(run.networks, student=encoder.encode_image, texts=texts)
     batch = replace(batch, anchor=run.networks.original(batch.images)) if method.anchored else batch
     objective, items = method.objective(networks, batch), torch.arange(len(batch.images), device=batch.images.device)
@@ -123,6 +140,7 @@ def measure_method(config: RobustConfig, rounds: int, plain: bool = True) -> dic
         ),
         "step_over_floor": round(statistics.median(row["step"] / row["floor"] for row in rows), 3),
         **({"plain_over_step": round(statistics.median(slower), 2)} if slower else {}),
+        **({"plain_dtype": str(plain_dtype(run)).removeprefix("torch.")} if slower else {}),
     }
 
 
@@ -147,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "batch": arguments.batch,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": arguments.threads,
+        "seed": 0,
+        "commit": commit(),
         "methods": {},
     }
     print(f"{'method':14} {'dtype':9} {'step':>8} {'over floor':>11} {'objectives':>11} {'plain over step':>16}")

@@ -11,7 +11,7 @@ from typing import Any
 from ironclip.loading import load_encoder
 from training.claims import CLAIMS, judge, paired
 from training.robustness import WRONG
-from training.study_cells import read_cells, usual_dtype
+from training.study_cells import device_of, read_cells, usual_dtype
 from training.study_report import short_table
 
 ROOT = Path(__file__).parent.parent
@@ -23,8 +23,15 @@ LEAST, COST = 20, 8
 
 
 def robust_table() -> str:
-    """What each method of the study buys and costs."""
-    return short_table(ROBUSTNESS)
+    """What each method of the study buys and costs, and how that was measured."""
+    cells = [cell for row in _cells().values() for cell in row]
+    devices = ", ".join(sorted({device_of(cell) for cell in cells}))
+    samples = {cell["sample"]["name"]: cell["sample"]["pictures"] for cell in cells if not cell["level"]}
+    drawn = ", ".join(f"{count} of {name}" for name, count in sorted(samples.items()))
+    return (
+        f"{short_table(ROBUSTNESS)}\n{usual_dtype(_cells())}, as served; measured on {devices}; {drawn}, drawn with "
+        "seed 0; encoders by digest in [the cells](docs/robustness/cells).\n"
+    )
 
 
 def _cell(row: str, attack: str, level: str = "") -> dict[str, Any]:
@@ -57,8 +64,8 @@ def robust_aim() -> str:
     difference, (least, most) = paired(*right)
     met = ours["robust"] >= LEAST and low > max(untrained.values()) and loss <= COST
     return (
-        f"`demo-robust` is `{method}`'s encoder: of the methods, the most robust on a vendor left out of its trial "
-        f"(how: `tried` in its `ironclip.json`). Under full AutoAttack at 2/255 it holds {ours['robust']:.1f} % of "
+        f"`demo-robust` is `{method}`'s encoder, whose trial was the most robust on a vendor left out of the trials. "
+        f"{meta['tried'][-1]}\n\nUnder full AutoAttack at 2/255 it holds {ours['robust']:.1f} % of "
         f"EmojiOne ({low:.0f} to {high:.0f}), where encoders trained without attacks hold at most "
         f"{max(untrained.values()):.0f} % (upper bound). Its clean accuracy there is {ours['clean']:.1f} %, `demo`'s "
         f"{base['clean']:.1f} % (difference {difference:+.1f}, {least:+.1f} to {most:+.1f}). The aim was at least "
@@ -73,11 +80,18 @@ def robust_words() -> str:
     verdicts = [verdict for claim in CLAIMS if (verdict := judge(claim, cells, VENDOR, LABEL, usual))]
 
     def said(word: str) -> str:
-        parts = [f"{v.claim.source}: {v.claim.text} ({v.difference:+.1f})" for v in verdicts if v.word == word]
+        parts = [
+            f"{v.claim.source}: {v.claim.text} ({v.difference:+.1f}, {v.interval[0]:+.1f} to {v.interval[1]:+.1f})"
+            for v in verdicts
+            if v.word == word
+        ]
         return "; ".join(parts) or "none"
 
     count = max(verdict.pictures for verdict in verdicts)
     lines = [
+        f"Each method was trained once. The intervals speak of the pictures alone, and of {len(verdicts)} claims about "
+        "one is judged wrongly by chance: what lies close to zero is weak.",
+        "",
         f"- **Held**: {said('held')}.",
         f"- **Turned around**: {said('the opposite')}.",
         f"- **Not told apart** by {count} pictures: {said('open')}.",
@@ -94,30 +108,30 @@ def _seen() -> list[str]:
     first = _best("apgd-ce")
     whole = _best("autoattack")
     moved = _read("transfer.json")["made_on"]
-    fooled = {where: moved["demo"][where]["fooled"]["percent"] for where in ("demo", "demo-vit")}
-    back = {where: moved["demo-vit"][where]["fooled"]["percent"] for where in ("demo", "demo-vit")}
+
+    def fooled(made: str, answered: str) -> str:
+        found = moved[made][answered]["fooled"]
+        return f"{found['percent']:.0f} % of {found['pictures']}"
+
     recall = {row: _read("retrieval", f"{row}-away.json") for row in ("hierarchical", "hierarchical-cosine", "demo")}
 
     def found(row: str, state: str, way: str) -> float:
         return float(recall[row][state][way]["1"]["percent"])
 
-    (collapsed,) = _collapsed() or [""]
-    lines = [
+    return [
         f"One attack flatters: APGD-CE alone leaves `{widest}` {gaps[widest]:.1f} points more than AutoAttack does"
         + (f", and would have ranked `{first}` first instead of `{whole}`." if first != whole else "."),
         "Proxy robustness, the premise of HPT-GPD, exists here: examples made on `demo` fool it on "
-        f"{fooled['demo']:.0f} % of the pictures that both have right, and `demo-vit` on {fooled['demo-vit']:.0f} %; "
-        f"the other way round {back['demo-vit']:.0f} % and {back['demo']:.0f} %. It speaks of transfer alone: attacked "
-        "itself, the proxy falls.",
+        f"{fooled('demo', 'demo')} pictures that it has right, and `demo-vit` on {fooled('demo', 'demo-vit')} that "
+        f"both have right; made on `demo-vit`, {fooled('demo-vit', 'demo-vit')} and {fooled('demo-vit', 'demo')}. "
+        "It speaks of transfer alone: attacked itself, the proxy falls.",
         f"The hyperbolic head finds names for pictures, but not pictures for names: recall at 1 is "
         f"{found('hierarchical', 'clean', 'image_to_text'):.0f} % and "
         f"{found('hierarchical', 'clean', 'text_to_image'):.0f} %, by cosines of the same features "
         f"{found('hierarchical-cosine', 'clean', 'image_to_text'):.0f} % and "
         f"{found('hierarchical-cosine', 'clean', 'text_to_image'):.0f} %.",
+        *_collapsed(),
     ]
-    if collapsed:
-        lines.append(collapsed)
-    return lines
 
 
 def _best(attack: str) -> str:
@@ -135,7 +149,7 @@ def _collapsed() -> Sequence[str]:
         found = json.loads(path.read_text(encoding="utf-8"))
         names += [
             f"`{found['method']}` collapsed at full length with the setting that had looked best at an eighth of it "
-            f"({' '.join(trial['setting'])}): its loss holds directions alone."
+            f"({' '.join(trial['setting'])}); the next best was taken."
             for trial in found["trials"]
             if trial.get("collapsed")
         ]

@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     whole.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the trainings")
     whole.add_argument("--results", type=Path, default=Path("docs/robustness"), help="folder of what was found")
     whole.add_argument("--shipped", type=Path, default=Path("ironclip/demo/robust"), help="where ship puts the best")
-    _device(whole)
+    _device(whole, "where encoders are measured: auto (a GPU where there is one), cpu, cuda:N; training takes a GPU")
     domain = added.add_parser("domain", help="measure and store the domain threshold of an artifact")
     domain.add_argument("--artifact", type=Path, required=True)
     domain.add_argument("--data", type=Path, default=Path("data/demo"))
@@ -141,8 +141,10 @@ def _served(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
+def _device(
+    parser: argparse.ArgumentParser, purpose: str = "auto (a GPU where there is one), cpu, cuda or cuda:N"
+) -> None:
+    parser.add_argument("--device", default="auto", help=purpose)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

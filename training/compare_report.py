@@ -168,9 +168,9 @@ def _made(contents: Mapping[str, Mapping[str, Any]]) -> str:
         sample = content.get("sample") or {"name": content["data"], "pictures": content["pictures"]}
         options = "".join(f" {key}={value}" for key, value in content["options"].items())
         encoders = content["encoders"].values() if "encoders" in content else [content["encoder"]]
-        dtypes = ", ".join(sorted({encoder["dtype"] for encoder in encoders}))
+        dtypes, devices = (", ".join(sorted({e.get(part, "cpu") for e in encoders})) for part in ("dtype", "device"))
         attack = f"{content['attack']}{options}, {content['threat']['label']}"
-        ways.append(f"{attack}, {sample['pictures']} pictures of {sample['name']}, encoders in {dtypes}")
+        ways.append(f"{attack}, {sample['pictures']} pictures of {sample['name']}, encoders in {dtypes} on {devices}")
     return (
         f"Attack: {'; '.join(dict.fromkeys(ways))}; examples rounded to 8 bits. One attack is weaker than AutoAttack."
     )

@@ -19,8 +19,9 @@ from training.depth import depth_profile
 from training.emoji.pictures import VendorImages, load_vendor, manifest_names, read_manifest
 from training.emoji.taxonomy import Name
 from training.examples import examples, level_matrix, transfer_matrix
+from training.jsonfile import finished, read_json, write_json
 from training.retrieval import Pairs
-from training.robustness import Cell, Sample, check, fixed_sample, measure_all, named
+from training.robustness import Cell, Sample, check, fixed_sample, key_of, measure_all, named
 
 TEMPLATES = ("an emoji of {}",)
 FLAGS = "flags"
@@ -155,32 +156,55 @@ def emoji_sample(encoder: Encoder, data: Path, vendor: str, count: int) -> Sampl
 
 
 def transfer_emoji(
-    encoders: Mapping[str, Encoder], data: Path, folder: Path, vendor: str, cell: Cell, count: int
+    encoders: Mapping[str, Encoder],
+    data: Path,
+    folder: Path,
+    vendor: str,
+    cell: Cell,
+    count: int,
+    path: Path | None = None,
 ) -> dict[str, Any]:
     """`examples.transfer_matrix` of several encoders over all names, on one vendor's pictures."""
     names = manifest_names(read_manifest(data))
     classifiers = {name: emoji_classifier(encoder, names) for name, encoder in encoders.items()}
     sample = emoji_sample(next(iter(encoders.values())), data, vendor, count)
-    return transfer_matrix(classifiers, sample, cell, folder)
+    return transfer_matrix(classifiers, sample, cell, folder, path=path)
 
 
 def levels_emoji(
-    encoder: Encoder, data: Path, folder: Path, vendor: str, cell: Cell, count: int, mode: LevelMode
+    encoder: Encoder,
+    data: Path,
+    folder: Path,
+    vendor: str,
+    cell: Cell,
+    count: int,
+    mode: LevelMode,
+    path: Path | None = None,
 ) -> dict[str, Any]:
     """`examples.level_matrix` of one encoder over names, subgroups and groups."""
     names = manifest_names(read_manifest(data))
     classifier = emoji_classifier(encoder, names, mode)
     sample = emoji_sample(encoder, data, vendor, count)
-    return level_matrix(classifier, emoji_tree(names).bind(classifier.names), sample, cell, folder)
+    return level_matrix(classifier, emoji_tree(names).bind(classifier.names), sample, cell, folder, path=path)
 
 
-def depth_emoji(encoder: Encoder, data: Path, folder: Path, vendor: str, cell: Cell, count: int) -> dict[str, Any]:
-    """`depth.depth_profile` of an encoder with a hyperbolic head on the examples of its level matrix, and how made."""
+def depth_emoji(
+    encoder: Encoder, data: Path, folder: Path, vendor: str, cell: Cell, count: int, path: Path
+) -> dict[str, Any]:
+    """`depth.depth_profile` of an encoder with a hyperbolic head on the examples of its level matrix, and how made.
+
+    It is written to ``path``, and not computed again where it lies there.
+    """
     classifier = emoji_classifier(encoder, manifest_names(read_manifest(data)), "prompts")
     sample = emoji_sample(encoder, data, vendor, count)
+    key = key_of(classifier, sample, cell)
+    if (found := finished(path, key)) is not None:
+        return found
     made = {level: examples(classifier, sample, replace(cell, level=level), folder) for level in classifier.levels}
-    how = {"sample": {"name": sample.name, "pictures": len(sample.labels)}, "encoder": named(encoder)}
-    return {**how, **cell.to_json(), **depth_profile(classifier, sample, made)}
+    shown = {"name": sample.name, "digest": sample.digest, "pictures": len(sample.labels)}
+    how = {"key": key, "sample": shown, "encoder": named(encoder), **cell.to_json()}
+    write_json(path, {**how, **depth_profile(classifier, sample, made)})
+    return read_json(path) or {}
 
 
 def emoji_pairs(encoder: Encoder, data: Path, vendor: str, count: int) -> Pairs:

@@ -23,9 +23,9 @@ from ironclip.classifier import Classifier
 from ironclip.errors import InputError
 from ironclip.hierarchy import BoundTree
 from ironclip.preprocessing import to_float
-from training.jsonfile import write_json
+from training.jsonfile import finished, write_json
 from training.markdown import table
-from training.robustness import Cell, Sample, key_of, level_model, named, together, wilson
+from training.robustness import Cell, Sample, as_many_as_fit, key_of, level_model, named, together, wilson
 
 Say = Callable[[str], None]
 
@@ -84,8 +84,9 @@ def kept_examples(
     """
     done = load_file(path)["images"] if path.is_file() else pixels[:0]
     while len(done) < len(pixels):
-        rows = slice(len(done), min(len(done) + batch_size, len(pixels)))
-        done = torch.cat([done, rounded(make(rows).cpu(), pixels[rows], threat)])
+        start = len(done)
+        made, batch_size = as_many_as_fit(lambda n: make(slice(start, min(start + n, len(pixels)))), batch_size, say)  # noqa: B023
+        done = torch.cat([done, rounded(made.cpu(), pixels[start : start + len(made)], threat)])
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_suffix(".writing")
         save_file({"images": done}, staged)
@@ -137,7 +138,13 @@ def share(hits: Tensor) -> dict[str, Any]:
 
 
 def transfer_matrix(
-    classifiers: Mapping[str, Classifier], sample: Sample, cell: Cell, folder: Path, *, progress: Say = print
+    classifiers: Mapping[str, Classifier],
+    sample: Sample,
+    cell: Cell,
+    folder: Path,
+    *,
+    path: Path | None = None,
+    progress: Say = print,
 ) -> dict[str, Any]:
     """Examples made on each encoder, answered by each.
 
@@ -145,7 +152,8 @@ def transfer_matrix(
         classifiers: by name, over the same labels, with encoders of one preprocessing (their pixels are exchanged).
         sample: on what.
         cell: how; white box where maker and answerer are one, transfer elsewhere.
-        folder: of the examples and of ``transfer-*.json``.
+        folder: of the examples.
+        path: of the result, which is not computed again; ``transfer-*.json`` in the folder if None.
         progress: told a line after each batch.
 
     Returns:
@@ -158,6 +166,11 @@ def transfer_matrix(
     prepared = {name: c.encoder.preprocessing.digest for name, c in classifiers.items()}
     if len(set(prepared.values())) > 1:
         raise InputError(f"these encoders prepare pictures differently and cannot answer for each other: {prepared}")
+    keys = {name: key_of(classifier, sample, cell) for name, classifier in classifiers.items()}
+    key = hashlib.sha256(json.dumps(keys).encode()).hexdigest()
+    path = path or folder / f"transfer-{sample.name}-{key[:12]}.json"
+    if (found := finished(path, key)) is not None:
+        return found
     clean = {name: _right(c, sample.pixels, sample.labels, c.encoder.device) for name, c in classifiers.items()}
     rows: dict[str, Any] = {}
     for maker, classifier in classifiers.items():
@@ -172,20 +185,26 @@ def transfer_matrix(
                 "sees": "white box" if maker == answerer else "transfer",
             }
     result = {
+        "key": key,
         "sample": {"name": sample.name, "digest": sample.digest, "pictures": len(sample.labels)},
         **cell.to_json(),
         "encoders": {name: named(c.encoder) for name, c in classifiers.items()},
         "clean": {name: share(right) for name, right in clean.items()},
         "made_on": rows,
     }
-    keys = {name: key_of(classifier, sample, cell) for name, classifier in classifiers.items()}
-    digest = hashlib.sha256(json.dumps(keys).encode()).hexdigest()
-    write_json(folder / f"transfer-{sample.name}-{digest[:12]}.json", result)
+    write_json(path, result)
     return result
 
 
 def level_matrix(
-    classifier: Classifier, tree: BoundTree, sample: Sample, cell: Cell, folder: Path, *, progress: Say = print
+    classifier: Classifier,
+    tree: BoundTree,
+    sample: Sample,
+    cell: Cell,
+    folder: Path,
+    *,
+    path: Path | None = None,
+    progress: Say = print,
 ) -> dict[str, Any]:
     """Every level of the classifier's tree attacked, every level scored on the same pictures.
 
@@ -194,7 +213,8 @@ def level_matrix(
         tree: the same tree bound to its labels, for the severity of mistakes.
         sample: on what.
         cell: the attack and its radius; its level is not read.
-        folder: of the examples and of ``levels-*.json``.
+        folder: of the examples.
+        path: of the result, which is not computed again; ``levels-*.json`` in the folder if None.
         progress: told a line after each batch.
 
     Returns:
@@ -203,6 +223,10 @@ def level_matrix(
         label and answer over the leaf's mistakes (Bertinetto et al. 2020); ``worst``: right at the scored level
         whichever level was attacked.
     """
+    key = key_of(classifier, sample, cell)
+    path = path or folder / f"levels-{sample.name}-{key[:12]}.json"
+    if (found := finished(path, key)) is not None:
+        return found
     names = list(classifier.levels)
     device = classifier.encoder.device
     truths = {name: classifier.levels[name].index[sample.labels] for name in names}
@@ -232,6 +256,7 @@ def level_matrix(
         severities[level] = severity(made)
         held = {name: held[name] & after[name] for name in names}
     result = {
+        "key": key,
         "sample": {"name": sample.name, "digest": sample.digest, "pictures": len(sample.labels)},
         **cell.to_json(),
         "encoder": named(classifier.encoder),
@@ -242,8 +267,7 @@ def level_matrix(
         "severity": severities,
         "worst": {name: share(held[name]) for name in names},
     }
-    key = key_of(classifier, sample, cell)
-    write_json(folder / f"levels-{sample.name}-{key[:12]}.json", result)
+    write_json(path, result)
     return result
 
 

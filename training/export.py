@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from ironclip.artifact import save_artifact
 from ironclip.encoder import Encoder
 from training.captions import TEMPLATES, CaptionTable
 from training.emoji.pictures import data_provenance
+from training.provenance import commit
 
 
 def seen_tokens(encoder: Encoder, captions: CaptionTable) -> Tensor:
@@ -22,12 +22,6 @@ def seen_tokens(encoder: Encoder, captions: CaptionTable) -> Tensor:
         for texts in (captions.words, captions.labels):
             seen[torch.unique(encoder.tokenize([template.format(text) for text in texts], truncate=True))] = True
     return seen
-
-
-def commit() -> str:
-    """The checkout's commit, or ``unknown``."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 def export(encoder: Encoder, captions: CaptionTable, config: dict[str, Any], folder: Path) -> Path:

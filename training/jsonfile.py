@@ -20,6 +20,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def finished(path: Path, key: str) -> dict[str, Any] | None:
+    """The result in ``path`` if its ``key`` is this one; None where there is none, or one of something else."""
+    found = read_json(path)
+    return found if found is not None and found.get("key") == key else None
+
+
 def write_json(path: Path, content: Any) -> None:
     """Indented, UTF-8, a newline at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,12 +26,14 @@ from ironclip.errors import InputError, OptionError
 from ironclip.labels import LabelSet
 from ironclip.preprocessing import Preprocessing, to_float
 from training.examples import Say, kept_examples, share
-from training.jsonfile import write_json
+from training.jsonfile import finished, write_json
 from training.robustness import Cell, Sample, key_of, named, together
 
 Goal = Literal["away", "caption", "towards"]
 GOALS: tuple[Goal, ...] = ("away", "caption", "towards")
 RANKS = (1, 5, 10)
+# What is raised for each goal.
+OBJECTIVES: dict[Goal, str] = {"away": "cosine distance", "caption": "margin", "towards": "logit of the target"}
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,13 @@ def _objective(classifier: Classifier, goal: Goal, clean: Tensor, truth: Tensor,
     if goal == "towards":
         return lambda features, items: classifier.decide(features).gather(1, targets[items, None])[:, 0]
 
-    def own(features: Tensor, items: Tensor) -> Tensor:
-        return -classifier.decide(features).masked_fill(~truth[items], -torch.inf).amax(1)
+    def margin(features: Tensor, items: Tensor) -> Tensor:
+        logits, own = classifier.decide(features), truth[items]
+        nearest, other = logits.masked_fill(~own, -torch.inf).amax(1), logits.masked_fill(own, -torch.inf).amax(1)
+        # A picture that every caption is true of has no other.
+        return torch.where(own.all(1), -nearest, other - nearest)
 
-    return own
+    return margin
 
 
 def retrieval(
@@ -126,6 +131,7 @@ def retrieval(
     folder: Path,
     *,
     seed: int = 0,
+    path: Path | None = None,
     batch_size: int = 0,
     progress: Say = print,
 ) -> dict[str, Any]:
@@ -134,11 +140,12 @@ def retrieval(
     Args:
         classifier: of `caption_classifier`, over ``pairs.captions``.
         pairs: pictures and captions.
-        goal: ``away`` from the picture's own clean embedding (no text is seen), away from its nearest own ``caption``,
-            or ``towards`` a wrong caption drawn by ``seed``.
+        goal: ``away`` from the picture's own clean embedding (no text is seen), from its own ``caption`` to the nearest
+            other one (the strongest of the three), or ``towards`` a wrong caption drawn by ``seed``.
         cell: the attack, one that takes an objective (pgd, apgd), and its radius.
-        folder: of examples and ``retrieval-*.json``.
+        folder: of the examples.
         seed: of the targets.
+        path: of the result, which is not computed again; ``retrieval-*.json`` in the folder if None.
         batch_size: pictures attacked together; `robustness.together` if 0.
         progress: told a line after each batch.
 
@@ -153,6 +160,10 @@ def retrieval(
         raise OptionError(f"There is no goal {str(goal)[:40]!r}; there are: {', '.join(GOALS)}.")
     if cell.attack not in ("pgd", "apgd", "fgsm"):
         raise OptionError(f"{cell.attack} chooses its own objective; an embedding is attacked by pgd, apgd or fgsm.")
+    key = _key(classifier, pairs, goal, cell, seed)
+    path = path or folder / f"retrieval-{pairs.name}-{key[:12]}.json"
+    if (found := finished(path, key)) is not None:
+        return found
     attack, device = make_attack(cell.attack, cell.options), classifier.encoder.device
     batch_size = batch_size or together(device)
     encode, truth = classifier.encoder.encode_image, pairs.truth.to(device)
@@ -171,18 +182,19 @@ def retrieval(
         )
         return drive(attack, problem, WhiteBox(encode, problem, batch_size=len(images))).images
 
-    key = _key(classifier, pairs, goal, cell, seed)
-    path = folder / f"examples-{key[:24]}.safetensors"
+    examples_path = folder / f"examples-{key[:24]}.safetensors"
     name = f"{goal} {cell.attack} {cell.threat.label}"
     made = kept_examples(
-        path, pairs.pixels, cell.threat, make, batch_size=batch_size, say=lambda n: progress(f"{name}: {n}")
+        examples_path, pairs.pixels, cell.threat, make, batch_size=batch_size, say=lambda n: progress(f"{name}: {n}")
     )
     clean, attacked = (_logits(classifier, pixels) for pixels in (pairs.pixels, made))
     result: dict[str, Any] = {
+        "key": key,
         "data": pairs.name,
         "pictures": len(pairs.pixels),
         "captions": len(pairs.captions),
         "goal": goal,
+        "objective": OBJECTIVES[goal],
         **cell.to_json(),
         "encoder": named(classifier.encoder),
         "clean": recalls(clean, pairs.truth),
@@ -192,7 +204,7 @@ def retrieval(
         order = attacked.topk(min(max(RANKS), attacked.shape[1]), dim=1).indices
         hits = order == targets.cpu()[:, None]
         result["target"] = {str(rank): share(hits[:, :rank].any(1)) for rank in RANKS}
-    write_json(folder / f"retrieval-{pairs.name}-{key[:12]}.json", result)
+    write_json(path, result)
     return result
 
 
@@ -205,5 +217,5 @@ def _logits(classifier: Classifier, pixels: Tensor) -> Tensor:
 def _key(classifier: Classifier, pairs: Pairs, goal: Goal, cell: Cell, seed: int) -> str:
     sample = Sample(pairs.name, pairs.pixels, torch.zeros(len(pairs.pixels), dtype=torch.int64))
     truth = hashlib.sha256(pairs.truth.numpy().tobytes()).hexdigest()
-    content = [key_of(classifier, sample, replace(cell, level="")), truth, goal, seed]
+    content = [key_of(classifier, sample, replace(cell, level="")), truth, goal, OBJECTIVES[goal], seed]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -14,7 +14,7 @@ from ironclip.artifact import save_artifact
 from ironclip.encoder import Encoder
 from ironclip.loading import load_encoder
 from training.emoji.pictures import data_provenance
-from training.export import commit
+from training.provenance import commit
 from training.recipe import RobustConfig
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,9 @@ from ironclip.preprocessing import to_float
 from training.checkpoint import CheckpointError
 from training.data import LabelledImages
 from training.jsonfile import read_json, write_json
+from training.provenance import commit
 
+T = TypeVar("T")
 SCHEMA = 2
 # What a picture came to: wrong as it is, fooled, or held against the attack.
 WRONG, FOOLED, HELD = "-", "x", "o"
@@ -203,7 +205,8 @@ def measure(
         path: the result's JSON file.
         after: the result of a cell whose attack is the first part of this one's, on the same sample: AutoAttack goes on
             from its ensemble, with what that left standing.
-        batch_size: pictures attacked together; `together` if 0. What a picture comes to does not depend on it.
+        batch_size: pictures attacked together; `together` if 0, and half as many whenever memory does not suffice. What
+            a picture comes to depends on it through rounding alone.
         progress: told a line after each batch.
 
     Raises:
@@ -227,16 +230,20 @@ def measure(
     partial_path = path.with_suffix(".partial.json")
     state = read_json(partial_path)
     if state is None or state["key"] != key:
-        state = {"key": key, "outcomes": "", "blind": [], **dict.fromkeys(COUNTED, 0)}
+        state = {"key": key, "outcomes": "", "blind": [], "devices": [], **dict.fromkeys(COUNTED, 0)}
     device = classifier.encoder.device
     batch_size = batch_size or together(device)
-    while len(state["outcomes"]) < len(labels):
-        began, start = time.perf_counter(), len(state["outcomes"])
-        rows = slice(start, start + batch_size)
+
+    def attacked(size: int) -> tuple[slice, Tensor, Tensor, Result]:
+        rows = slice(start, start + size)
         images, truth = to_float(sample.pixels[rows]).to(device), labels[rows].to(device)
         keys = torch.arange(start, start + len(images), device=device)
         standing = torch.tensor([outcome == HELD for outcome in before[rows]], device=device)
-        right, fooled, result = attack_batch(model, images, truth, attack, cell.threat, keys=keys, standing=standing)
+        return rows, *attack_batch(model, images, truth, attack, cell.threat, keys=keys, standing=standing)
+
+    while len(state["outcomes"]) < len(labels):
+        began, start = time.perf_counter(), len(state["outcomes"])
+        (rows, right, fooled, result), batch_size = as_many_as_fit(attacked, batch_size, progress)
         lost = iter(fooled.tolist())
         for ok, was in zip(right.tolist(), before[rows], strict=True):
             state["outcomes"] += was if was != HELD else (FOOLED if next(lost) else HELD) if ok else WRONG
@@ -247,6 +254,7 @@ def measure(
         blind = (result.zero_gradients == result.backwards) & (result.backwards > 0)
         state["blind"] += (start + torch.nonzero(right).flatten()[blind]).tolist()
         state["seconds"] += time.perf_counter() - began
+        state["devices"] = sorted({*state.get("devices", []), named(classifier.encoder)["device"]})
         write_json(partial_path, state)
         done = state["outcomes"]
         rate = state["seconds"] / len(done)
@@ -257,6 +265,7 @@ def measure(
     if after is not None:
         for part in COUNTED:
             state[part] += after[part]
+        state["devices"] = sorted({*state["devices"], *after["encoder"].get("device", "cpu").split(", ")})
         # Blind all along: in both parts, or in the first where nothing was left for the second.
         now = {index for index in after["blind"] if before[index] != HELD or index in state["blind"]}
         state["blind"] = sorted(now)
@@ -267,8 +276,26 @@ def measure(
 
 
 def together(device: torch.device) -> int:
-    """How many pictures are attacked at a time where the caller does not say: more where each call costs a launch."""
+    """How many pictures are attacked at a time at first, where the caller does not say."""
     return 128 if device.type == "cpu" else 512
+
+
+def as_many_as_fit(work: Callable[[int], T], size: int, say: Callable[[str], None]) -> tuple[T, int]:
+    """``work(size)``, with half the size for as long as the device's memory does not suffice; and the size that did.
+
+    Raises:
+        torch.OutOfMemoryError: not even one fits.
+    """
+    while True:
+        try:
+            return work(size), size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        # Not inside the handler: the error holds on to what did not fit.
+        torch.cuda.empty_cache()
+        size //= 2
+        say(f"out of memory: {size} pictures at a time from here")
 
 
 def measure_all(
@@ -322,7 +349,8 @@ def _result(classifier: Classifier, sample: Sample, cell: Cell, state: Mapping[s
     return {
         "schema": SCHEMA,
         "key": state["key"],
-        "encoder": named(classifier.encoder),
+        "encoder": {**named(classifier.encoder), "device": ", ".join(state["devices"])},
+        "commit": commit(),
         "defence": classifier.defence.name,
         "label_set": classifier.label_set.digest,
         "sample": {"name": sample.name, "digest": sample.digest, "pictures": count},

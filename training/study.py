@@ -9,7 +9,7 @@ from the files alone. `ship`, when asked for, copies the best encoder into the p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ironclip.attacks import ThreatModel
@@ -18,9 +18,8 @@ from ironclip.encoder import Encoder, Head
 from ironclip.errors import OptionError
 from ironclip.loading import load_encoder
 from training.evaluate import attack_emoji, depth_emoji, emoji_pairs, levels_emoji, transfer_emoji
-from training.jsonfile import read_json, write_json
 from training.retrieval import caption_classifier, retrieval
-from training.robustness import Cell, named
+from training.robustness import Cell
 from training.study_config import DTYPES, StudyConfig
 from training.study_report import report
 from training.study_runs import ship, train_methods, tune
@@ -68,19 +67,6 @@ def evaluate(config: StudyConfig, methods: Sequence[str], runs: Path, results: P
                     )
 
 
-def _kept(path: Path, encoders: Mapping[str, Encoder], cell: Cell, **wanted: object) -> bool:
-    """Whether the file holds what was found of these encoders, whatever device it was made on."""
-    found = read_json(path)
-    if found is None:
-        return False
-    made = found["encoders"] if "encoders" in found else {"": found["encoder"]}
-    now = {name: {**named(encoder), "device": ""} for name, encoder in encoders.items()}
-    pictures = found["sample"]["pictures"] if "sample" in found else found["pictures"]
-    said = {**found, "count": pictures, "vendor": found["sample"]["name"] if "sample" in found else found["data"]}
-    same = all(said.get(key) == value for key, value in {**cell.to_json(), **wanted}.items())
-    return same and now == {name: {**one, "device": ""} for name, one in made.items()}
-
-
 def compare(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path, device: str) -> None:
     """Transfer between all encoders, levels, retrieval and depth of each; what is there already is kept.
 
@@ -96,29 +82,22 @@ def compare(config: StudyConfig, methods: Sequence[str], runs: Path, results: Pa
     threat = ThreatModel("linf", wanted.eps / 255)
     cell, embedding = (Cell(attack, threat, wanted.options) for attack in (wanted.attack, wanted.embedding_attack))
     specs = _measured(config, methods, runs)
-    asked = {"vendor": wanted.vendor, "count": wanted.count}
     for name, spec in specs.items():
         for row, encoder in _rows(name, spec, config.dtype, device):
             print(f"== {row}", flush=True)
-            one = {"": encoder}
+            sampled = (wanted.vendor, cell, wanted.count)
             for mode in LEVEL_MODES:
-                path = results / "levels" / f"{row}-{mode}.json"
-                if not _kept(path, one, cell, **asked, levels=mode):
-                    write_json(path, levels_emoji(encoder, data, kept, wanted.vendor, cell, wanted.count, mode))
-            path = results / "depth" / f"{row}.json"
-            if encoder.head.type == "poincare" and not _kept(path, one, cell, **asked):
-                write_json(path, depth_emoji(encoder, data, kept, wanted.vendor, cell, wanted.count))
+                levels_emoji(encoder, data, kept, *sampled, mode, results / "levels" / f"{row}-{mode}.json")
+            if encoder.head.type == "poincare":
+                depth_emoji(encoder, data, kept, *sampled, results / "depth" / f"{row}.json")
+            pairs = emoji_pairs(encoder, data, wanted.vendor, wanted.count)
+            classifier = caption_classifier(encoder, pairs.captions)
             for goal in wanted.goals:
                 path = results / "retrieval" / f"{row}-{goal}.json"
-                if not _kept(path, one, embedding, **asked, goal=goal):
-                    pairs = emoji_pairs(encoder, data, wanted.vendor, wanted.count)
-                    found = retrieval(caption_classifier(encoder, pairs.captions), pairs, goal, embedding, kept)
-                    write_json(path, found)
+                retrieval(classifier, pairs, goal, embedding, kept, path=path)
     if set(methods) == set(config.methods):
         encoders = {name: next(_rows(name, spec, config.dtype, device))[1] for name, spec in specs.items()}
-        path = results / "transfer.json"
-        if not _kept(path, encoders, cell, **asked):
-            write_json(path, transfer_emoji(encoders, data, kept, wanted.vendor, cell, wanted.count))
+        transfer_emoji(encoders, data, kept, wanted.vendor, cell, wanted.count, results / "transfer.json")
 
 
 def study(

@@ -50,3 +50,15 @@ def usual_dtype(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 def device_of(cell: Mapping[str, Any]) -> str:
     """What a cell was measured on."""
     return str(cell["encoder"].get("device", "cpu"))
+
+
+def in_short(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell without its pictures' outcomes, as an artifact carries it."""
+    return {
+        "sample": cell["sample"]["name"],
+        "pictures": cell["sample"]["pictures"],
+        "threat": cell["threat"]["label"],
+        "dtype": cell["encoder"]["dtype"],
+        "device": device_of(cell),
+        **{part: cell[part] for part in ("attack", "options", "level", "clean", "robust", "robust_interval")},
+    }

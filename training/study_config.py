@@ -24,8 +24,8 @@ class TuningConfig:
         count: its pictures.
         attack, eps: what a trial is measured under (L-inf, 1/255).
         final_attack: what each method's chosen trial is measured under at that radius when one method is picked among
-            all; ``attack`` if empty. One attack may be enough to set a learning rate; methods differ in how much they
-            hide from it.
+            all; ``attack`` if empty. Methods differ in how much they hide from one attack.
+        note: what else there is to say of the choice; `ship` writes it into the artifact.
         clean_loss: points of clean accuracy that a setting may cost against the base.
         settings: overrides of the recipe, a list for each trial, the gentlest first; where one does worse than the best
             before it the rest is not tried.
@@ -39,6 +39,7 @@ class TuningConfig:
     final_attack: str = ""
     eps: float = 2.0
     clean_loss: float = 8.0
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -129,11 +129,11 @@ def tuning_table(results: Path) -> str:
             edge = EDGE if mark and trial is found["trials"][-1] and len(found["trials"]) > 1 else ""
             mark = ", collapsed at full length" if trial.get("collapsed") else mark
             settings = " ".join(trial["setting"])
-            final = f"{found['final']['robust']:.1f} %" if mark == CHOSEN and found.get("final") else ""
-            shares = [f"{trial[part]:.1f} %" for part in ("clean", "robust")]
-            lines.append([found["method"], f"{settings}{mark}{edge}", *shares, final])
-    attacks = [found["measured"]["attack"], (found.get("final") or {}).get("attack", "-")] if lines else ["", ""]
-    return table(["method", "setting", "clean", *attacks], lines)
+            shown = [f"{trial['clean']:.1f} %", f"{trial['robust']:.1f} % ({found['measured']['attack']})"]
+            if (final := found.get("final")) and final.get("trial") == trial["key"]:
+                shown[1] += f", {final['robust']:.1f} % ({final['attack']})"
+            lines.append([found["method"], f"{settings}{mark}{edge}", *shown])
+    return table(["method", "setting", "clean", "robust"], lines)
 
 
 CHOSEN = " (chosen)"
@@ -191,7 +191,12 @@ def report(results: Path) -> Path:
     plots = plot_study(results)
     cells = read_cells(results)
     devices = sorted({device_of(cell) for row in cells.values() for cell in row})
-    parts = ["# What the study found", "", f"{BRACKETS} Measured on: {', '.join(devices)}.\n", study_table(results)]
+    parts = [
+        "# What the study found",
+        "",
+        f"{BRACKETS} Cells measured on: {', '.join(devices)}.\n",
+        study_table(results),
+    ]
     parts += [f"![{path.stem}]({path.name})\n" for path in plots]
     for vendor, label in dict.fromkeys((c[0], c[3]) for c in columns(cells) if c[1] == "autoattack"):
         parts += [
@@ -206,7 +211,7 @@ def report(results: Path) -> Path:
         parts += ["## The same on another device", "", again]
     said = doubts(results)
     parts += ["## Doubtful", "", *(f"- {line}" for line in said or ["Nothing: every sanity gate holds."]), ""]
-    parts += ["## How settings were chosen", "", tuning_table(results)]
+    parts += ["## How settings were chosen", "", TUNED, "", tuning_table(results)]
     path = results / "README.md"
     path.write_text("\n".join(parts), encoding="utf-8")
     return path
@@ -216,6 +221,10 @@ BRACKETS = (
     "Percent of the pictures, in brackets the 95 % interval; a dash is a cell that has not been computed. "
     "`autoattack-ensemble` is APGD-CE and APGD-T, `autoattack` has FAB-T and Square besides. Levels above the names "
     "are scored by the names' probabilities."
+)
+TUNED = (
+    "Percent of pictures of a training vendor that is left out of these shorter trials (the base has seen it). "
+    "Settings of a method are compared under one attack, the chosen ones of all methods under another where two stand."
 )
 PAIRED = (
     "Each claim compares two encoders on the same pictures; the difference is in points, with its 95 % interval (for "

@@ -20,7 +20,7 @@ from training.jsonfile import read_json, write_json
 from training.recipe import RobustConfig, load_recipe
 from training.robust_run import essence
 from training.robustness import Cell, key_of, measure
-from training.study_cells import device_of, read_cells
+from training.study_cells import in_short, read_cells
 from training.study_config import DTYPES, StudyConfig
 from training.train import train
 
@@ -44,7 +44,7 @@ def tune(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path,
     the config has it now is made again. The chosen one is measured under the final attack too, which `ship` goes by.
     """
     tuning = config.tuning
-    others = ("settings", "clean_loss", "final_attack")
+    others = ("settings", "clean_loss", "final_attack", "note")
     measured = {key: value for key, value in tuning.__dict__.items() if key not in others}
     measured["dtype"] = config.dtype
 
@@ -100,18 +100,20 @@ def _score(config: StudyConfig, spec: str, attack: str, runs: Path, device: str)
     return {part: found[part] for part in ("clean", "robust", "robust_interval")}
 
 
+def _wanted(config: StudyConfig, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What the final measurement of a tuned method must be of."""
+    trial = _chosen(found)
+    attack = config.tuning.final_attack or config.tuning.attack
+    return {"trial": trial["key"], "setting": trial["setting"], "attack": attack}
+
+
 def _final(config: StudyConfig, method: str, found: Mapping[str, Any], runs: Path, device: str) -> dict[str, Any]:
     """The chosen trial of a tuned method under the final attack, and which they are; kept where they are the same."""
-    trial = _chosen(found)
-    wanted = {
-        "trial": trial["key"],
-        "setting": trial["setting"],
-        "attack": config.tuning.final_attack or config.tuning.attack,
-    }
+    wanted = _wanted(config, found)
     earlier = found.get("final") or {}
     if {key: earlier.get(key) for key in wanted} == wanted:
         return dict(earlier)
-    artifact = _trial_folder(runs, method, trial["setting"]) / "artifact"
+    artifact = _trial_folder(runs, method, wanted["setting"]) / "artifact"
     return {**wanted, **_score(config, str(artifact), wanted["attack"], runs, device)}
 
 
@@ -180,49 +182,42 @@ def _collapsed(folder: Path, expected: float) -> bool:
 def ship(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path, folder: Path) -> None:
     """Copy the artifact of the best method to ``folder``, which names it after itself (``demo-robust`` in ``robust``).
 
-    What the study has measured of it goes along, as ``robustness``.
-
-    Best is what the vendor left out says (`best`, over the chosen trials under the final attack): test vendors choose
-    nothing.
+    Best is what the vendor left out says (`best`, over the chosen trials under the final attack). What the study has
+    measured of the encoder goes along, as ``robustness``.
 
     Raises:
-        OptionError: a method that has not been tuned and trained.
+        OptionError: a method that has not been tuned, measured and trained; cells of another encoder.
     """
+    tuning = config.tuning
     trials: list[dict[str, Any]] = []
     base = 0.0
     for method in methods:
         found = read_json(results / f"tuning-{method}.json") or {}
         if "chosen" not in found or not (runs / method / "artifact" / "ironclip.json").is_file():
             raise OptionError(f"{method} has not been tuned and trained: the best cannot be told before")
-        base, final = found["base"]["clean"], found.get("final") or {}
-        if final.get("setting") != found["chosen"]:
-            raise OptionError(f"{method}'s choice has not been measured: run `study --part tune --only {method}` again")
+        base, final, wanted = found["base"]["clean"], found.get("final") or {}, _wanted(config, found)
+        if {key: final.get(key) for key in wanted} != wanted:
+            raise OptionError(
+                f"{method}'s choice has not been measured under {wanted['attack']}: run `study --part tune --only "
+                f"{method}` again"
+            )
         trials.append({**_chosen(found), **final, "method": method})
-    taken = best(trials, base, config.tuning.clean_loss)["method"]
-    measured = f"{trials[0]['attack']} at {config.tuning.eps:g}/255 on {config.tuning.vendor}, left out"
-    compared = ", ".join(f"{trial['method']} {trial['robust']:g} (clean {trial['clean']:g})" for trial in trials)
+    taken = best(trials, base, tuning.clean_loss)["method"]
+    made = runs / taken / "artifact"
+    cells = read_cells(results).get(taken, [])
+    if {cell["encoder"]["digest"] for cell in cells} - {load_encoder(str(made)).digest}:
+        raise OptionError(f"{results / 'cells' / taken} is of another encoder than {made}: delete those cells")
     folder.mkdir(parents=True, exist_ok=True)
-    for path in (runs / taken / "artifact").iterdir():
+    for path in made.iterdir():
         shutil.copy2(path, folder / path.name)
-    parts = ("attack", "options", "level", "clean", "robust", "robust_interval")
-    measured_cells = [
-        {
-            "sample": cell["sample"]["name"],
-            "pictures": cell["sample"]["pictures"],
-            "threat": cell["threat"]["label"],
-            "dtype": cell["encoder"]["dtype"],
-            "device": device_of(cell),
-            **{part: cell[part] for part in parts},
-        }
-        for cell in read_cells(results).get(taken, [])
-    ]
+    measured = f"{trials[0]['attack']} at {tuning.eps:g}/255 on {tuning.count} pictures of {tuning.vendor}, left out"
+    compared = ", ".join(f"{trial['method']} {trial['robust']:g} (clean {trial['clean']:g})" for trial in trials)
+    said = f"Percent held under {measured}, at {tuning.share:g} of the budget, base clean {base:g}: {compared}"
     update_meta(
         folder,
-        robustness=measured_cells,
+        robustness=[in_short(cell) for cell in cells],
         name=f"demo-{folder.name}",
-        description=f"demo made robust by {taken}: the most robust of the study's methods on a vendor left out",
-        tried=[
-            f"Percent held under {measured}, at {config.tuning.share:g} of the budget, base clean {base:g}: {compared}"
-        ],
+        description=f"demo made robust by {taken}, whose trial was the most robust on a vendor left out of the trials",
+        tried=[said, *([tuning.note] if tuning.note else [])],
     )
     print(f"{taken} -> {folder}", flush=True)

@@ -57,6 +57,8 @@ def test_each_goal_does_what_it_says(tiny_encoder: Encoder, pairs: Pairs, tmp_pa
         if goal != "away":
             assert result["attacked"]["image_to_text"]["1"]["percent"] < 100.0
         assert json.loads(next(tmp_path.glob("retrieval-noise-*.json")).read_text(encoding="utf-8"))
+    recall = {goal: result["attacked"]["image_to_text"]["1"]["percent"] for goal, result in found.items()}
+    assert recall["caption"] <= min(recall.values())
     assert found["towards"]["target"]["1"]["percent"] > 0
     assert "target" not in found["away"]
     assert len(list(tmp_path.glob("retrieval-*.json"))) == len(list(tmp_path.glob("examples-*"))) == len(GOALS)

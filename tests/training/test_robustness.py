@@ -52,6 +52,28 @@ def sample(classifier: Classifier) -> Sample:
     return Sample("noise", pixels, labels)
 
 
+def test_what_does_not_fit_is_attacked_in_smaller_parts(
+    classifier: Classifier, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = measure(classifier, sample, PGD, tmp_path / "whole.json")
+    encode, sizes = classifier.encoder.encode_image, []
+
+    def small(pixels: Tensor) -> Tensor:
+        sizes.append(len(pixels))
+        if len(pixels) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(pixels)
+
+    monkeypatch.setattr(classifier.encoder, "encode_image", small)
+    said: list[str] = []
+    parts = measure(classifier, sample, PGD, tmp_path / "parts.json", batch_size=20, progress=said.append)
+    assert parts["outcomes"] == whole["outcomes"]
+    assert sizes[:3] == [20, 10, 5]
+    assert said[0] == "out of memory: 10 pictures at a time from here"
+    assert parts["encoder"]["device"] == "cpu"
+    assert parts["commit"]
+
+
 def test_it_counts_what_is_right_and_what_holds(classifier: Classifier, sample: Sample, tmp_path: Path) -> None:
     none = measure(classifier, sample, Cell("pgd", ThreatModel("linf", 0.0)), tmp_path / "none.json")
     assert none["outcomes"] == WRONG * 4 + HELD * 16

@@ -142,7 +142,7 @@ def test_a_study_chooses_trains_measures_and_goes_on(
         ("fgsm", "linf 4/255"),
     }
     assert all(0 <= cell["robust"] <= cell["clean"] for cell in measured)
-    assert "apgd-ce at 2/255 on other" in tried
+    assert "apgd-ce at 2/255 on 4 pictures of other" in tried
     chosen = {}
     for method in ("tecoa", "hierarchical"):
         tuned = json.loads((results / f"tuning-{method}.json").read_text(encoding="utf-8"))
@@ -162,11 +162,30 @@ def test_a_study_chooses_trains_measures_and_goes_on(
     assert main([*command, "--part", "report"]) == 0
     said = (results / "README.md").read_text(encoding="utf-8")
     assert f"(abacus) | 1 of {len(content['outcomes'])} |" in said
-    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in (".pt", ".safetensors")}
+    kept = (".pt", ".safetensors", ".json")
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in kept}
+    written = {path: when for path, when in written.items() if not path.name.startswith("tuning-")}
+    assert results / "levels" / "tecoa-rollup.json" in written
     capsys.readouterr()
     assert main(command) == 0
     assert "step" not in capsys.readouterr().out
     assert written == {path: path.stat().st_mtime_ns for path in written}
+    # A result of something else is made again.
+    changed = results / "retrieval" / "tecoa-away.json"
+    before = changed.read_text(encoding="utf-8")
+    changed.write_text(before.replace('"key": "', '"key": "0'), encoding="utf-8")
+    assert main([*command, "--part", "compare"]) == 0
+    assert changed.read_text(encoding="utf-8") == before
+    # What is shipped is what was measured, and what was measured is what the config asks for.
+    cell = json.loads(cells["tecoa"].read_text(encoding="utf-8"))
+    for path in results.glob(f"cells/{taken}/*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**content, "encoder": {**cell["encoder"], "digest": "0"}}), encoding="utf-8")
+    assert main([*command, "--part", "ship", "--shipped", str(shipped)]) == 1
+    assert "is of another encoder" in capsys.readouterr().err
+    study_file.write_text(study_file.read_text().replace('final_attack = "apgd-ce"', 'final_attack = "fgsm"'))
+    assert main([*command, "--part", "ship", "--shipped", str(shipped)]) == 1
+    assert "has not been measured under fgsm" in capsys.readouterr().err
 
 
 def test_unknown_names_are_refused(study_file: Path, tmp_path: Path) -> None:
