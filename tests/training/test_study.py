@@ -152,7 +152,7 @@ def test_a_study_chooses_trains_measures_and_goes_on(
         assert f"{method} {final['robust']:g} (clean {final['clean']:g})" in tried
     taken = max(chosen, key=lambda method: chosen[method])
     assert encoder.digest == load_encoder(str(runs / taken / "artifact")).digest
-    assert "Measured on: cpu." in said or torch.cuda.is_available()
+    assert "Cells measured on: cpu." in said or torch.cuda.is_available()
     # A cell that was measured a second time elsewhere is held against the first.
     again = results / "again" / "tecoa" / cells["tecoa"].name
     again.parent.mkdir(parents=True)
