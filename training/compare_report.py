@@ -206,6 +206,6 @@ LEVELS = (
 DEPTH = "Nodes of the hyperbolic head in the ball, medians; margins in units of distance."
 RETRIEVAL = (
     "Recall at 1 under attacks on the embedding: from the own `caption` to the nearest other one, the strongest of the "
-    "three; `away` from the clean embedding, which sees no text; `towards` a wrong caption drawn by chance. The last two "
-    "are what is mostly attacked with, and flatter."
+    "three; `away` from the clean embedding, which sees no text; `towards` a wrong caption drawn by chance. The last "
+    "two are what is mostly attacked with, and flatter."
 )
