@@ -28,10 +28,8 @@ def robust_table() -> str:
     devices = ", ".join(sorted({device_of(cell) for cell in cells}))
     samples = {cell["sample"]["name"]: cell["sample"]["pictures"] for cell in cells if not cell["level"]}
     drawn = ", ".join(f"{count} of {name}" for name, count in sorted(samples.items()))
-    return (
-        f"{short_table(ROBUSTNESS)}\n{usual_dtype(_cells())}, as served; measured on {devices}; {drawn}, drawn with "
-        "seed 0; encoders by digest in [the cells](docs/robustness/cells).\n"
-    )
+    how = f"{usual_dtype(_cells())}, in the form that is served; measured on {devices}; {drawn}, drawn with seed 0"
+    return f"{short_table(ROBUSTNESS)}\n{how}; encoders by digest in [the cells](docs/robustness/cells).\n"
 
 
 def _cell(row: str, attack: str, level: str = "") -> dict[str, Any]:
