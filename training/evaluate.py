@@ -19,9 +19,10 @@ from training.depth import depth_profile
 from training.emoji.pictures import VendorImages, load_vendor, manifest_names, read_manifest
 from training.emoji.taxonomy import Name
 from training.examples import examples, level_matrix, transfer_matrix
+from training.gates import check
 from training.jsonfile import finished, read_json, write_json
 from training.retrieval import Pairs
-from training.robustness import Cell, Sample, check, fixed_sample, key_of, measure_all, named
+from training.robustness import Cell, Sample, fixed_sample, key_of, measure_all, named
 
 TEMPLATES = ("an emoji of {}",)
 FLAGS = "flags"

@@ -1,8 +1,7 @@
 """How often a Classifier is right on attacked pictures: one cell at a time, resumable, with every picture's outcome.
 
 A cell is one attack at one radius on one fixed sample. Its file holds what each picture came to, so that cells can be
-joined (worst case over attacks) and held against each other (`check`) afterwards, and a finished cell is never computed
-again.
+joined and held against each other (`training.gates`) afterwards, and a finished cell is never computed again.
 """
 
 from __future__ import annotations
@@ -218,12 +217,7 @@ def measure(
         if found.get("key") != key:
             raise CheckpointError(f"{path} is the result of another encoder, sample or attack; use another file")
         return found
-    attack = make_attack(cell.attack, cell.options)
-    if after is not None:
-        first = replace(cell, attack="autoattack-ensemble")
-        if cell.attack != "autoattack" or after["key"] != key_of(classifier, sample, first):
-            raise OptionError(f"{cell.attack} goes on from no such cell; autoattack does from its own ensemble's")
-        attack = AutoAttack(version="rest", **cell.options)
+    attack = make_attack(cell.attack, cell.options) if after is None else _rest(classifier, sample, cell, after)
     model = level_model(classifier, cell.level)
     labels = classifier.levels[cell.level].index[sample.labels] if cell.level else sample.labels
     before: str = HELD * len(labels) if after is None else after["outcomes"]
@@ -263,16 +257,29 @@ def measure(
             f"{rate * (len(labels) - len(done)) / 60:.1f} min left"
         )
     if after is not None:
-        for part in COUNTED:
-            state[part] += after[part]
-        state["devices"] = sorted({*state["devices"], *after["encoder"].get("device", "cpu").split(", ")})
-        # Blind all along: in both parts, or in the first where nothing was left for the second.
-        now = {index for index in after["blind"] if before[index] != HELD or index in state["blind"]}
-        state["blind"] = sorted(now)
+        _add(state, after)
     outcome = _result(classifier, sample, cell, state)
     write_json(path, outcome)
     partial_path.unlink(missing_ok=True)
     return outcome
+
+
+def _rest(classifier: Classifier, sample: Sample, cell: Cell, after: Mapping[str, Any]) -> Attack:
+    """What AutoAttack has left to do after its ensemble's cell; raises OptionError for any other cell."""
+    first = replace(cell, attack="autoattack-ensemble")
+    if cell.attack != "autoattack" or after["key"] != key_of(classifier, sample, first):
+        raise OptionError(f"{cell.attack} goes on from no such cell; autoattack does from its own ensemble's")
+    return AutoAttack(version="rest", **cell.options)
+
+
+def _add(state: dict[str, Any], after: Mapping[str, Any]) -> None:
+    """Count what the first part has cost into the state of the second."""
+    for part in COUNTED:
+        state[part] += after[part]
+    state["devices"] = sorted({*state["devices"], *after["encoder"].get("device", "cpu").split(", ")})
+    # Blind all along: in both parts, or in the first where nothing was left for the second.
+    left = {index for index, outcome in enumerate(after["outcomes"]) if outcome == HELD}
+    state["blind"] = sorted(index for index in after["blind"] if index not in left or index in state["blind"])
 
 
 def together(device: torch.device) -> int:
@@ -366,61 +373,3 @@ def _result(classifier: Classifier, sample: Sample, cell: Cell, state: Mapping[s
         "blind": state["blind"],
         "outcomes": outcomes,
     }
-
-
-def worst_case(results: Sequence[Mapping[str, Any]]) -> str:
-    """Outcomes of several attacks on one sample joined: held only where all held."""
-    columns = zip(*(result["outcomes"] for result in results), strict=True)
-    return "".join(WRONG if WRONG in column else FOOLED if FOOLED in column else HELD for column in columns)
-
-
-def check(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sanity gates over the cells of one encoder, defence and sample: what makes their numbers doubtful, in words.
-
-    * A larger radius, or more iterations, cannot make the same attack worse (half a percent is granted to chance).
-    * At 16/255 (L-inf) and beyond, at most 1 % may hold: there the ball holds pictures of anything.
-    * AutoAttack leaves nothing standing that a single attack fells, half a percent apart.
-    * Attacks with gradients are no weaker than Square, which has none (half a percent): else gradients mislead.
-    """
-    doubts = [f"{_title(result)}: {reason}" for result in results for reason in result["unreliable"]]
-    for result in results:
-        linf = result["threat"]["norm"] == "linf"
-        if linf and result["threat"]["eps"] >= 16 / 255 and result["robust"] > 1:
-            doubts.append(f"{_title(result)}: {result['robust']} % hold, more than 1 %")
-        for other in results:
-            if _stronger(other, result) and other["robust"] > result["robust"] + 0.5:
-                doubts.append(f"{_title(other)} leaves more standing than {_title(result)}")
-            if not _alike(result, other, "threat", "level"):
-                continue
-            single = not other["attack"].startswith("autoattack")
-            if result["attack"].startswith("autoattack") and single and result["attack"] != "autoattack-rand":
-                pairs = zip(result["outcomes"], other["outcomes"], strict=True)
-                missed = sum(ours == HELD and theirs == FOOLED for ours, theirs in pairs)
-                if 200 * missed > len(result["outcomes"]):
-                    doubts.append(f"{_title(result)} left {missed} pictures standing that {_title(other)} fells")
-            blind = other["attack"] == "square" and result["attack"] not in ("square", "fgsm")
-            if blind and single and result["robust"] > other["robust"] + 0.5:
-                doubts.append(f"{_title(result)} leaves more standing than {_title(other)}, which sees no gradient")
-    return doubts
-
-
-def _alike(first: Mapping[str, Any], second: Mapping[str, Any], *parts: str) -> bool:
-    return all(first[part] == second[part] for part in parts)
-
-
-def _stronger(other: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
-    """Whether ``other`` is the same attack with a larger radius, or with more iterations."""
-    if not _alike(result, other, "attack", "level") or result["threat"]["norm"] != other["threat"]["norm"]:
-        return False
-    ours, theirs = (dict(cell["options"]) for cell in (result, other))
-    if ours == theirs:
-        return bool(result["threat"]["eps"] < other["threat"]["eps"])
-    default = getattr(make_attack(result["attack"]), "iterations", 0)
-    fewer, more = (int(options.pop("iterations", default)) for options in (ours, theirs))
-    return ours == theirs and fewer < more and result["threat"] == other["threat"]
-
-
-def _title(result: Mapping[str, Any]) -> str:
-    options = "".join(f" {key}={value}" for key, value in result["options"].items())
-    level = f" on {result['level']}" if result["level"] else ""
-    return f"{result['attack']}{options} at {result['threat']['label']}{level}"

@@ -10,8 +10,8 @@ from typing import Any
 from ironclip.errors import OptionError
 from training.claims import claims_table
 from training.compare_report import compared
+from training.gates import check
 from training.markdown import table
-from training.robustness import check
 from training.study_cells import Column, column_of, device_of, read_cells, usual_dtype
 
 # The README's table: title, vendor, attack, threat, level; an empty attack is clean accuracy.

@@ -19,18 +19,17 @@ from ironclip.hierarchy import LabelTree
 from ironclip.labels import LabelSet
 from training.__main__ import main
 from training.checkpoint import CheckpointError
+from training.gates import check, worst_case
 from training.robustness import (
     FOOLED,
     HELD,
     WRONG,
     Cell,
     Sample,
-    check,
     fixed_sample,
     measure,
     measure_all,
     wilson,
-    worst_case,
 )
 
 NAMES = ["carrot", "kale", "cat", "dog", "rocket"]
