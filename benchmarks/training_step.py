@@ -24,7 +24,7 @@ from torch import Tensor
 
 from training.ahead import ahead
 from training.methods.base import Batch, Texts
-from training.provenance import commit
+from training.provenance import commit, device_name
 from training.recipe import RobustConfig, load_recipe
 from training.robust_run import Run, make_fabric, start
 from training.sources import step_batches
@@ -125,8 +125,7 @@ def measure_method(config: RobustConfig, rounds: int, plain: bool = True) -> dic
             floor = measure_floor(
                 run.method, config.attack, run.tower, run.networks, config.batch_size, fabric, anchor=anchor, repeats=2
             ).step
-            pixels, labels = drawn.pixels.to(fabric.device), drawn.labels.to(fabric.device)
-            batch = Batch(pixels, labels, pixels.new_zeros(len(labels), 0))
+            batch = Batch(drawn.pixels, drawn.labels, drawn.pixels.new_zeros(len(drawn.labels), 0))
             run.step = max(0, run.step - 1)
             rows.append({"step": step, "floor": floor, "objective": objective_seconds(run, batch)})
             if plain:
@@ -139,9 +138,13 @@ def measure_method(config: RobustConfig, rounds: int, plain: bool = True) -> dic
             statistics.median(config.attack.iterations * row["objective"] / row["step"] for row in rows), 4
         ),
         "step_over_floor": round(statistics.median(row["step"] / row["floor"] for row in rows), 3),
-        **({"plain_over_step": round(statistics.median(slower), 2)} if slower else {}),
-        **({"plain_dtype": str(plain_dtype(run)).removeprefix("torch.")} if slower else {}),
+        **(_plain_part(run, slower) if slower else {}),
     }
+
+
+def _plain_part(run: Run, slower: Sequence[float]) -> dict[str, Any]:
+    dtype = str(plain_dtype(run)).removeprefix("torch.")
+    return {"plain_over_step": round(statistics.median(slower), 2), "plain_dtype": dtype}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -158,12 +161,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     fixed = ["budget=0.0", "steps=1000", f"batch_size={arguments.batch}", f"threads={arguments.threads}"]
     torch.set_num_threads(arguments.threads)
-    device = make_fabric().device
     report: dict[str, Any] = {
         "config": arguments.config,
         "set": arguments.set,
         "batch": arguments.batch,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(make_fabric().device),
         "threads": arguments.threads,
         "seed": 0,
         "commit": commit(),

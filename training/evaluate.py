@@ -20,7 +20,7 @@ from training.emoji.pictures import VendorImages, load_vendor, manifest_names, r
 from training.emoji.taxonomy import Name
 from training.examples import examples, level_matrix, transfer_matrix
 from training.gates import check
-from training.jsonfile import finished, read_json, write_json
+from training.jsonfile import finished, write_json
 from training.retrieval import Pairs
 from training.robustness import Cell, Sample, fixed_sample, key_of, measure_all, named
 
@@ -204,8 +204,9 @@ def depth_emoji(
     made = {level: examples(classifier, sample, replace(cell, level=level), folder) for level in classifier.levels}
     shown = {"name": sample.name, "digest": sample.digest, "pictures": len(sample.labels)}
     how = {"key": key, "sample": shown, "encoder": named(encoder), **cell.to_json()}
-    write_json(path, {**how, **depth_profile(classifier, sample, made)})
-    return read_json(path) or {}
+    result = {**how, **depth_profile(classifier, sample, made)}
+    write_json(path, result)
+    return result
 
 
 def emoji_pairs(encoder: Encoder, data: Path, vendor: str, count: int) -> Pairs:

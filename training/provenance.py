@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import subprocess
 
+import torch
+
 
 def commit() -> str:
     """The checkout's commit, or ``unknown``."""
     found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU's name as its driver says it; ``cpu`` and the like otherwise."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -26,7 +26,7 @@ from ironclip.preprocessing import to_float
 from training.checkpoint import CheckpointError
 from training.data import LabelledImages
 from training.jsonfile import read_json, write_json
-from training.provenance import commit
+from training.provenance import commit, device_name
 
 T = TypeVar("T")
 SCHEMA = 2
@@ -341,7 +341,7 @@ def named(encoder: Encoder) -> dict[str, Any]:
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "form": encoder.form,
         "head": encoder.head.type,
-        "device": torch.cuda.get_device_name(encoder.device) if encoder.device.type == "cuda" else encoder.device.type,
+        "device": device_name(encoder.device),
     }
 
 
