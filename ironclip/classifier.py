@@ -92,12 +92,13 @@ class Classifier(nn.Module):
             given = level_banks or {}
             for name, level_set in level_label_sets(tree, self.label_set).items():
                 self.level_banks[name] = self._own(given.get(name), level_set.resolve(encoder))
+        self._rule = NativeRule(encoder)
         self._state: Any = self.defence.prepare(self.bank)
         self._level_states = {name: self.defence.prepare(level) for name, level in self.level_banks.items()}
 
     def _own(self, bank: TextBank | None, label_set: LabelSet) -> TextBank:
         """The given bank, if it is of this encoder and these labels; else a new one."""
-        descriptions = self.defence.descriptions
+        descriptions = self.defence.reads_descriptions
         if bank is None:
             bank = build_text_bank(self.encoder, label_set, descriptions=descriptions)
         made_for = (bank.encoder, bank.label_set)
@@ -112,13 +113,13 @@ class Classifier(nn.Module):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Features of every view: [N, 3, R, R] in [0,1] -> float32 [N, views, dim], not normalised."""
-        views = self.defence.views(pixels)
+        views = self.defence.make_views(pixels, self.encoder.encode_image)
         features = self.encoder.encode_image(views.flatten(0, 1))
         return features.reshape(*views.shape[:2], -1)
 
     def decide(self, features: Tensor) -> Tensor:
         """Logits of the labels: features [N, views, dim] (or [N, dim] for one view) -> float32 [N, K]."""
-        return self.defence.logits(_with_views(features), self.bank, self._state, self._head)
+        return self.defence.logits(_with_views(features), self.bank, self._state, self._rule)
 
     def judge(self, features: Tensor) -> Decision:
         """Logits, cosines and the logits of every level, from features as for `decide`."""
@@ -134,7 +135,7 @@ class Classifier(nn.Module):
         for name, level in self.levels.items():
             if name in self.level_banks:
                 bank, state = self.level_banks[name], self._level_states[name]
-                result[name] = self.defence.logits(features, bank, state, self._head)
+                result[name] = self.defence.logits(features, bank, state, self._rule)
             else:
                 result[name] = level.rollup(logits)
         return result
@@ -143,8 +144,24 @@ class Classifier(nn.Module):
         """Pixels [N, 3, R, R] in [0,1] -> logits [N, K]."""
         return self.decide(self.encode(pixels))
 
-    def _head(self, features: Tensor, bank: TextBank) -> Tensor:
-        """The encoder's own rule, see `ironclip.encoder.Head`."""
+    def vectors(self, features: Tensor) -> Tensor:
+        """What the defence makes of the views' features [N, views, dim]: unit vectors, [N, dim]."""
+        return self.defence.vector(_with_views(features), self.bank, self._state, self._rule)
+
+
+@dataclass(frozen=True)
+class NativeRule:
+    """The encoder's own rule, see `ironclip.encoder.Head`: features [..., dim] and a bank -> logits [..., K]."""
+
+    encoder: Encoder
+
+    @property
+    def scale(self) -> Tensor:
+        """What a cosine head multiplies cosines with."""
+        return self.encoder.logit_scale
+
+    def __call__(self, features: Tensor, bank: TextBank) -> Tensor:
+        """Logits of the labels."""
         head = self.encoder.head
         if head.type == "poincare":
             texts = text_points(head, bank)

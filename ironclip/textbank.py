@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,8 @@ from torch.nn.functional import normalize
 
 from ironclip.encoder import Encoder
 from ironclip.labels import LabelSet
+
+TENSORS = ("weights", "norms", "texts", "rows", "counts", "blank")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class TextBank:
         texts: unit features of the distinct texts, float32 [T, dim].
         rows: for label after label its prompts, then its descriptions, as indices into `texts`, int64 [S].
         counts: how many prompts and descriptions each label has, int64 [K, 2]; they sum to S.
+        blank: unit mean of the templates with no name in them, float32 [dim]; zeros without descriptions.
     """
 
     encoder: str
@@ -39,6 +43,7 @@ class TextBank:
     texts: Tensor
     rows: Tensor
     counts: Tensor
+    blank: Tensor
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Texts by label, for defences that compare with each of them.
@@ -55,7 +60,7 @@ class TextBank:
 
     def to(self, device: torch.device | str) -> TextBank:
         """The bank on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("weights", "norms", "texts", "rows", "counts")}
+        moved = {name: getattr(self, name).to(device) for name in TENSORS}
         return replace(self, **moved)
 
 
@@ -66,13 +71,15 @@ class BankTexts:
     Attributes:
         label_set: resolved.
         descriptions: whether the descriptions are among the texts.
-        texts: each distinct text once.
+        texts: each distinct text once, then the templates with no name in them, if descriptions are asked for.
+        blanks: how many those are.
         rows, counts: as in TextBank.
     """
 
     label_set: LabelSet
     descriptions: bool
     texts: tuple[str, ...]
+    blanks: int
     rows: Tensor
     counts: Tensor
 
@@ -81,22 +88,29 @@ class BankTexts:
         """The texts of a label set, resolved with the encoder's templates."""
         label_set = label_set.resolve(encoder)
         prompts = [label_set.prompts(label) for label in label_set.labels]
-        more = [label.descriptions if descriptions else () for label in label_set.labels]
+        more = [
+            described(own[0], label.descriptions) if descriptions else ()
+            for own, label in zip(prompts, label_set.labels, strict=True)
+        ]
         index: dict[str, int] = {}
         rows = [
             index.setdefault(text, len(index))
             for own, extra in zip(prompts, more, strict=True)
             for text in (*own, *extra)
         ]
+        templates = label_set.templates or encoder.default_templates
+        blanks = tuple(template.replace("{}", "").strip() for template in templates) if descriptions else ()
         with torch.inference_mode(False):
             counts = torch.tensor([[len(own), len(extra)] for own, extra in zip(prompts, more, strict=True)])
-            return cls(label_set, descriptions, tuple(index), torch.tensor(rows), counts)
+            return cls(label_set, descriptions, (*index, *blanks), len(blanks), torch.tensor(rows), counts)
 
     def bank(self, encoder: Encoder, features: Tensor) -> TextBank:
         """The bank, from the features of `texts` in their order, float32 [T, dim], not normalised."""
         # no_grad, and out of a caller's inference_mode: an attack's backward pass goes through these tensors.
         with torch.inference_mode(False), torch.no_grad():
-            texts, lengths, counts = normalize(features, dim=-1), features.norm(dim=-1), self.counts
+            count, counts = len(self.texts) - self.blanks, self.counts
+            unit, lengths = normalize(features, dim=-1), features.norm(dim=-1)
+            texts, blank = unit[:count], normalize(unit[count:].sum(0), dim=-1)
             label = torch.repeat_interleave(torch.arange(len(counts)), counts.sum(dim=1))
             place = torch.arange(len(self.rows)) - (counts.sum(dim=1).cumsum(0) - counts.sum(dim=1))[label]
             is_prompt = place < counts[label, 0]
@@ -107,8 +121,16 @@ class BankTexts:
             norms.index_add_(0, label[is_prompt].to(texts.device), lengths[self.rows[is_prompt].to(texts.device)])
             norms /= counts[:, 0].to(texts.device)
         digests = (encoder.digest, self.label_set.digest, self.descriptions)
-        bank = TextBank(*digests, weights, norms, texts, self.rows, counts)
+        bank = TextBank(*digests, weights, norms, texts, self.rows, counts, blank)
         return bank.to(encoder.device)
+
+
+def described(prompt: str, descriptions: Sequence[str]) -> tuple[str, ...]:
+    """Each description behind the label's prompt: a keyword alone would name other labels too.
+
+    The form is AWT's (Zhu et al. 2024): "a photo of a dog. it barks."
+    """
+    return tuple(f"{prompt.rstrip(' .')}. {description.rstrip(' .')}." for description in descriptions)
 
 
 def build_text_bank(

@@ -36,6 +36,7 @@ _BANK_SCHEMA: Schema = {
     "texts": ("float32", (None, None)),
     "rows": ("int64", (None,)),
     "counts": ("int64", (None, None)),
+    "blank": ("float32", (None,)),
 }
 
 
@@ -237,12 +238,12 @@ class Classifiers:
         return classifier
 
     async def _bank(self, served: ServedEncoder, label_set: LabelSet, defence: Defence) -> TextBank:
-        descriptions = defence.descriptions
+        descriptions = defence.reads_descriptions
         scope = KeyScope(
             encoder=served.digest,
             dtype=served.dtype,
             preprocessing="",
-            operation="text-bank+descriptions" if descriptions else "text-bank",
+            operation="text-bank-2+descriptions" if descriptions else "text-bank-2",
             label_set=label_set.digest,
         )
         key = scope.digest()
@@ -271,6 +272,7 @@ def _fits(arrays: Arrays, label_set: LabelSet, dim: int) -> bool:
         and len(rows) > 0
         and rows.min() >= 0
         and rows.max() < len(texts)
+        and arrays["blank"].shape == (dim,)
     )
 
 

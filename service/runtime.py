@@ -90,7 +90,7 @@ class ServedEncoder:
             more_expected=images_expected,
             shares_cores=self.encoder.device.type == "cpu",
             on_batch=self._observer("image"),
-            cost=lambda job: job.defence.view_count,
+            cost=lambda job: job.defence.cost,
         )
         self.texts: Batcher[Tensor, Tensor] = Batcher(
             f"{name} text",
@@ -184,7 +184,7 @@ class ServedEncoder:
     def _encode_group(self, pixels: list[Tensor], defence: Defence) -> list[Tensor]:
         # Inference mode is the faster one, but inside it a defence could not take gradients.
         with torch.no_grad() if defence.optimising else torch.inference_mode():
-            views = defence.views(to_float(torch.stack(pixels).to(self.encoder.device)))
+            views = defence.make_views(to_float(torch.stack(pixels).to(self.encoder.device)), self.encoder.encode_image)
             rows = self.encoder.encode_image(views.flatten(0, 1)).reshape(*views.shape[:2], -1).cpu()
         # Cloned, so that a row that is kept does not keep its whole batch.
         return [row.clone() for row in rows]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ironclip.attacks.contract import Answer, Problem, Query, Steps
-from ironclip.attacks.noise import normal, uniform
 from ironclip.attacks.objectives import carlini_wagner
 from ironclip.attacks.threat import ThreatModel, lengths
 from ironclip.errors import OptionError
+from ironclip.noise import normal, uniform
 
 
 def random_start(problem: Problem, items: Tensor, *, seed: int, restart: int) -> Tensor:

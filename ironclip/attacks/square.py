@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ironclip.attacks.contract import Answer, Problem, Query, Steps
-from ironclip.attacks.noise import integers, signs
 from ironclip.attacks.objectives import make_objective
 from ironclip.attacks.threat import lengths
 from ironclip.errors import OptionError
+from ironclip.noise import integers, signs
 
 # Section 4.1: the share of pixels in a window is halved at these queries out of 10,000.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)

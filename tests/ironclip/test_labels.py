@@ -138,7 +138,9 @@ def test_descriptions_join_the_bank_but_not_the_weights(tiny_encoder: Encoder) -
     assert mask.tolist() == [[True, True, True], [True, True, False]]
     assert rich.counts.tolist() == [[1, 2], [2, 0]]
     assert features[1, 2].abs().sum() == 0
-    texts = ["a photo of a dog.", "it barks", "four legs", "a", "b"]
+    texts = ["a photo of a dog.", "a photo of a dog. it barks.", "a photo of a dog. four legs.", "a", "b"]
+    blank = torch.nn.functional.normalize(tiny_encoder.encode_text(["a photo of a ."]), dim=-1)
+    torch.testing.assert_close(rich.blank[None], blank, atol=1e-5, rtol=1e-4)
     expected = torch.nn.functional.normalize(tiny_encoder.encode_text(texts), dim=-1)
     torch.testing.assert_close(features[mask], expected, atol=1e-5, rtol=1e-4)
 

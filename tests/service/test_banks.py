@@ -72,7 +72,7 @@ def test_a_served_bank_is_the_librarys(tiny_encoder: Encoder) -> None:
         got = await served.text_bank(label_set, descriptions=True)
         expected = build_text_bank(tiny_encoder, label_set, descriptions=True)
         assert (got.encoder, got.label_set, got.descriptions) == (expected.encoder, expected.label_set, True)
-        for name in ("weights", "norms", "texts", "rows", "counts"):
+        for name in ("weights", "norms", "texts", "rows", "counts", "blank"):
             torch.testing.assert_close(getattr(got, name), getattr(expected, name))
         assert not got.texts.is_inference()
 

@@ -182,7 +182,7 @@ def test_what_a_caller_can_get_wrong(
 
 
 def test_an_unknown_defence_is_answered_with_those_there_are(small: TestClient) -> None:
-    assert "there are: none" in classify(small, defence="armour").json()["detail"]
+    assert "there are: none, cola, ttc, clipure" in classify(small, defence="armour").json()["detail"]
 
 
 def test_a_refusal_does_not_repeat_what_was_sent(small: TestClient) -> None:

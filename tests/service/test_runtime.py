@@ -33,13 +33,14 @@ class Mirrored:
     optimising = False
     heads = ("cosine",)
     view_count = 2
+    cost = 2
 
     def options(self) -> dict[str, Any]:
         return {}
 
     def prepare(self, bank: object) -> None: ...
 
-    def views(self, pixels: Tensor) -> Tensor:
+    def make_views(self, pixels: Tensor, encode: Any) -> Tensor:
         return torch.stack([pixels, pixels.flip(-1)], dim=1)
 
     def logits(self, features: Tensor, bank: object, state: None, head: Any) -> Tensor:

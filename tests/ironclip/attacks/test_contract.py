@@ -20,8 +20,8 @@ from ironclip.attacks import (
     drive,
     make_attack,
 )
-from ironclip.attacks.noise import integers, normal, signs, uniform
 from ironclip.errors import OptionError
+from ironclip.noise import integers, normal, signs, uniform
 
 QUICK: dict[str, dict[str, Any]] = {
     "fgsm": {},

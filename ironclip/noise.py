@@ -1,8 +1,8 @@
 """Random numbers that belong to an item: a hash of (seed, item key, step, position), on any device.
 
-An attack's draws for one picture must not depend on which pictures share its batch, nor on the device, and must leave
-torch's own generators as they are. So they are counted, not drawn in turn (Salmon et al. 2011, "Parallel random
-numbers: as easy as 1, 2, 3"), with a 32-bit integer mixer in place of Philox.
+Draws for one picture (an attack's, a defence's) must not depend on which pictures share its batch, nor on the device,
+and must leave torch's own generators as they are. So they are counted, not drawn in turn (Salmon et al. 2011,
+"Parallel random numbers: as easy as 1, 2, 3"), with a 32-bit integer mixer in place of Philox.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def uniform(keys: Tensor, shape: Sequence[int], *, seed: int, step: int, stream:
     Args:
         keys: int64 [N], which item each row is for.
         shape: of one item's draw.
-        seed: of the attack.
-        step: of the attack; each step draws anew.
+        seed: of the attack or defence.
+        step: each step draws anew.
         stream: tells several draws of one step apart.
     """
     words = _words(keys, seed, step, math.prod(shape), stream)
