@@ -6,6 +6,7 @@ pixels to the logits of every level.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -110,6 +111,12 @@ class Classifier(nn.Module):
     def names(self) -> tuple[str, ...]:
         """The labels, in the order of the logits."""
         return self.label_set.names
+
+    def reseeded(self, seed: int) -> Classifier:
+        """The same decision with other draws of the defence; shares everything with this one."""
+        other = copy.copy(self)
+        other.defence = self.defence.reseeded(seed)
+        return other
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Features of every view: [N, 3, R, R] in [0,1] -> float32 [N, views, dim], not normalised."""

@@ -96,6 +96,14 @@ def _parser() -> argparse.ArgumentParser:
     whole.add_argument("--results", type=Path, default=Path("docs/robustness"), help="folder of what was found")
     whole.add_argument("--shipped", type=Path, default=Path("ironclip/demo/robust"), help="where ship puts the best")
     _device(whole, "where encoders are measured: auto (a GPU where there is one), cpu, cuda:N; training takes a GPU")
+    ladder = added.add_parser("defences", help="defences at decision time, under attacks that do and do not see them")
+    ladder.add_argument("--config", required=True, help="a name in training/configs/defences, or a .toml file")
+    ladder.add_argument("--encoders", nargs="*", default=[], help="only these of the config's")
+    ladder.add_argument("--rows", nargs="*", default=[], help="only these defences of the config's")
+    ladder.add_argument("--rungs", nargs="*", default=[], help="only these rungs")
+    ladder.add_argument("--results", type=Path, default=Path("docs/defences/cells"), help="folder of the cells")
+    ladder.add_argument("--made", type=Path, default=Path("runs/defences"), help="folder of adversarial examples")
+    _device(ladder)
     domain = added.add_parser("domain", help="measure and store the domain threshold of an artifact")
     domain.add_argument("--artifact", type=Path, required=True)
     domain.add_argument("--data", type=Path, default=Path("data/demo"))
@@ -157,6 +165,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "levels": commands.levels,
     "retrieval": commands.retrieval,
     "study": commands.study,
+    "defences": commands.defences,
     "domain": commands.domain,
     "demo": commands.demo,
     "trees": commands.trees,

@@ -88,6 +88,21 @@ def study(arguments: argparse.Namespace) -> None:
     study(load_study(arguments.config), arguments.part, arguments.only, *where, device=arguments.device)
 
 
+def defences(arguments: argparse.Namespace) -> None:
+    """Climb the ladder of attacks on defences at decision time."""
+    from training.ladder import climb, load_ladder
+
+    climb(
+        load_ladder(arguments.config),
+        arguments.results,
+        arguments.made,
+        encoders=arguments.encoders,
+        rows=arguments.rows,
+        rungs=arguments.rungs,
+        device=arguments.device,
+    )
+
+
 def build(arguments: argparse.Namespace) -> None:
     """Build a data set from its packages."""
     from training.emoji.build import build_data

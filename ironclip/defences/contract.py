@@ -70,7 +70,7 @@ class Defence(Protocol):
         """All options with their values, for answers and cache keys."""
 
     def reseeded(self, seed: int) -> Defence:
-        """The same with other draws; itself where it draws nothing."""
+        """The same with other draws, whose `prepare` comes to the same; itself where it draws nothing."""
 
     def prepare(self, bank: TextBank) -> Any:
         """State that depends on the text bank alone; made once per bank. Raises OptionError if the two do not fit."""
