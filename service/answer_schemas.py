@@ -143,6 +143,7 @@ class EmbedResponse(Closed):
     encoder: EncoderRef
     dim: int
     preprocessing: dict[str, str]
+    defence: DefenceRef
     images: list[EmbeddedImage | Failed]
     texts: list[EmbeddedText | Failed]
 

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ironclip.classifier import Classifier, NativeRule
 from ironclip.defences import Defence
 from ironclip.errors import ImageError, IronclipError
 from ironclip.preprocessing import WARNINGS
@@ -47,6 +48,7 @@ class Item:
     pixels_digest: bytes = b""
     warnings: list[str] = field(default_factory=list)
     features: Floats | None = None
+    vector: Floats | None = None
     scores: Arrays | None = None
     from_cache: bool = False
 
@@ -96,14 +98,36 @@ class Answers:
         return items
 
     async def embed(
-        self, served: ServedEncoder, defence: Defence, key: bytes, pictures: Sequence[Picture], stages: Stages
+        self,
+        served: ServedEncoder,
+        defence: Defence,
+        key: bytes,
+        pictures: Sequence[Picture],
+        stages: Stages,
+        plan: Plan | None = None,
     ) -> list[Item]:
-        """Features of each picture; an item has `features` or `error`."""
+        """A unit vector of each picture; an item has `vector` or `error`.
+
+        Args:
+            served: the encoder.
+            defence: makes the views, and one vector of theirs.
+            key: of the features.
+            pictures: as they came.
+            stages: where times go.
+            plan: the label set, for a defence that reads it.
+        """
+        classifier = await self.classifiers.get(plan) if plan is not None else None
         items = [Item(picture, picture.error) for picture in pictures]
         with stages.time("cache"):
             await self._known_bytes(served, _open(items))
         await self._ready(served, [item for item in _open(items) if not item.pixels_digest], stages)
         await self._encode(served, defence, key, _open(items), stages)
+        done = [item for item in _open(items) if item.features is not None]
+        if done:
+            features = torch.from_numpy(np.stack([item.features for item in done if item.features is not None]))
+            vectors = await asyncio.to_thread(_vectors, served, defence, classifier, features)
+            for item, vector in zip(done, vectors, strict=True):
+                item.vector = vector
         return items
 
     async def _known_bytes(self, served: ServedEncoder, items: list[Item]) -> None:
@@ -185,7 +209,7 @@ class Answers:
         if not items:
             return
         features = torch.from_numpy(np.stack([item.features for item in items if item.features is not None]))
-        if len(items) * scores_of(plan) > _THREAD_SCORES:
+        if len(items) * (scores_of(plan) + plan.comparisons) > _THREAD_SCORES:
             rows = await asyncio.to_thread(_judge, plan, classifier, features)
         else:
             rows = _judge(plan, classifier, features)
@@ -211,6 +235,19 @@ def _judge(plan: Plan, classifier: Any, features: Tensor) -> list[Arrays]:
     for name in plan.level_nodes:
         columns[f"level:{name}"] = decision.levels[name].cpu().numpy()
     return [{name: column[i].copy() for name, column in columns.items()} for i in range(len(features))]
+
+
+def _vectors(
+    served: ServedEncoder, defence: Defence, classifier: Classifier | None, features: Tensor
+) -> NDArray[np.float32]:
+    with torch.no_grad():
+        features = features.to(served.encoder.device)
+        if classifier is not None:
+            found = classifier.vectors(features)
+        else:
+            found = defence.vector(features, None, None, NativeRule(served.encoder))
+    vectors: NDArray[np.float32] = found.cpu().numpy()
+    return vectors
 
 
 def _image_scope(served: ServedEncoder) -> bytes:

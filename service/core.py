@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
+from ironclip.defences import Defence
 from ironclip.domain import Domain, load_domain
-from ironclip.errors import EncoderNotFound, IronclipError, NotReady
+from ironclip.errors import EncoderNotFound, IronclipError, NotReady, OptionError
 from ironclip.labels import LabelLimits
 from ironclip.loading import DEMO_FOLDER
 from service import telemetry
@@ -19,11 +20,11 @@ from service.errors import RequestInvalid
 from service.images import ImageDecoder, ImageLimits
 from service.label_sets import LabelSets, Registered, load_built_in
 from service.label_stores import FileStore, RedisStore, Store
-from service.plans import Plans
+from service.plans import Plans, check_head, parse_defence
 from service.redis_link import RedisLink
 from service.runtime import ServedEncoder, load_served_encoder, use_threads
 from service.schemas import Options
-from service.settings import DEFAULT_ALIAS, Settings
+from service.settings import DEFAULT_ALIAS, Settings, SettingsInvalid
 
 State = Literal["loading", "ready", "draining", "failed"]
 # A model worker that has work and has not moved for so long will not move again.
@@ -50,7 +51,8 @@ class Service:
         self._on_fatal = on_fatal
         self._failure = ""
         self._loading: asyncio.Task[None] | None = None
-        self._plans = Plans(self.label_limits)
+        self._plans = Plans(self.label_limits, settings.max_views)
+        self._defences = self._read_defences()
         self._warming: set[asyncio.Task[None]] = set()
         self._log = telemetry.get_logger()
         url = settings.redis_url
@@ -168,9 +170,23 @@ class Service:
             self._warming.add(task)
             task.add_done_callback(self._warming.discard)
 
+    def _read_defences(self) -> dict[str, Defence]:
+        """Each encoder's own defence; raises SettingsInvalid."""
+        found = {}
+        for name, value in self.settings.defences.items():
+            try:
+                found[name] = self._plans.checked(parse_defence(value))
+            except (OptionError, TypeError, AttributeError) as error:
+                raise SettingsInvalid(f"IRONCLIP_DEFENCES, {name}: {error}") from None
+        return found
+
+    def defence(self, served: ServedEncoder, value: Any) -> Defence:
+        """As `Plans.defence`."""
+        return self._plans.defence(served, value)
+
     def _load_one(self, name: str, spec: str) -> ServedEncoder:
         settings = self.settings
-        return load_served_encoder(
+        served = load_served_encoder(
             name,
             spec,
             device=settings.device,
@@ -178,9 +194,12 @@ class Service:
             max_batch=settings.max_batch,
             max_queue=settings.max_queue,
             idle_wait_ms=settings.idle_wait_ms,
+            defence=self._defences.get(name),
             images_expected=lambda: self.decoder.flowing,
             observe=telemetry.observe_batch,
         )
+        check_head(served.defence, served)
+        return served
 
     async def _load(self) -> None:
         use_threads(self.settings.threads)

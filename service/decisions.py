@@ -81,6 +81,14 @@ class Plan:
         return {"name": self.defence.name, **self.defence.options()}
 
     @cached_property
+    def comparisons(self) -> int:
+        """Work of deciding one picture beside the forwards, see `Defence.comparisons`."""
+        per_label = max(len(self.label_set.templates), 1)
+        texts = sum((len(label.prompts) or per_label) + len(label.descriptions) for label in self.label_set.labels)
+        upper = sum(map(len, self.level_nodes.values())) * per_label if self.levels == "prompts" else 0
+        return self.defence.comparisons(texts + upper)
+
+    @cached_property
     def key(self) -> bytes:
         """Digest of everything that decides the scores except the picture."""
         return self.scope(f"classify+{domain_digest(self.domain)}").digest()

@@ -39,10 +39,12 @@ class Plans:
 
     Args:
         limits: for labels that come with the request.
+        most_views: what a defence may cost, in forwards of the image tower.
     """
 
-    def __init__(self, limits: LabelLimits) -> None:
+    def __init__(self, limits: LabelLimits, most_views: int) -> None:
         self.limits = limits
+        self.most_views = most_views
         self._kept: LRUCache[bytes, tuple[Plan, int]] = LRUCache(_PLAN_BYTES, getsizeof=lambda entry: entry[1])
 
     @property
@@ -78,10 +80,33 @@ class Plans:
             self._kept[key] = (plan, cost)
         return plan
 
+    def defence(self, served: ServedEncoder, value: dict[str, Any] | str | None) -> Defence:
+        """What a request asks for, or the encoder's own defence.
+
+        Raises:
+            OptionError: it does not exist, its options are wrong, it costs too much, or it does not serve this head.
+        """
+        if value is None:
+            return served.defence
+        defence = self.checked(parse_defence(value))
+        check_head(defence, served)
+        return defence
+
+    def checked(self, defence: Defence) -> Defence:
+        """The defence, if it does not cost too much; else OptionError."""
+        if defence.cost > self.most_views:
+            raise OptionError(
+                f"The defence costs {defence.cost} forwards of the image tower for each picture, at most "
+                f"{self.most_views} are allowed here (IRONCLIP_MAX_VIEWS); ask for fewer views or steps.",
+                pointer="/defence",
+                limit=self.most_views,
+            )
+        return defence
+
     def _make(
         self, served: ServedEncoder, domain: Domain | None, options: Options, entry: Registered | None
     ) -> tuple[Plan, int]:
-        defence = parse_defence(options.defence)
+        defence = self.defence(served, options.defence)
         tree: Trees | None = parse_tree(options.tree) if options.tree is not None else None
         if entry is None:
             label_set = LabelSet.parse(options.labels, options.templates, limits=self.limits)
@@ -138,6 +163,17 @@ def parse_defence(value: dict[str, Any] | str) -> Defence:
     if len(json.dumps(options)) > 4096:
         raise OptionError("The defence's options are too large.", pointer="/defence")
     return make_defence(name, options)
+
+
+def check_head(defence: Defence, served: ServedEncoder) -> None:
+    """Raise OptionError for a defence that does not serve the encoder's head."""
+    head = served.encoder.head.type
+    if head not in defence.heads:
+        raise OptionError(
+            f"The defence {defence.name!r} serves encoders with a {' or '.join(defence.heads)} head; the head of "
+            f"{served.name!r} is {head}.",
+            pointer="/defence",
+        )
 
 
 def _check_levels(count: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ironclip.defences import Defence
+from ironclip.defences import Defence, make_defence
 from ironclip.encoder import Encoder
 from ironclip.labels import LabelSet
 from ironclip.loading import load_encoder
@@ -59,6 +59,7 @@ class ServedEncoder:
         max_batch: images, or texts, in one forward pass at most.
         max_queue: items waiting for a tower at most.
         idle_wait_ms: see Batcher.
+        defence: of requests that name none; must serve the encoder's head.
         images_expected: says whether pictures are being decoded at the moment.
         observe: called after each batch, in the worker's thread.
     """
@@ -72,6 +73,7 @@ class ServedEncoder:
         max_batch: int = 32,
         max_queue: int = 512,
         idle_wait_ms: float = 2.0,
+        defence: Defence | None = None,
         images_expected: Callable[[], bool] | None = None,
         observe: BatchObserver | None = None,
     ) -> None:
@@ -80,6 +82,7 @@ class ServedEncoder:
         # Served weights do not change; the encoder's own property would look at every tensor at each request.
         self.digest = self.encoder.digest
         self.max_batch = max_batch
+        self.defence = defence or make_defence()
         self._observe = observe
         self.images: Batcher[ImageJob, Tensor] = Batcher(
             f"{name} image",

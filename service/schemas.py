@@ -90,7 +90,10 @@ class Options(Closed):
         default=None, description="A registered label set: `name`, or `name@digest` for one version."
     )
     encoder: str = Field(default="default", description="An encoder of `GET /models`.")
-    defence: Defence = Field(default="none", description='`{"name": ..., option: ...}`, or the bare name.')
+    defence: Defence | None = Field(
+        default=None,
+        description='`{"name": ..., option: ...}`, or the bare name; by default the encoder\'s own, see `GET /models`.',
+    )
     templates: Templates | None = Field(
         default=None, description="Prompt templates with `{}` for the name, or the name of a known list of them."
     )
@@ -133,6 +136,14 @@ class EmbedOptions(Closed):
 
     encoder: str = Field(default="default", description="An encoder of `GET /models`.")
     encoding_format: EncodingFormat = Field(default="float", description="Numbers, or base64 of little-endian float32.")
+    defence: Defence | None = Field(
+        default=None,
+        description="Of the pictures, as for a classification; one that reads the labels needs `label_set`. By "
+        "default the encoder's own where it does without labels, else none.",
+    )
+    label_set: str | None = Field(
+        default=None, description="A registered label set, for a defence whose vector depends on the labels."
+    )
     truncate: bool = Field(
         default=False, description="Cut texts longer than the encoder reads instead of refusing them."
     )

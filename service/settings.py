@@ -62,6 +62,11 @@ class Settings(BaseSettings):
     default_encoder: str = Field(
         default="", description="The encoder that `default` means; the first one in `encoders` if empty."
     )
+    defences: Annotated[dict[str, Any], NoDecode] = Field(
+        default={},
+        description="The defence of classifications that name none, by encoder: `encoder=defence` with commas between, "
+        "or a JSON object whose values are defences as in a request. Encoders not named have `none`.",
+    )
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
@@ -81,6 +86,12 @@ class Settings(BaseSettings):
         "starts a batch that is not full; ten times that in all.",
     )
     decode_workers: int = Field(default=0, ge=0, le=256, description="Threads that decode images; 0: one a core.")
+    max_views: int = Field(
+        default=16,
+        ge=1,
+        le=1024,
+        description="What a defence may cost for one picture at most, in forwards of the image tower (COLA: views).",
+    )
     request_timeout_ms: int = Field(
         default=30_000,
         ge=10,
@@ -165,6 +176,11 @@ class Settings(BaseSettings):
                 raise ValueError(f"encoder {name!r} has no spec")
         return value
 
+    @field_validator("defences", mode="before")
+    @classmethod
+    def _read_defences(cls, value: object) -> object:
+        return parse_encoders(value, plain=False) if isinstance(value, str) else value
+
     @field_validator("redis_url")
     @classmethod
     def _check_redis_url(cls, value: SecretStr | None) -> SecretStr | None:
@@ -186,6 +202,11 @@ class Settings(BaseSettings):
         if self.default_encoder and self.default_encoder not in self.encoders:
             raise ValueError(
                 f"default_encoder {self.default_encoder!r} is not among the encoders: {', '.join(self.encoders)}"
+            )
+        unknown = sorted(set(self.defences) - set(self.encoders))
+        if unknown:
+            raise ValueError(
+                f"defences names {unknown[0]!r}, which is not among the encoders: {', '.join(self.encoders)}"
             )
         return self
 
@@ -209,14 +230,19 @@ class Settings(BaseSettings):
         return init_settings, env_settings, file
 
 
-def parse_encoders(text: str) -> dict[str, str]:
-    """Read `name=spec,name=spec`, bare specs (named after themselves), or a JSON object of names to specs."""
+def parse_encoders(text: str, *, plain: bool = True) -> dict[str, Any]:
+    """Read `name=spec,name=spec`, bare specs (named after themselves), or a JSON object of names to specs.
+
+    Without ``plain`` the object's values stay as they are, and every name must be given.
+    """
     if text.lstrip().startswith("{"):
         parsed = json.loads(text)
-        return {str(name): str(spec) for name, spec in parsed.items()}
+        return {str(name): str(spec) if plain else spec for name, spec in parsed.items()}
     encoders: dict[str, str] = {}
     for entry in filter(None, (part.strip() for part in text.split(","))):
         name, equals, spec = entry.partition("=")
+        if not equals and not plain:
+            raise ValueError(f"write encoder=defence, not {entry!r}")
         if not equals:
             name, spec = re.sub(r"[^a-z0-9._-]+", "-", entry.lower()).strip("-._")[:64], entry
         if name in encoders:

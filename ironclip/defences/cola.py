@@ -129,6 +129,11 @@ class Cola:
         """N forwards; what comes after them is small beside them."""
         return self.views
 
+    def comparisons(self, texts: int) -> int:
+        """Views times texts, for every look at the costs."""
+        looks = {"sinkhorn": self.iterations, "product": 1, "exact": 2000}[self.coupling]
+        return self.views * texts * looks
+
     def options(self) -> dict[str, Any]:
         """All options."""
         return asdict(self)

@@ -26,6 +26,10 @@ class NoDefence:
     view_count: ClassVar[int] = 1
     cost: ClassVar[int] = 1
 
+    def comparisons(self, texts: int) -> int:
+        """Not worth counting."""
+        return 0
+
     def options(self) -> dict[str, Any]:
         """It has none."""
         return {}

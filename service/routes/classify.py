@@ -27,6 +27,8 @@ DEFAULT_TOP_K = 100
 # Bounds on one request: predictions in its answer, and scores to take them from, over all images and levels.
 _MAX_PREDICTIONS = 200_000
 _MAX_SCORES = 20_000_000
+# What deciding through a defence may cost beside the forwards: some 20 seconds of one core.
+_MAX_COMPARISONS = 20_000_000_000
 # Writing this many predictions is left to a thread, so that it does not hold up other requests; a score that is only
 # sorted counts as a fiftieth of one that is written.
 _THREAD_PREDICTIONS = 2000
@@ -88,6 +90,14 @@ def check_size(plan: Plan, images: int, top_k: int) -> None:
         raise InputTooLarge(
             f"{scores} scores of labels and levels over all images, at most {_MAX_SCORES} are made in one request.",
             limit=_MAX_SCORES,
+        )
+    if images * plan.comparisons > _MAX_COMPARISONS:
+        raise InputTooLarge(
+            f"The defence would make {images * plan.comparisons:.2g} comparisons of views and texts, at most "
+            f"{_MAX_COMPARISONS:.2g} are made in one request: send fewer images, or ask for fewer views or texts, or "
+            "for the product coupling.",
+            pointer="/defence",
+            limit=_MAX_COMPARISONS,
         )
     predictions = images * predictions_of(plan, top_k)
     if predictions > _MAX_PREDICTIONS:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ironclip.defences import make_defence
-from ironclip.errors import InputTooLarge, IronclipError, LabelError
+from ironclip.defences import Defence, make_defence
+from ironclip.errors import InputTooLarge, IronclipError, LabelError, OptionError
 from service.answers import Item
 from service.decisions import encoder_reference, feature_scope
 from service.errors import problem
@@ -23,7 +23,7 @@ from service.forms import Picture, read_ask
 from service.routes.classify import cache_status
 from service.routes.common import Deadline, json_response, service_of, stages_of
 from service.runtime import ServedEncoder
-from service.schemas import EmbedOptions, EmbedRequest
+from service.schemas import EmbedOptions, EmbedRequest, Options
 from service.telemetry import Stages
 
 router = APIRouter(tags=["inference"])
@@ -36,8 +36,8 @@ _NO_DEFENCE = make_defence()
 
 
 @lru_cache(maxsize=64)
-def _plain_key(served: ServedEncoder) -> bytes:
-    return feature_scope(served, {"name": _NO_DEFENCE.name, **_NO_DEFENCE.options()})
+def _features_key(served: ServedEncoder, defence: Defence) -> bytes:
+    return feature_scope(served, {"name": defence.name, **defence.options()})
 
 
 @router.post("/embed", operation_id="embed", summary="Embed pictures and texts")
@@ -45,7 +45,8 @@ async def embed(request: Request) -> Response:
     """Vectors of length 1 for `images` and `texts`, in the same order; their dot product is the cosine.
 
     Send JSON, a multipart form (`images` as files, `texts` repeated), or the bare image with the options as query
-    parameters. An item that cannot be used has `{"error": problem}` in its place.
+    parameters. An item that cannot be used has `{"error": problem}` in its place. A `defence` stands before the
+    pictures alone; texts are embedded as they are.
     """
     service, stages = service_of(request), stages_of(request)
     deadline = Deadline(request)
@@ -55,11 +56,12 @@ async def embed(request: Request) -> Response:
     texts = options.texts
     served = service.encoder(options.encoder)
     check_texts(texts, service.settings.max_texts)
+    defence = image_defence(request, served, options.defence, options.label_set)
 
     async def work() -> tuple[list[Item], list[TextOutcome]]:
         if ask.single and ask.pictures[0].error is not None:
             raise ask.pictures[0].error
-        images = embed_images(request, served, ask.pictures, stages)
+        images = embed_images(request, served, ask.pictures, stages, defence, options.label_set)
         vectors = embed_texts(request, served, texts, options.truncate, stages)
         found, read = await asyncio.gather(images, vectors)
         return found, read
@@ -75,27 +77,65 @@ async def embed(request: Request) -> Response:
         return {"embedding": encoded(vector, encoding)}
 
     def image_answer(item: Item) -> dict[str, Any]:
-        if item.error is not None or item.features is None:
+        if item.error is not None or item.vector is None:
             return {"error": problem(item.error, request_id)} if item.error else {}
-        return {"embedding": encoded(unit(item.features[0]), encoding), "warnings": item.warnings}
+        return {"embedding": encoded(item.vector, encoding), "warnings": item.warnings}
 
     content = {
         "encoder": encoder_reference(served),
         "dim": served.encoder.dim,
         "preprocessing": {"digest": served.encoder.preprocessing.digest},
+        "defence": {"name": defence.name, **defence.options()},
         "images": [image_answer(item) for item in items],
         "texts": [text_answer(vector) for vector in vectors],
     }
     return json_response(content, stages, headers={"Cache-Status": cache_status(items)})
 
 
+def image_defence(
+    request: Request, served: ServedEncoder, asked: dict[str, Any] | str | None, label_set: str | None
+) -> Defence:
+    """What stands before the pictures of an embedding: what is asked for, or the encoder's own where that can.
+
+    Raises:
+        OptionError: as `Plans.defence`; also a defence that reads the labels without a label set, and a label set that
+            nothing reads.
+    """
+    defence = service_of(request).defence(served, asked)
+    if asked is None and defence.reads_labels and label_set is None:
+        defence = _NO_DEFENCE
+    if defence.reads_labels and label_set is None:
+        raise OptionError(
+            f"The defence {defence.name!r} makes a picture's vector from the texts of the labels: name a registered "
+            "label_set, or leave the defence out.",
+            pointer="/label_set",
+        )
+    if label_set is not None and not defence.reads_labels:
+        raise OptionError(
+            f"Under the defence {defence.name!r} a vector does not depend on labels: leave label_set out, or name a "
+            "defence that reads them.",
+            pointer="/label_set",
+        )
+    return defence
+
+
 async def embed_images(
-    request: Request, served: ServedEncoder, pictures: Sequence[Picture], stages: Stages
+    request: Request,
+    served: ServedEncoder,
+    pictures: Sequence[Picture],
+    stages: Stages,
+    defence: Defence,
+    label_set: str | None = None,
 ) -> list[Item]:
-    """Features of pictures, without a defence."""
+    """Vectors of pictures; with a label set for a defence that reads it."""
     if not pictures:
         return []
-    return await service_of(request).answers.embed(served, _NO_DEFENCE, _plain_key(served), pictures, stages)
+    service, plan = service_of(request), None
+    if label_set is not None:
+        asked = {"name": defence.name, **defence.options()}
+        plan = await service.plan(Options(encoder=served.name, label_set=label_set, defence=asked))
+    key = _features_key(served, defence)
+    return await service.answers.embed(served, defence, key, pictures, stages, plan)
 
 
 async def embed_texts(

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ironclip.classifier import LEVEL_MODES
-from ironclip.defences import DEFENCES
+from ironclip.defences import DEFENCES, Defence, make_defence
 from ironclip.labels import TEMPLATES
 from service.decisions import encoder_reference
 from service.routes.common import json_response, service_of
@@ -29,6 +29,7 @@ async def list_models(request: Request) -> Response:
             "default": settings.default_name,
             "models": [describe(one) for one in service.served.values()],
             "defences": list(DEFENCES),
+            "defence_details": [describe_defence(make_defence(name)) for name in DEFENCES],
             "level_modes": list(LEVEL_MODES),
             "templates": {name: list(templates) for name, templates in TEMPLATES.items()},
             "limits": {
@@ -42,6 +43,7 @@ async def list_models(request: Request) -> Response:
                 "max_registered_labels": settings.max_registered_labels,
                 "max_prompts": settings.max_prompts,
                 "max_text_chars": settings.max_text_chars,
+                "max_views": settings.max_views,
                 "request_timeout_ms": settings.request_timeout_ms,
             },
         }
@@ -52,6 +54,20 @@ async def list_models(request: Request) -> Response:
 async def get_model(request: Request, name: str) -> Response:
     """One encoder: capabilities, sizes, how its compute type was chosen, provenance and measured scores."""
     return json_response(describe(service_of(request).encoder(name)))
+
+
+def describe_defence(defence: Defence) -> dict[str, Any]:
+    """What a defence says of itself, and its options with their defaults."""
+    return {
+        "name": defence.name,
+        "random": defence.random,
+        "differentiable": defence.differentiable,
+        "optimising": defence.optimising,
+        "reads_labels": defence.reads_labels,
+        "heads": list(defence.heads),
+        "cost": defence.cost,
+        "options": defence.options(),
+    }
 
 
 def describe(served: ServedEncoder) -> dict[str, Any]:
@@ -67,6 +83,7 @@ def describe(served: ServedEncoder) -> dict[str, Any]:
         "context_length": encoder.context_length,
         "logit_scale": round(float(encoder.logit_scale), 4),
         "default_templates": list(encoder.default_templates),
+        "defence": {"name": served.defence.name, **served.defence.options()},
         "device": str(encoder.device),
         "dtype_report": served.dtype_report.to_json(),
         "preprocessing": {"digest": encoder.preprocessing.digest, **asdict(encoder.preprocessing)},

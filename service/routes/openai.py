@@ -15,7 +15,7 @@ from ironclip.errors import IronclipError, OptionError
 from service.errors import RequestInvalid
 from service.forms import pictures_from_text, read_json
 from service.routes.common import Deadline, json_response, service_of, stages_of
-from service.routes.embed import check_texts, embed_images, embed_texts, encoded, unit
+from service.routes.embed import check_texts, embed_images, embed_texts, encoded, image_defence
 from service.runtime import ServedEncoder
 from service.schemas import OpenAIEmbeddingRequest
 
@@ -54,14 +54,14 @@ async def openai_embeddings(request: Request) -> Response:
         _raise_first([picture.error for picture in pictures], [place for place, _ in inputs.images])
         vectors, items = await asyncio.gather(
             embed_texts(request, served, [text for _, text in inputs.texts], False, stages),
-            embed_images(request, served, pictures, stages),
+            embed_images(request, served, pictures, stages, image_defence(request, served, None, None)),
         )
         _raise_first(vectors, [place for place, _ in inputs.texts])
         _raise_first([item.error for item in items], [place for place, _ in inputs.images])
         found: dict[int, Any] = {place: vector for (place, _), vector in zip(inputs.texts, vectors, strict=True)}
         for (place, _), item in zip(inputs.images, items, strict=True):
-            assert item.features is not None
-            found[place] = unit(item.features[0])
+            assert item.vector is not None
+            found[place] = item.vector
         return found
 
     vectors = await deadline.within(work())

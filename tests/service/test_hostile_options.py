@@ -236,7 +236,7 @@ def where_planned(app: TestClient, monkeypatch: pytest.MonkeyPatch, entry: Regis
 
     monkeypatch.setattr(plans, "parse_defence", parse_defence)
     options = Options(label_set="x") if entry is not None else Options(labels=LABELS)
-    plan = asyncio.run(plans.Plans(service.label_limits).get(service.encoder("tiny"), None, options, entry, size))
+    plan = asyncio.run(plans.Plans(service.label_limits, 16).get(service.encoder("tiny"), None, options, entry, size))
     assert "key" in vars(plan)  # its digests too were not left for the loop
     return threads == [threading.get_ident()]
 

@@ -1,0 +1,225 @@
+"""Defences by request and by default: the library's answer, what they are charged for, and what is refused."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from ironclip.artifact import save_artifact
+from ironclip.classifier import Classifier, predict
+from ironclip.defences import DEFENCES, make_defence
+from ironclip.encoder import Encoder, Head
+from ironclip.labels import LabelSet
+from ironclip.loading import load_encoder
+from ironclip.preprocessing import to_float
+from service.app import create_app
+from service.settings import Settings, SettingsInvalid
+from tests.conftest import make_tiny_encoder
+from tests.service.conftest import as_base64, metric, picture
+
+LABELS: list[Any] = ["carrot", {"name": "rocket", "descriptions": ["it flies", "smoke"]}, "cat face"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_artifact: Path) -> Encoder:
+    return load_encoder(str(tiny_artifact))
+
+
+@pytest.fixture(scope="module")
+def guarded(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """A service whose second encoder has COLA for its default; at most 8 views."""
+    settings = Settings(
+        encoders={"tiny": str(tiny_artifact), "tiny-cola": str(tiny_artifact)},
+        defences={"tiny-cola": {"name": "cola", "views": 3}},
+        dtype="float32",
+        max_views=8,
+        state_dir=tmp_path_factory.mktemp("state"),
+    )
+    with TestClient(create_app(settings)) as small:
+        while small.get("/readyz").status_code != 200:
+            pass
+        yield small
+
+
+def decided(encoder: Encoder, data: bytes, name: str, **options: Any) -> dict[str, float]:
+    classifier = Classifier(encoder, LabelSet.parse(LABELS), defence=make_defence(name, options))
+    pixels, _ = encoder.preprocessing(Image.open(io.BytesIO(data)))
+    if classifier.defence.optimising:
+        scores = classifier(to_float(pixels[None])).detach().softmax(-1)[0]
+    else:
+        scores = predict(classifier, pixels[None]).logits.softmax(-1)[0]
+    return dict(zip(classifier.names, scores.tolist(), strict=True))
+
+
+def scores(answer: dict[str, Any]) -> dict[str, float]:
+    return {row["label"]: row["score"] for row in answer["predictions"]}
+
+
+@pytest.mark.parametrize("name", DEFENCES)
+def test_the_defended_answer_is_the_librarys(client: httpx.Client, encoder: Encoder, name: str) -> None:
+    data = picture(31)
+    answer = client.post("/classify", json={"image": as_base64(data), "labels": LABELS, "defence": name}).json()
+    assert scores(answer) == pytest.approx(decided(encoder, data, name), abs=2e-4)
+    assert answer["defence"] == {"name": name, **make_defence(name).options()}
+
+
+def test_options_change_the_answer_and_its_cache_entry(client: httpx.Client, encoder: Encoder) -> None:
+    data = picture(32)
+    found = []
+    for seed in (0, 1, 0):
+        defence = {"name": "cola", "seed": seed, "weights": "uniform"}
+        answer = client.post("/classify", json={"image": as_base64(data), "labels": LABELS, "defence": defence})
+        assert scores(answer.json()) == pytest.approx(
+            decided(encoder, data, "cola", seed=seed, weights="uniform"), abs=2e-4
+        )
+        found.append((answer.json()["predictions"], answer.headers["cache-status"]))
+    assert found[0][0] != found[1][0]
+    assert found[0][0] == found[2][0]
+    assert [status.startswith("ironclip; hit") for _, status in found] == [False, False, True]
+
+
+def test_all_input_forms_take_a_defence(client: httpx.Client) -> None:
+    data, names = picture(33), ["carrot", "rocket"]
+    form = client.post(
+        "/classify", files={"image": data}, data={"labels": names, "defence": '{"name":"cola","views":2}'}
+    )
+    raw = client.post(
+        "/classify",
+        params={"labels": names, "defence": '{"name":"cola","views":2}'},
+        content=data,
+        headers={"Content-Type": "image/png"},
+    )
+    assert form.json() == raw.json()
+    assert form.json()["defence"]["views"] == 2
+
+
+def test_views_count_as_items(client: httpx.Client) -> None:
+    series = 'ironclip_batch_size_sum{tower="image"}'
+    before = metric(str(client.base_url), series)
+    data = [as_base64(picture(seed)) for seed in range(340, 344)]
+    client.post("/classify", json={"images": data, "labels": LABELS, "defence": {"name": "cola", "views": 7}})
+    assert metric(str(client.base_url), series) - before == 4 * 7
+
+
+def test_an_encoders_own_defence_stands_unless_another_is_asked_for(guarded: TestClient, encoder: Encoder) -> None:
+    data = picture(35)
+    ask = {"image": as_base64(data), "labels": LABELS, "encoder": "tiny-cola"}
+    own, none = (
+        guarded.post("/classify", json=ask).json(),
+        guarded.post("/classify", json={**ask, "defence": "none"}).json(),
+    )
+    assert own["defence"] == {"name": "cola", **make_defence("cola", {"views": 3}).options()}
+    assert scores(own) == pytest.approx(decided(encoder, data, "cola", views=3), abs=2e-4)
+    assert scores(none) == pytest.approx(decided(encoder, data, "none"), abs=2e-4)
+    listed = guarded.get("/models").json()
+    assert [one["defence"]["name"] for one in listed["models"]] == ["none", "cola"]
+    details = {one["name"]: one for one in listed["defence_details"]}
+    assert list(details) == list(DEFENCES)
+    assert details["cola"]["random"]
+    assert details["cola"]["options"]["views"] == 5
+
+
+@pytest.mark.parametrize(
+    ("defence", "pointer", "says"),
+    [
+        ({"name": "cola", "views": 9}, "/defence", "IRONCLIP_MAX_VIEWS"),
+        ({"name": "ttc", "steps": 3}, "/defence", "11 forwards"),
+        ({"name": "cola", "views": 0}, "/defence/views", "whole number"),
+        ({"name": "cola", "vieuws": 5}, "/defence", "smallest_crop"),
+        ({"name": "cola", "epsilon": 1e-9}, "/defence/epsilon", "0.05"),
+    ],
+)
+def test_options_outside_the_servers_limits_are_refused(
+    guarded: TestClient, defence: dict[str, Any], pointer: str, says: str
+) -> None:
+    answer = guarded.post("/classify", json={"image": as_base64(picture(1)), "labels": LABELS, "defence": defence})
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["pointer"] == pointer
+    assert says in answer.json()["detail"]
+
+
+def test_deciding_that_would_take_minutes_is_refused(guarded: TestClient) -> None:
+    labels = [{"name": f"label {i}", "descriptions": [f"it is {j}" for j in range(30)]} for i in range(900)]
+    ask = {"images": [as_base64(picture(seed)) for seed in range(60)], "labels": labels}
+    defence = {"name": "cola", "coupling": "exact", "views": 8}
+    answer = guarded.post("/classify", json={**ask, "defence": defence})
+    assert answer.status_code == 413
+    assert "product coupling" in answer.json()["detail"]
+
+
+def test_an_embedding_takes_a_defence_that_reads_labels_with_a_label_set_alone(
+    guarded: TestClient, encoder: Encoder
+) -> None:
+    data = picture(36)
+    assert guarded.put("/label-sets/things", json={"labels": LABELS}).status_code == 201
+    ask = {"images": [as_base64(data)], "defence": "cola"}
+    refused = guarded.post("/embed", json=ask)
+    assert refused.status_code == 422
+    assert "registered label_set" in refused.json()["detail"]
+    assert refused.json()["errors"][0]["pointer"] == "/label_set"
+    answer = guarded.post("/embed", json={**ask, "label_set": "things", "texts": ["a carrot"]}).json()
+    classifier = Classifier(encoder, LabelSet.parse(LABELS), defence=make_defence("cola"))
+    pixels, _ = encoder.preprocessing(Image.open(io.BytesIO(data)))
+    expected = classifier.vectors(classifier.encode(to_float(pixels[None]))).detach().numpy()[0]
+    np.testing.assert_allclose(answer["images"][0]["embedding"], expected, atol=1e-4)
+    assert answer["defence"]["name"] == "cola"
+    needless = guarded.post("/embed", json={"images": [as_base64(data)], "label_set": "things"})
+    assert needless.status_code == 422
+    assert needless.json()["errors"][0]["pointer"] == "/label_set"
+
+
+def test_an_encoders_own_defence_stands_before_embeddings_where_it_can(guarded: TestClient, encoder: Encoder) -> None:
+    data = picture(37)
+    plain = guarded.post("/embed", json={"images": [as_base64(data)], "encoder": "tiny-cola"}).json()
+    assert plain["defence"] == {"name": "none"}
+    moved = guarded.post("/embed", json={"images": [as_base64(data)], "defence": "ttc"}).json()
+    assert moved["defence"]["name"] == "ttc"
+    assert not np.allclose(plain["images"][0]["embedding"], moved["images"][0]["embedding"], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("defences", "says"),
+    [
+        ({"tiny": "armour"}, "there are: none, cola"),
+        ({"tiny": {"name": "cola", "views": 99}}, "IRONCLIP_MAX_VIEWS"),
+        ({"tiny": 7}, "IRONCLIP_DEFENCES"),
+    ],
+)
+def test_a_default_that_cannot_be_is_said_at_start(tiny_artifact: Path, defences: dict[str, Any], says: str) -> None:
+    with pytest.raises(SettingsInvalid, match=says):
+        create_app(Settings(encoders={"tiny": str(tiny_artifact)}, defences=defences))
+
+
+def test_a_default_for_an_encoder_that_is_not_served_is_said_at_start(tiny_artifact: Path) -> None:
+    with pytest.raises(ValueError, match="not among the encoders"):
+        Settings(encoders={"tiny": str(tiny_artifact)}, defences={"tny": "cola"})
+
+
+def test_the_variable_has_two_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IRONCLIP_DEFENCES", "demo=cola,demo-vit=ttc")
+    assert Settings().defences == {"demo": "cola", "demo-vit": "ttc"}
+    monkeypatch.setenv("IRONCLIP_DEFENCES", '{"demo": {"name": "cola", "views": 3}}')
+    assert Settings().defences == {"demo": {"name": "cola", "views": 3}}
+
+
+def test_a_defence_that_does_not_serve_the_head_is_refused(tmp_path: Path) -> None:
+    encoder = make_tiny_encoder()
+    encoder.head = Head("poincare", 1.0, 0.5, 0.5, 10.0)
+    save_artifact(encoder, tmp_path / "ball", {"method": "test"})
+    settings = Settings(encoders={"ball": str(tmp_path / "ball")}, dtype="float32", state_dir=tmp_path / "state")
+    with TestClient(create_app(settings)) as small:
+        while small.get("/readyz").status_code != 200:
+            pass
+        answer = small.post("/classify", json={"image": as_base64(picture(1)), "labels": LABELS, "defence": "cola"})
+        assert answer.status_code == 422
+        assert "poincare" in answer.json()["detail"]
+        vectors = small.post("/embed", json={"images": [as_base64(picture(1))], "defence": "ttc"})
+        assert vectors.status_code == 200
