@@ -1,0 +1,161 @@
+"""Answers the queries of many probes in batches of one fixed size.
+
+A batch is always padded to the same rows, so a row comes to the same numbers whoever shares it: a probe alone and
+among others sees the same losses and gradients, bit for bit. Gradients are those of the picture rounded to 8 bits,
+passed straight through the rounding; what counts as fooled is asked of the served decision again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ironclip.attacks import Answer, Problem, Query, ThreatModel
+from ironclip.attacks.whitebox import as_found
+from ironclip.classifier import Classifier
+from ironclip.probe.target import UNSEEN, Target
+
+
+@dataclass
+class Ask:
+    """One query about one picture.
+
+    Attributes:
+        target: what is asked.
+        problem: whose verdict counts.
+        original: uint8 [3, R, R], the picture that is attacked.
+        query: one row.
+        seeds: draws to average over; empty for the draws that are served.
+    """
+
+    target: Target
+    problem: Problem
+    original: Tensor
+    query: Query
+    seeds: tuple[int, ...] = ()
+    picture: Tensor = field(init=False)
+    losses: list[Tensor] = field(default_factory=list, init=False)
+    outputs: list[Tensor] = field(default_factory=list, init=False)
+    gradients: list[Tensor] = field(default_factory=list, init=False)
+    served: Tensor | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.picture = rounded(self.query.pixels[0], self.original, self.problem.threat)
+
+    def answer(self) -> Answer:
+        """What all draws said together; the served decision is asked where they were fooled."""
+        outputs = torch.stack(self.outputs)
+        votes = torch.stack([self.problem.fooled(one, self.query.items) for one in self.outputs])
+        fooled = votes.float().mean(0) > 0.5
+        if bool(fooled[0]):
+            fooled = self._confirmed().reshape(1)
+        gradient = torch.stack(self.gradients).mean(0) if self.gradients else None
+        return Answer(torch.stack(self.losses).mean(0), fooled, outputs.mean(0), gradient)
+
+    def _confirmed(self) -> Tensor:
+        # Drawn from the ranges above those that the attack may draw from.
+        seeds: Sequence[int | None] = UNSEEN if self.seeds else (None,)
+        answers = [self.target.answers(self.picture, seed) for seed in seeds]
+        self.served = torch.stack(answers).mean(0)
+        votes = torch.stack([self.problem.fooled(one, self.query.items) for one in answers])
+        return votes.float().mean() > 0.5
+
+
+def rounded(pixels: Tensor, original: Tensor, threat: ThreatModel) -> Tensor:
+    """The nearest picture of 8 bits inside the threat model: float [3, R, R], uint8 [3, R, R] -> uint8 [3, R, R].
+
+    For L-inf a value is kept within the whole steps that the radius allows. For L2 the perturbation is made shorter
+    until the rounded one is short enough.
+    """
+    start = original.to(pixels.device).float()
+    steps = pixels.detach().float() * 255
+    if threat.norm == "linf":
+        reach = int(threat.eps * 255 + 1e-4)
+        inside = torch.minimum(torch.maximum(steps.round(), start - reach), start + reach)
+        return inside.clamp(0, 255).to(torch.uint8)
+    delta, low, high = steps - start, 0.0, 1.0
+    whole = (start + delta).round().clamp(0, 255)
+    if float((whole - start).norm()) <= threat.eps * 255:
+        return whole.to(torch.uint8)
+    for _ in range(12):
+        middle = (low + high) / 2
+        short = (start + middle * delta).round().clamp(0, 255)
+        low, high = (middle, high) if float((short - start).norm()) <= threat.eps * 255 else (low, middle)
+    return (start + low * delta).round().clamp(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows that go through the tower together, for one draw."""
+
+    asks: tuple[Ask, ...]
+    seed: int | None
+    gradient: bool
+    rows: int
+
+    def drawn(self, classifier: Classifier) -> Classifier:
+        """A classifier with this piece's draws."""
+        return classifier if self.seed is None else classifier.reseeded(self.seed)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Views in one batch: of queries with a gradient, and of those without. Always filled up to it."""
+
+    gradient: int
+    forward: int
+
+
+def rows_for(device: torch.device) -> Rows:
+    """What suits a device: a GPU is hardly slower with many, a CPU loses what it fills up."""
+    return Rows(4, 1) if device.type == "cpu" else Rows(32, 32)
+
+
+def pieces(asks: Sequence[Ask], rows: Rows | None = None) -> Iterator[Piece]:
+    """Cut queries into batches (of at least one picture), each of one encoder, defence and draw.
+
+    Args:
+        asks: queries of any number of probes.
+        rows: `rows_for` the encoder's device if not given.
+    """
+    groups: dict[tuple[Any, ...], list[Ask]] = {}
+    for ask in asks:
+        classifier = ask.target.attacked
+        key = (id(classifier.encoder), classifier.defence, ask.query.gradient, ask.seeds)
+        groups.setdefault(key, []).append(ask)
+    for (_, defence, gradient, seeds), members in groups.items():
+        fitting = rows or rows_for(members[0].target.attacked.encoder.device)
+        size = max(1, (fitting.gradient if gradient else fitting.forward) // defence.view_count)
+        for start in range(0, len(members), size):
+            part = tuple(members[start : start + size])
+            for seed in seeds or (None,):
+                yield Piece(part, seed, gradient, size)
+
+
+def run(piece: Piece) -> None:
+    """Ask about one piece; losses, outputs and gradients go into its asks."""
+    classifier = piece.drawn(piece.asks[0].target.attacked)
+    encoder = classifier.encoder
+    side = encoder.resolution
+    with torch.inference_mode(False), torch.set_grad_enabled(piece.gradient), as_found(encoder):
+        pixels = torch.zeros(piece.rows, 3, side, side, device=encoder.device)
+        for row, ask in enumerate(piece.asks):
+            pixels[row] = ask.picture.to(encoder.device).float() / 255
+        pixels.requires_grad_(piece.gradient)
+        features = classifier.encode(pixels)
+        losses = []
+        for row, ask in enumerate(piece.asks):
+            # Its own label set and level; the draws are the piece's.
+            outputs = ask.target.outputs(piece.drawn(ask.target.attacked), features[row : row + 1])
+            loss = ask.query.objective(outputs, ask.query.items)
+            losses.append(loss.sum())
+            ask.losses.append(loss.detach().float())
+            ask.outputs.append(outputs.detach().float())
+        if piece.gradient:
+            (gradient,) = torch.autograd.grad(torch.stack(losses).sum(), pixels)
+            for row, ask in enumerate(piece.asks):
+                ask.gradients.append(gradient[row : row + 1].float())

@@ -1,0 +1,292 @@
+"""One probe in progress: radii side by side as lanes, a bracket that narrows, and what is known at any time.
+
+All lanes of a probe advance together, a query each, so that what it finds does not depend on what else the machine
+does. A lane ends when it is broken, when its attack has ended, or when a lane with a smaller radius broke: that picture
+lies in its ball too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ironclip.attacks import Answer, Attack, Run, ThreatModel
+from ironclip.probe.options import ProbeOptions
+from ironclip.probe.oracle import Ask
+from ironclip.probe.target import Aim, Target, VectorTarget
+
+# Radii attacked at the same time.
+LANES = 8
+# A bracket of L2 radii is narrow enough at this ratio; L-inf ones are whole steps.
+_NARROW = 1.05
+# The attack's draws begin here for each radius in turn, far from those that judge.
+_FIRST_DRAW = 1
+
+State = Literal["waiting", "running", "broken", "held", "unknown"]
+
+
+@dataclass
+class Lane:
+    """One radius.
+
+    Attributes:
+        eps: in the unit of the norm.
+        threat: the same for the attack.
+        state: how it stands.
+        run: its attack, while it runs.
+        left: attacks still to come, with the objectives of their problems.
+        lowest: the lowest score of the label (or cosine with the clean vector) on a picture of this radius.
+        said: what that picture is answered with, as a position among the names, and its score.
+        picture: uint8 [3, R, R] that broke it.
+        steps, gradients: queries, and those with a gradient (a draw counting as one).
+        blind: gradients that were zero everywhere.
+        found_by: name of the attack that broke it.
+    """
+
+    eps: float
+    threat: ThreatModel
+    left: list[tuple[Attack, str]]
+    state: State = "waiting"
+    run: Run | None = None
+    lowest: float = math.inf
+    said: tuple[int, float] | None = None
+    picture: Tensor | None = None
+    steps: int = 0
+    gradients: int = 0
+    blind: int = 0
+    found_by: str = ""
+
+
+@dataclass(frozen=True)
+class Clean:
+    """The decision about the picture as it is, by what is served: outputs [K] or a vector [dim]."""
+
+    outputs: Tensor
+
+    def scores(self) -> Tensor:
+        """Softmax over the names, float64 [K]."""
+        return self.outputs.double().softmax(-1)
+
+
+class Probe:
+    """Attacks one decision about one picture; advanced by rounds of `asks` and `take`.
+
+    Args:
+        target: what is attacked.
+        picture: uint8 [3, R, R], as the encoder's preprocessing leaves it.
+        options: how.
+        label: position of the true label; the clean answer if None.
+        target_label: position that must be reached; any other than the label if None.
+
+    Raises:
+        OptionError: an attack that cannot do this.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        picture: Tensor,
+        options: ProbeOptions,
+        *,
+        label: int | None = None,
+        target_label: int | None = None,
+    ) -> None:
+        self.target, self.picture, self.options = target, picture, options
+        self.fresh = options.draws == "fresh" and target.attacked.defence.random
+        self._attacks = options.attacks(targeted=target_label is not None, vector=target.free)
+        self.clean = Clean(target.answers(picture)[0].cpu())
+        self.said = int(self.clean.outputs.argmax()) if target.names else None
+        self.aim = Aim(self.said if label is None else label, target_label)
+        self.lanes: dict[float, Lane] = {}
+        self.gradients = self.forwards = 0
+        self.exhausted = ""
+        self.black_box_won = False
+        self._plan = self._stages()
+        self._draw = _FIRST_DRAW
+        self._next_stage()
+
+    @property
+    def wrong_as_it_is(self) -> bool:
+        """The clean decision is not the label (or is the target already): nothing is left to attack."""
+        aim = self.aim
+        if not self.target.names:
+            return False
+        return self.said == aim.target if aim.target is not None else self.said != aim.label
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing more to ask."""
+        return not any(lane.state == "running" for lane in self.lanes.values())
+
+    @property
+    def robust_to(self) -> float:
+        """The largest radius below the smallest broken one whose attack ran to its end and failed; 0 if none."""
+        held = [lane.eps for lane in self.lanes.values() if lane.state == "held"]
+        return max((eps for eps in held if self.broken_at is None or eps < self.broken_at), default=0.0)
+
+    @property
+    def broken_at(self) -> float | None:
+        """The smallest radius known to break it; 0 where it is wrong as it is, None where nothing broke it."""
+        if self.wrong_as_it_is:
+            return 0.0
+        return min((lane.eps for lane in self.lanes.values() if lane.state == "broken"), default=None)
+
+    def asks(self) -> list[tuple[Lane, Ask]]:
+        """The queries of this round, one for each running lane."""
+        found = []
+        for lane in self.lanes.values():
+            if lane.state == "running" and lane.run is not None and lane.run.query is not None:
+                seeds: tuple[int, ...] = ()
+                if self.fresh:
+                    count = self.options.draws_a_step
+                    seeds = tuple(range(self._draw, self._draw + count))
+                found.append((lane, Ask(self.target, lane.run.problem, self.picture, lane.run.query, seeds)))
+        if self.fresh:
+            # The lanes of a round share their draws: it costs nothing and keeps them comparable.
+            self._draw += self.options.draws_a_step
+        return found
+
+    def take(self, answered: list[tuple[Lane, Ask]]) -> None:
+        """Take the answers of a round, in the order of `asks`, and get ready for the next."""
+        for lane, ask in answered:
+            if lane.state == "running":
+                self._advance(lane, ask, ask.answer())
+        self._retire()
+        if self.gradients >= self.options.budget and not self.done:
+            self.stop("gradients")
+        while self.done and not self.exhausted and self._next_stage():
+            pass
+
+    def stop(self, why: str) -> None:
+        """End now: what runs stays unknown. ``why`` is `seconds`, `gradients` or `cancelled`."""
+        self.exhausted = why
+        for lane in self.lanes.values():
+            if lane.state in ("waiting", "running"):
+                lane.state, lane.run = "unknown", None
+
+    def _advance(self, lane: Lane, ask: Ask, answer: Answer) -> None:
+        run = lane.run
+        assert run is not None
+        draws = max(1, len(ask.seeds))
+        lane.steps += 1
+        self.forwards += draws
+        if answer.gradient is not None:
+            lane.gradients += draws
+            self.gradients += draws
+            lane.blind += int(not bool(answer.gradient.any()))
+        self._look(lane, ask, answer)
+        if bool(answer.fooled[0]):
+            lane.state, lane.picture, lane.run = "broken", ask.picture.cpu(), None
+            return
+        run.answer(answer)
+        if run.done:
+            self._begin(lane)
+
+    def _look(self, lane: Lane, ask: Ask, answer: Answer) -> None:
+        """Note what the picture of this query is answered with, if it is the worst of its radius so far."""
+        outputs = (ask.served if ask.served is not None else answer.outputs)[0].cpu()
+        if isinstance(self.target, VectorTarget):
+            score = float(outputs @ self.clean.outputs)
+            said = None
+        else:
+            scores = outputs.double().softmax(-1)
+            score = float(scores[self.aim.label])
+            rest = scores.clone()
+            if not bool(answer.fooled[0]):
+                rest[self.aim.label] = -1
+            best = self.aim.target if self.aim.target is not None and bool(answer.fooled[0]) else int(rest.argmax())
+            said = (best, float(scores[best]))
+        if bool(answer.fooled[0]) or score < lane.lowest:
+            lane.lowest, lane.said = score, said
+
+    def _begin(self, lane: Lane) -> None:
+        """Start the lane's next attack that has anything to ask; without one it held."""
+        while lane.left:
+            attack, objective = lane.left.pop(0)
+            lane.found_by = attack.name
+            lane.run = Run(
+                attack, self.target.problem(self.picture, lane.threat, self.aim, objective, self.clean.outputs)
+            )
+            if not lane.run.done:
+                lane.state = "running"
+                return
+        lane.state, lane.run = "held", None
+
+    def _retire(self) -> None:
+        """Lanes beyond the smallest broken radius are broken by its picture."""
+        broken = self.broken_at
+        if broken is None:
+            return
+        source = self.lanes[broken]
+        for lane in self.lanes.values():
+            if lane.eps > broken and lane.state != "broken":
+                lane.state, lane.run, lane.picture, lane.found_by = "broken", None, source.picture, source.found_by
+                if source.lowest <= lane.lowest or lane.said is None:
+                    lane.lowest, lane.said = source.lowest, source.said
+
+    def _next_stage(self) -> bool:
+        """Open the lanes of the next stage; False when there is none."""
+        for radii in self._plan:
+            for eps, attacks in radii:
+                lane = self.lanes.get(eps)
+                if lane is None:
+                    lane = self.lanes[eps] = Lane(eps, ThreatModel(self.options.norm, eps * self.options.scale), [])
+                if lane.state != "broken":
+                    lane.left = list(attacks)
+                    self._begin(lane)
+            return True
+        return False
+
+    def _stages(self) -> Iterator[list[tuple[float, list[tuple[Attack, str]]]]]:
+        """Radii to attack side by side, chosen by what is known when the stage before has ended."""
+        if self.wrong_as_it_is:
+            return
+        given = sorted(set(self.options.eps))
+        search = not given
+        for start in range(0, len(given), LANES):
+            if self.broken_at is None:
+                yield [(eps, self._attacks) for eps in given[start : start + LANES]]
+            else:
+                # They hold the broken picture; the curve says so.
+                yield [(eps, []) for eps in given[start : start + LANES]]
+                self._retire()
+        if search:
+            yield [(eps, self._attacks) for eps in self._spread(0.0, self.options.top, first=True)]
+            while radii := self._between():
+                yield [(eps, self._attacks) for eps in radii]
+        square = self.options.black_box
+        if square is not None and not self.target.free and self.aim.target is None and self.robust_to:
+            eps = self.robust_to
+            yield [(eps, [(square, "ce")])]
+            self.black_box_won = self.lanes[eps].state == "broken"
+            while search and self.black_box_won and (radii := self._between()):
+                yield [(eps, self._attacks) for eps in radii]
+
+    def _between(self) -> list[float]:
+        """Radii inside the bracket that are still to be tried; none when it is narrow enough."""
+        top = self.broken_at
+        if top is None:
+            return []
+        low = self.robust_to
+        return [eps for eps in self._spread(low, top) if low < eps < top]
+
+    def _spread(self, low: float, top: float, *, first: bool = False) -> list[float]:
+        """At most LANES radii over (low, top], or over the open interval; whole steps for L-inf."""
+        if self.options.norm == "linf":
+            whole = [float(eps) for eps in range(math.floor(low) + 1, math.ceil(top) + (1 if first else 0))]
+            whole = [eps for eps in whole if eps <= top]
+            if len(whole) <= LANES:
+                return whole
+            start = whole[0]
+            shares = torch.logspace(0, math.log10(whole[-1] / start), LANES).tolist()
+            return sorted({float(round(start * share)) for share in shares})
+        if not first and low > 0 and top / low <= _NARROW:
+            return []
+        start = low if low > 0 else top / 256
+        steps = LANES if first else LANES + 1
+        return [start * (top / start) ** (i / steps) for i in range(1, steps + (1 if first else 0))]

@@ -1,0 +1,387 @@
+"""Probes: what they find breaks the served decision, whoever shares their batches, however they are cut short."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ironclip.attacks import ThreatModel, WhiteBox, classification, drive, make_attack
+from ironclip.classifier import Classifier
+from ironclip.defences import make_defence
+from ironclip.defences.none import NoDefence
+from ironclip.encoder import Encoder
+from ironclip.errors import OptionError
+from ironclip.hierarchy import LabelTree
+from ironclip.labels import LabelSet
+from ironclip.loading import DEMO_FOLDER, load_encoder
+from ironclip.preprocessing import load_image, to_float
+from ironclip.probe import Probe, ProbeOptions, Rows, Target, VectorTarget, pieces, png, probe, run
+from ironclip.probe.oracle import rounded
+from tests.conftest import make_tiny_encoder
+
+NAMES = ["dog", "cat", "cow", "horse", "sheep", "goat"]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Encoder:
+    return make_tiny_encoder().served()
+
+
+@pytest.fixture(scope="module")
+def demo() -> Encoder:
+    return load_encoder("demo").served()
+
+
+def pictures(count: int, side: int = 32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+
+
+def sample(encoder: Encoder, name: str) -> Tensor:
+    (path,) = (DEMO_FOLDER / "samples").glob(f"{name}.*")
+    return encoder.preprocessing(load_image(path))[0]
+
+
+def emoji() -> LabelSet:
+    content = json.loads((DEMO_FOLDER / "label_sets" / "emoji.json").read_text(encoding="utf-8"))
+    return LabelSet.parse([label["name"] for label in content["labels"]], content["templates"])
+
+
+def answer(classifier: Classifier, picture: Tensor) -> str:
+    with torch.no_grad():
+        return classifier.names[int(classifier(to_float(picture[None])).argmax())]
+
+
+def brief(found: dict[str, Any]) -> tuple[Any, ...]:
+    points = tuple((point["eps"], point["broken"], point.get("label"), point["steps"]) for point in found["points"])
+    return found["robust_to"], found["broken_at"], points
+
+
+def test_a_broken_decision_is_broken_by_the_picture_it_returns(demo: Encoder) -> None:
+    classifier = Classifier(demo, LabelSet.parse(["carrot", "rocket", "ear of corn", "hot pepper", "cat face"]))
+    original = sample(demo, "carrot")
+    seen: list[float | None] = []
+    found = probe(classifier, original, progress=lambda one: seen.append(one.broken_at))
+    assert found["status"] == "complete"
+    assert found["clean"]["label"] == found["label"] == answer(classifier, original) == "carrot"
+    assert found["robust_to"] == found["broken_at"] - 1
+    adversarial = found["artefacts"]["adversarial"]
+    assert int((adversarial.int() - original.int()).abs().max()) <= found["broken_at"]
+    worst = next(point for point in found["points"] if point["eps"] == found["broken_at"])
+    assert worst["broken"]
+    assert answer(classifier, adversarial) == worst["label"] != "carrot"
+    states = [point["broken"] for point in found["points"]]
+    assert states == sorted(states)  # held below, broken from there on
+    assert [value for value in seen if value is not None] == sorted(
+        (value for value in seen if value is not None), reverse=True
+    )
+    again = Image.open(io.BytesIO(png(adversarial)))
+    assert torch.equal(demo.preprocessing(again)[0], adversarial)  # as a file it comes back bit for bit
+
+
+def test_alone_and_among_31_others_a_probe_finds_the_same(tiny: Encoder) -> None:
+    images = pictures(32)
+    classifier = Classifier(tiny, LabelSet.parse(NAMES))
+    options = ProbeOptions(eps=(6, 14, 24, 40), seconds=3600)
+    alone = [brief(probe(classifier, images[i], options)) for i in (0, 5, 31)]
+    others = [Probe(Target(classifier), image, options) for image in images]
+    while not all(one.done for one in others):
+        asked = [(one, one.asks()) for one in others if not one.done]
+        for piece in pieces([ask for _, asks in asked for _, ask in asks]):
+            run(piece)
+        for one, asks in asked:
+            one.take(asks)
+    from ironclip.probe import result
+
+    together = [brief(result(one)) for one in others]
+    assert [together[i] for i in (0, 5, 31)] == alone
+    assert len({one[1] for one in together}) > 1  # they are not all alike
+
+
+def test_batches_are_shared_and_always_full(tiny: Encoder) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(NAMES))
+    probes = [Probe(Target(classifier), image, ProbeOptions(eps=(1, 2, 3))) for image in pictures(4)]
+    asks = [ask for one in probes for _, ask in one.asks()]
+    cut = list(pieces(asks, Rows(8, 2)))
+    assert len(asks) == 12
+    assert [len(piece.asks) for piece in cut] == [8, 4]
+    seen: list[int] = []
+    hook = tiny.model.visual.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    for piece in cut:
+        run(piece)
+    hook.remove()
+    assert seen == [8, 8]
+
+
+@pytest.mark.parametrize("name", ["none", "cola", "ttc", "clipure"])
+def test_the_attack_sees_the_defence(tiny: Encoder, name: str) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(NAMES), defence=make_defence(name))
+    broken = 0
+    for image in pictures(2):
+        found = probe(classifier, image, ProbeOptions(eps=(32,), seconds=60))
+        assert found["attack"]["adaptive"]
+        codes = {warning["code"] for warning in found["warnings"]}
+        assert ("draws-known" in codes) == classifier.defence.random
+        assert ("approximate-gradient" in codes) != classifier.defence.differentiable
+        if "artefacts" in found:
+            broken += 1
+            assert answer(classifier, found["artefacts"]["adversarial"]) != found["label"]
+    assert broken >= 1
+
+
+def test_fresh_draws_are_judged_by_draws_that_the_attack_did_not_see(tiny: Encoder) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(NAMES), defence=make_defence("cola", {"views": 3}))
+    options = ProbeOptions(eps=(48,), draws="fresh", seconds=120)
+    image = pictures(1)[0]
+    found = probe(classifier, image, options)
+    assert found["attack"]["draws"] == "fresh"
+    assert found["broken_at"] == 48
+    assert found["cost"]["gradients"] >= 3  # three draws a step
+    adversarial = found["artefacts"]["adversarial"]
+    wrong = [answer(classifier.reseeded(seed), adversarial) != found["label"] for seed in range(500, 520)]
+    assert sum(wrong) > 12
+
+
+def test_a_target_must_be_reached(demo: Encoder) -> None:
+    classifier = Classifier(demo, LabelSet.parse(["carrot", "rocket", "ear of corn", "cat face"]))
+    original = sample(demo, "carrot")
+    found = probe(classifier, original, target_label="rocket")
+    assert found["target"] == "rocket"
+    assert answer(classifier, found["artefacts"]["adversarial"]) == "rocket"
+    assert found["broken_at"] >= probe(classifier, original)["broken_at"]
+    with pytest.raises(OptionError, match="own objective") as caught:
+        probe(classifier, original, ProbeOptions(attack="square"), target_label="rocket")
+    assert caught.value.pointer == "/attack"
+
+
+def test_a_decision_that_is_wrong_already_needs_no_attack(tiny: Encoder) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(NAMES))
+    image = pictures(1)[0]
+    said = answer(classifier, image)
+    other = next(name for name in NAMES if name != said)
+    found = probe(classifier, image, label=other)
+    assert (found["broken_at"], found["robust_to"], found["clean"]["correct"]) == (0, 0, False)
+    assert found["cost"]["gradients"] == 0
+    reached = probe(classifier, image, target_label=said)
+    assert reached["broken_at"] == 0
+    with pytest.raises(OptionError, match="not among the 6 labels") as caught:
+        probe(classifier, image, label="dgo")
+    assert caught.value.pointer == "/label"
+
+
+def test_l2_pictures_are_short_enough_when_rounded(tiny: Encoder) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(NAMES))
+    image = pictures(1)[0]
+    found = probe(classifier, image, ProbeOptions(norm="l2", max_eps=16, seconds=60))
+    length = float((found["artefacts"]["adversarial"].float() - image.float()).norm()) / 255
+    assert 0 < length <= found["broken_at"] * (1 + 1e-6)
+    assert found["broken_at"] / found["robust_to"] < 1.06
+    assert answer(classifier, found["artefacts"]["adversarial"]) != found["label"]
+
+
+def test_rounding_keeps_inside_the_ball_and_near() -> None:
+    generator = torch.Generator().manual_seed(0)
+    original = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=generator)
+    moved = (original.float() / 255 + 0.02 * torch.randn(3, 8, 8, generator=generator)).clamp(0, 1)
+    for norm, eps in (("linf", 2 / 255), ("linf", 2.9 / 255), ("l2", 0.1), ("l2", 0.3)):
+        threat = ThreatModel(norm, eps)  # type: ignore[arg-type]
+        picture = rounded(threat.project(original[None].float() / 255, moved[None])[0], original, threat)
+        distance = threat.distances(original[None].float() / 255, picture[None].float() / 255)
+        assert float(distance) <= eps + 1e-6
+        assert float(distance) > 0
+
+
+def test_a_level_is_attacked_as_a_level(demo: Encoder) -> None:
+    tree = LabelTree.parse(
+        {
+            "levels": ["name", "kind"],
+            "parents": {"carrot": "food", "ear of corn": "food", "rocket": "vehicle", "bicycle": "vehicle"},
+        }
+    )
+    labels = LabelSet.parse(["carrot", "ear of corn", "rocket", "bicycle"])
+    original = sample(demo, "carrot")
+    for mode in ("rollup", "prompts"):
+        classifier = Classifier(demo, labels, tree=tree, levels=mode)  # type: ignore[arg-type]
+        found = probe(Target(classifier, level="kind"), original, label="food")
+        adversarial = to_float(found["artefacts"]["adversarial"][None])
+        with torch.no_grad():
+            features = classifier.encode(adversarial)
+            logits = classifier.level_logits(features, classifier.decide(features))["kind"]
+        assert classifier.levels["kind"].nodes[int(logits.argmax())] == "vehicle"
+        # To leave the level costs at least as much as to leave the label.
+        assert found["broken_at"] >= probe(classifier, original)["broken_at"]
+    with pytest.raises(OptionError, match="there are: name, kind"):
+        Target(classifier, level="sort")
+
+
+def test_a_vector_is_moved_away_from_itself(demo: Encoder) -> None:
+    classifier = Classifier(demo, LabelSet.parse(["carrot"]))
+    original = sample(demo, "carrot")
+    clean = normalize(demo.encode_image(to_float(original[None])).detach(), dim=-1)[0]
+    found = probe(VectorTarget(classifier, cosine_below=0.6), original, ProbeOptions(seconds=60))
+    moved = normalize(demo.encode_image(to_float(found["artefacts"]["adversarial"][None])).detach(), dim=-1)[0]
+    assert float(clean @ moved) < 0.6
+    assert found["objective"] == "embedding"
+    cosines = [point["cosine"] for point in found["points"]]
+    assert min(cosines) < 0.6
+    assert all(cosine <= 1.001 for cosine in cosines)
+
+
+def test_a_gallerys_nearest_change(demo: Encoder) -> None:
+    classifier = Classifier(demo, LabelSet.parse(["carrot"]))
+    names = ["carrot", "rocket", "penguin", "guitar", "octopus"]
+    gallery = normalize(
+        torch.cat([demo.encode_image(to_float(sample(demo, name)[None])).detach() for name in names]), dim=-1
+    )
+    original = sample(demo, "carrot")
+    target = VectorTarget(classifier, gallery=gallery, top_k=2)
+    found = probe(target, original, ProbeOptions(seconds=60))
+    moved = normalize(demo.encode_image(to_float(found["artefacts"]["adversarial"][None])).detach(), dim=-1)
+    before = set((gallery[0] @ gallery.T).topk(2).indices.tolist())
+    assert set((moved @ gallery.T)[0].topk(2).indices.tolist()) != before
+
+
+def test_budgets_end_it_with_what_is_known(demo: Encoder) -> None:
+    classifier = Classifier(load_encoder("demo-robust").served(), emoji())
+    original = sample(classifier.encoder, "carrot")
+    found = probe(classifier, original, ProbeOptions(gradients=30))
+    assert found["status"] == "budget_exhausted"
+    assert 30 <= found["cost"]["gradients"] < 30 + 8
+    assert {point["state"] for point in found["points"]} <= {"unknown", "broken", "held"}
+    assert any(warning["code"] == "unfinished" for warning in found["warnings"])
+    assert probe(classifier, original, ProbeOptions(seconds=0.01))["status"] == "budget_exhausted"
+
+
+@dataclass(frozen=True)
+class Hidden(NoDefence):
+    """Logits in steps: no gradient at all, and no more robust for it."""
+
+    def logits(self, features: Tensor, bank: Any, state: Any, head: Any) -> Tensor:
+        stepped = (head(features[:, 0], bank) * 50).round() / 50
+        return stepped + 0 * features.sum((1, 2))[:, None]
+
+
+def test_masked_gradients_are_found_out(demo: Encoder) -> None:
+    classifier = Classifier(demo, LabelSet.parse(NAMES_OF_SAMPLES), defence=Hidden())
+    codes = set()
+    for name in ("carrot", "umbrella"):
+        found = probe(classifier, sample(demo, name), ProbeOptions(eps=(14,), effort="standard", seconds=60))
+        codes |= {warning["code"] for warning in found["warnings"]}
+    assert codes >= {"zero-gradient", "black-box-stronger"}
+
+
+def test_explicit_radii_are_all_answered(tiny: Encoder) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(NAMES))
+    radii = tuple(float(eps) for eps in (0, 0.5, *range(1, 20)))
+    found = probe(classifier, pictures(1)[0], ProbeOptions(eps=radii, seconds=60))
+    assert [point["eps"] for point in found["points"]] == list(radii)
+    states = [point["broken"] for point in found["points"]]
+    assert None not in states
+    assert states == sorted(states)
+    assert not any(states[:2])
+    assert any(warning["code"] == "below-one-step" for warning in found["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("options", "pointer"),
+    [
+        ({"eps": (-1.0,)}, "/eps/0"),
+        ({"eps": (1.0, float("nan"))}, "/eps/1"),
+        ({"eps": tuple(range(65))}, "/eps"),
+        ({"max_eps": 300}, "/max_eps"),
+        ({"norm": "l1"}, "/norm"),
+        ({"effort": "brutal"}, "/effort"),
+        ({"attack": "deepfool"}, "/attack"),
+        ({"seconds": 0}, "/seconds"),
+        ({"draws": "some"}, "/draws"),
+    ],
+)
+def test_bad_options_point_to_themselves(options: dict[str, Any], pointer: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        ProbeOptions(**options)
+    assert caught.value.pointer == pointer
+
+
+def test_verdicts_agree_with_the_evaluation_of_the_same_attack(demo: Encoder) -> None:
+    """`evaluate` attacks floats and counts those; the probe rounds. They may differ on the edge alone."""
+    classifier = Classifier(load_encoder("demo-robust").served(), emoji())
+    images = torch.stack([sample(demo, path.stem) for path in sorted((DEMO_FOLDER / "samples").glob("*.[pjw]*"))])
+    with torch.no_grad():
+        labels = classifier(to_float(images)).argmax(1)
+    differ = []
+    for eps in (4.0, 6.0):
+        problem = classification(
+            to_float(images), labels, ThreatModel("linf", eps / 255), keys=torch.zeros(len(images), dtype=torch.int64)
+        )
+        attack = make_attack("apgd-ce", {"iterations": 100})
+        expected = drive(attack, problem, WhiteBox(classifier, problem)).fooled.tolist()
+        options = ProbeOptions(eps=(eps,), attack="apgd-ce", seconds=600)
+        found = [probe(classifier, image, options)["points"][0]["broken"] for image in images]
+        differ += [one != other for one, other in zip(expected, found, strict=True)]
+        assert any(found)
+        assert not all(found)
+    assert sum(differ) <= 1
+
+
+def test_samples_hold_longer_with_the_robust_encoder(capsys: pytest.CaptureFixture[str]) -> None:
+    """At the same preset, for at least 10 of the 12 the robust encoder breaks at twice the clean one's radius."""
+    labels = emoji()
+    rows = []
+    classifiers = {name: Classifier(load_encoder(name).served(), labels) for name in ("demo", "demo-robust")}
+    for path in sorted((DEMO_FOLDER / "samples").glob("*.[pjw]*")):
+        found = {
+            name: probe(classifier, sample(classifier.encoder, path.stem), ProbeOptions(seconds=120))
+            for name, classifier in classifiers.items()
+        }
+        rows.append((path.stem, *(found[name]["broken_at"] or 17 for name in classifiers)))
+    with capsys.disabled():
+        print("\nbroken_at, n/255     demo  demo-robust")
+        for name, clean, robust in rows:
+            print(f"{name:20} {clean:4g} {robust:12g}")
+    assert sum(robust >= 2 * clean for _, clean, robust in rows) >= 10
+    assert len(rows) == 12
+
+
+def test_against_torchattacks_the_smallest_radius_is_no_larger(demo: Encoder) -> None:
+    """The same attack (APGD-CE, twenty steps), the same radii by bisection, pictures rounded to 8 bits."""
+    torchattacks = pytest.importorskip("torchattacks")
+    classifier = Classifier(load_encoder("demo-robust").served(), LabelSet.parse(NAMES_OF_SAMPLES))
+    ours, theirs = [], []
+    for name in NAMES_OF_SAMPLES[:6]:
+        image = sample(demo, name.replace(" ", "-"))
+        label = torch.tensor([classifier.names.index(answer(classifier, image))])
+        low, high = 0, 33
+        while high - low > 1:
+            middle = (low + high) // 2
+            attack = torchattacks.APGD(classifier, eps=middle / 255, steps=20, loss="ce", seed=0)
+            adversarial = attack(to_float(image[None]), label)
+            picture = rounded(adversarial[0], image, ThreatModel("linf", middle / 255))
+            broken = classifier.names.index(answer(classifier, picture)) != int(label)
+            low, high = (low, middle) if broken else (middle, high)
+        theirs.append(high)
+        options = ProbeOptions(max_eps=32, seconds=600)
+        ours.append(probe(classifier, image, options)["broken_at"] or 33)
+    assert float(np.mean(ours)) <= 1.02 * float(np.mean(theirs))
+
+
+NAMES_OF_SAMPLES = ["carrot", "rocket", "penguin", "guitar", "octopus", "pizza", "umbrella", "bicycle"]
+
+
+def test_a_probe_is_the_same_in_another_process_or_order(tiny: Encoder) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(NAMES))
+    image = pictures(2)[1]
+    first = probe(classifier, image)
+    torch.manual_seed(5)
+    assert brief(probe(classifier, image)) == brief(first)
+    other = probe(classifier, image, replace(ProbeOptions(), seed=1))
+    scores = [[point["score_of_label"] for point in found["points"]] for found in (first, other)]
+    assert scores[0] != scores[1]
