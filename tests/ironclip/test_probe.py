@@ -91,7 +91,7 @@ def test_a_broken_decision_is_broken_by_the_picture_it_returns(demo: Encoder) ->
 def test_alone_and_among_31_others_a_probe_finds_the_same(tiny: Encoder) -> None:
     images = pictures(32)
     classifier = Classifier(tiny, LabelSet.parse(NAMES))
-    options = ProbeOptions(eps=(6, 14, 24, 40), seconds=3600)
+    options = ProbeOptions(eps=(5, 7, 9, 11), seconds=3600)
     alone = [brief(probe(classifier, images[i], options)) for i in (0, 5, 31)]
     others = [Probe(Target(classifier), image, options) for image in images]
     while not all(one.done for one in others):
