@@ -1,9 +1,10 @@
 // One encoder's column: its scores, and its probe as it runs.
 
-import { drawCurve } from "./curve.js";
+import { Bars } from "./bars.js";
+import { drawCurve, keyOf } from "./curve.js";
 import { el, svg } from "./dom.js";
 import { Figures } from "./figures.js";
-import { count, percent, standing, trim, verdict } from "./words.js";
+import { count, percent, reading, standing, trim, verdict } from "./words.js";
 
 const EMPTY = { clean: null, label: null, points: [], robustTo: null, brokenAt: null, latest: null, status: null };
 
@@ -20,10 +21,11 @@ export class Card {
   build() {
     const known = standing(this.model);
     const id = `card-${this.model.name}`;
-    this.bars = el("ol", { class: "bars", "aria-label": `Scores of ${this.model.name}` });
-    this.notes = el("div", { class: "notes" });
+    this.bars = new Bars(this.model.name);
+    this.reading = el("p", { class: "reading" });
     this.verdict = el("p", { class: "verdict" });
     this.curve = svg("svg", { class: "curve", role: "img" });
+    this.others = el("p", { class: "note others" });
     this.figures = new Figures(this.model);
     this.cost = el("p", { class: "cost" });
     this.warnings = el("div", { class: "notes" });
@@ -33,18 +35,16 @@ export class Card {
     this.details = el("details", { hidden: true }, el("summary", {}, "Numbers"), table);
     const badge = el("p", { class: `badge${known.robust ? " robust" : ""}` }, known.badge);
     const about = [`${this.model.resolution} px`, `${this.model.head} head`, this.model.dtype].join(" · ");
+    const result = el("div", { class: "result" }, this.reading, this.verdict);
+    const measured = known.measured ? el("p", { class: "note" }, known.measured) : null;
     this.element = el(
       "article",
       { class: "card", "aria-labelledby": id },
       el("header", {}, el("h2", { id }, this.model.name), badge, el("p", { class: "about" }, about)),
-      this.bars,
-      this.notes,
-      el("section", { class: "probe", "aria-label": `Attack on ${this.model.name}` }, this.verdict, this.curve),
+      this.bars.element,
+      el("section", { class: "probe", "aria-label": `Attack on ${this.model.name}` }, result, this.curve, this.others),
       this.figures.element,
-      this.cost,
-      this.warnings,
-      this.details,
-      known.measured ? el("p", { class: "note" }, known.measured) : null,
+      el("footer", {}, this.warnings, this.cost, this.details, measured),
     );
     new ResizeObserver(() => this.draw()).observe(this.curve);
     this.show();
@@ -52,17 +52,7 @@ export class Card {
 
   /** The bars of an answer of /classify; `truth` is the label taken for true, if one is named. */
   showScores(answer, truth) {
-    const rows = answer.predictions.map(({ label, score }, i) => {
-      const fill = el("span", { class: "fill" });
-      fill.style.width = `${100 * score}%`;
-      const kind = [i === 0 ? "first" : "", label === truth ? "true" : ""].join(" ").trim();
-      const sign = label === truth ? el("span", { class: "tag" }, "true label") : null;
-      const name = el("span", { class: "name" }, label, sign);
-      const bar = el("span", { class: "bar", "aria-hidden": true }, fill);
-      return el("li", { class: kind || null }, name, bar, el("span", { class: "number" }, percent(score)));
-    });
-    this.bars.replaceChildren(...rows);
-    this.notes.replaceChildren(...(answer.domain?.warning ? [el("p", { class: "warning" }, answer.domain.warning)] : []));
+    this.bars.show(answer, truth);
     this.run.first = answer.predictions[0];
     const known = truth ? answer.predictions.find((one) => one.label === truth) : answer.predictions[0];
     this.cleanScore = known?.score ?? null;
@@ -72,14 +62,19 @@ export class Card {
 
   /** Why there are no bars. */
   showError(problem) {
-    this.bars.replaceChildren();
-    this.notes.replaceChildren(el("p", { class: "fault" }, problem.message));
+    this.bars.fail(problem);
+  }
+
+  /** What /classify says to the picture that fools the encoder: bars beside those of the clean one. */
+  showAttacked(answer) {
+    this.bars.showAttacked(answer, this.run.brokenAt);
   }
 
   /** Back to how it was before any attack; `maxEps` is the axis. */
   reset(maxEps, state = "idle") {
     this.maxEps = maxEps;
     this.run = { ...EMPTY, first: this.run.first, state };
+    this.bars.clear();
     this.figures.clear();
     this.warnings.replaceChildren();
     this.show();
@@ -113,7 +108,8 @@ export class Card {
     Object.assign(this.run, { clean, label, points, robustTo, brokenAt, status, cost, statement });
     Object.assign(this.run, { state: "done", latest: null, attack: answer.attack });
     this.cleanScore = scoreOf(clean, label) ?? this.cleanScore;
-    if (answer.artefacts?.adversarial) this.figures.showAttack(answer.artefacts, brokenAt, points);
+    this.run.adversarial = answer.artefacts?.adversarial ?? null;
+    if (this.run.adversarial) this.figures.showAttack(answer.artefacts, brokenAt, points);
     const notes = (answer.warnings ?? []).map((one) => el("p", { class: "warning" }, one.detail ?? String(one)));
     if (status === "budget_exhausted") {
       notes.unshift(el("p", { class: "warning" }, "The time ran out before the search ended; more effort may find less."));
@@ -139,9 +135,10 @@ export class Card {
 
   show() {
     const { run } = this;
-    const fooled = run.brokenAt !== null && run.brokenAt !== undefined;
     this.element.dataset.state = run.state;
-    this.verdict.className = `verdict ${fooled ? "broken" : run.points.length ? "held" : ""}`;
+    const { text, kind } = reading(run);
+    this.reading.replaceChildren(text, el("span", {}, "/255"));
+    this.reading.className = `reading ${kind}`;
     const waiting = { idle: "Not attacked yet", queued: "Waits for its turn", failed: "No answer" }[run.state];
     const ended = run.state === "cancelled" ? ["Cancelled", run.points.length ? `. ${this.sentence()}` : ""].join("") : null;
     this.verdict.textContent = (run.points.length ? ended : (ended ?? waiting)) ?? this.sentence();
@@ -163,6 +160,7 @@ export class Card {
     const others = this.peers()
       .filter((peer) => peer !== this && peer.run.points.length)
       .map((peer) => ({ name: peer.model.name, clean: peer.cleanScore, points: peer.run.points }));
+    this.others.textContent = others.length ? `For comparison: ${keyOf(others)}` : "";
     const { points, robustTo, brokenAt, latest } = this.run;
     const clean = this.cleanScore ?? null;
     const { maxEps } = this;

@@ -51,7 +51,7 @@ export class Controls {
 
   /** Put a state (as in the page's address) into the fields; what it does not say gets its default. */
   async set(state) {
-    byId("labels").value = (state.labels ?? this.offer.labels).join("\n");
+    byId("labels").value = (state.labels ?? this.offer.labels).join(", ");
     choose("label-set", state.set ?? "");
     choose("defence", state.defence ?? "none");
     choose("effort", state.effort ?? "quick");

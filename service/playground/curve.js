@@ -7,6 +7,7 @@ const HEIGHT = 216;
 const MARGIN = { top: 22, right: 14, bottom: 36, left: 46 };
 const STEPS = [1, 2, 4, 5, 8];
 const MOST_TICKS = 9;
+const DASHES = ["– –", "· · ·", "–––"]; // as the style draws ghost-0, ghost-1, ghost-2
 
 /**
  * Draw into an <svg>.
@@ -95,17 +96,14 @@ function line(plot, data, kind) {
   return [svg("path", { class: kind, d })];
 }
 
+/** Which dashes stand for which of the other encoders. */
+export function keyOf(list) {
+  return list.map((one, i) => `${DASHES[i % DASHES.length]} ${one.name}`).join("\u2003");
+}
+
 /** The other encoders' curves, so that two can be compared in one place. */
 function others(plot, list) {
-  return list.flatMap((one, i) => {
-    const drawn = line(plot, one, "ghost");
-    if (!drawn.length) return [];
-    const x = plot.width - MARGIN.right;
-    const y = 11 + 14 * i;
-    const name = svg("text", { class: "name", x, y, "text-anchor": "end" }, one.name);
-    const sign = svg("line", { class: "ghost", x1: x - 26, x2: x - 2, y1: y + 6, y2: y + 6 });
-    return [...drawn, name, sign];
-  });
+  return list.flatMap((one, i) => line(plot, one, `ghost ghost-${i % DASHES.length}`));
 }
 
 function markers(plot, data) {

@@ -22,6 +22,6 @@ function fill(element, attributes, children) {
     if (value === null || value === undefined || value === false) continue;
     element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.filter((child) => child !== null && child !== undefined));
+  element.append(...children.filter((child) => child !== null && child !== undefined && child !== false));
   return element;
 }

@@ -8,7 +8,7 @@ import { Picture } from "./picture.js";
 import { runProbe } from "./probing.js";
 import { readHash, writeHash } from "./state.js";
 
-const TOP_K = 6;
+const TOP_K = 100; // more than is shown: where a label stood that an attack brings forward
 const TYPING_MS = 300;
 const LOADING_MS = 1000;
 
@@ -189,8 +189,18 @@ async function attackOne(card, values, signal) {
     const end = await runProbe(body, signal, (type, data) => card.receive(type, data));
     if (end === "cancelled" && attacking?.signal === signal) card.receive("cancelled", {});
   } catch (error) {
-    card.fail(error);
+    return card.fail(error);
   }
+  await askServed(card, values, signal);
+}
+
+/** Ask /classify itself for the picture that the attack found: what breaks is what is served. */
+async function askServed(card, values, signal) {
+  const { adversarial } = card.run;
+  if (!adversarial) return;
+  const asked = { ...decision(values, card.model.name), image: adversarial, top_k: TOP_K };
+  const answer = await api.classify(asked, signal).catch(() => null);
+  if (answer && !signal.aborted) card.showAttacked(answer);
 }
 
 /** Attack and Cancel are one place in the order of Tab: the focus goes with it. */

@@ -2,9 +2,9 @@
 
 /** A score as percent; what rounds to 0 or 100 and is not says so. */
 export function percent(score) {
-  if (score > 0 && score < 0.0005) return "<0.1 %";
-  if (score < 1 && score >= 0.9995) return ">99.9 %";
-  return `${(100 * score).toFixed(1)} %`;
+  if (score > 0 && score < 0.0005) return "<0.1\u202f%";
+  if (score < 1 && score >= 0.9995) return ">99.9\u202f%";
+  return `${(100 * score).toFixed(1)}\u202f%`;
 }
 
 /** A budget in steps of 1/255. */
@@ -34,13 +34,21 @@ export function verdict(run) {
   }
   if (run.brokenAt !== null && run.brokenAt !== undefined) {
     const point = run.points.find((one) => one.eps === run.brokenAt);
-    const fooled = `ooled at ${budget(run.brokenAt)}${named(point?.label)}`;
-    return run.robustTo > 0 ? `Held up to ${budget(run.robustTo)}, f${fooled}` : `F${fooled}`;
+    const held = run.robustTo > 0 ? `; held up to ${budget(run.robustTo)}` : "";
+    return `Fooled at ${budget(run.brokenAt)}${named(point?.label)}${held}`;
   }
   const reached = run.robustTo ?? 0;
   if (run.state === "done" && run.status !== "budget_exhausted") return `Held up to ${budget(reached || run.maxEps)}`;
   if (reached > 0) return `Held up to ${budget(reached)} so far`;
   return run.state === "running" ? "Searching" : "Nothing found before it ended";
+}
+
+/** The one number of a probe, as {text, kind}: the smallest budget known to fool, or one that did not. */
+export function reading(run) {
+  if (run.clean?.correct === false || run.brokenAt === 0) return { text: "0", kind: "broken" };
+  if (run.brokenAt !== null && run.brokenAt !== undefined) return { text: trim(run.brokenAt), kind: "broken" };
+  if (run.robustTo > 0) return { text: `>\u2009${trim(run.robustTo)}`, kind: "held" };
+  return { text: "–", kind: "" };
 }
 
 /** What is known of an encoder's training: {robust: true | false | null, badge, measured}. */

@@ -34,6 +34,7 @@ _ASSETS = (
     "theme.js",
     "playground.js",
     "api.js",
+    "bars.js",
     "card.js",
     "controls.js",
     "curve.js",
