@@ -31,10 +31,9 @@ async function ask(path, options = {}) {
     if (error.name === "AbortError" || error instanceof Problem) throw error;
     throw new Problem(0, "", "The service cannot be reached. Is it still running?");
   }
+  if (response.status === 204) return { status: 204, body: null };
   const body = await response.json().catch(() => null);
-  if (!response.ok || body === null) {
-    throw response.status === 204 ? new Problem(204, "", "") : Problem.from(body, response.status);
-  }
+  if (!response.ok || body === null) throw Problem.from(body, response.status);
   return { status: response.status, body };
 }
 

@@ -22,11 +22,14 @@ export class Bars {
     this.notes.replaceChildren(...(warning ? [el("p", { class: "warning" }, warning)] : []));
   }
 
-  /** The answer of /classify for the picture that fools the encoder at this eps. */
-  showAttacked(answer, eps) {
+  /** The answer of /classify for the picture that fools the encoder at this eps; `label` is the true one. */
+  showAttacked(answer, eps, label) {
     this.render(answer.predictions);
     const sign = (kind) => el("span", { class: `sign ${kind}`, "aria-hidden": true });
-    const says = ` the adversarial picture at ${budget(eps)}, as /classify answers it`;
+    const said = answer.predictions[0]?.label;
+    // A verdict must hold on the way on which answers are served; where it does not, that is said.
+    const still = said === label ? `: still “${said}”` : "";
+    const says = ` the adversarial picture at ${budget(eps)}, as /classify answers it${still}`;
     this.key.replaceChildren(sign("before"), " clean  ", sign("after"), says);
   }
 

@@ -67,7 +67,7 @@ export class Card {
 
   /** What /classify says to the picture that fools the encoder: bars beside those of the clean one. */
   showAttacked(answer) {
-    this.bars.showAttacked(answer, this.run.brokenAt);
+    this.bars.showAttacked(answer, this.run.brokenAt, this.run.label);
   }
 
   /** Back to how it was before any attack; `maxEps` is the axis. */
@@ -120,7 +120,6 @@ export class Card {
   /** The probe ended without an answer. */
   fail(problem) {
     Object.assign(this.run, { state: "failed", fault: problem.message });
-    this.warnings.replaceChildren(el("p", { class: "fault" }, problem.message));
     this.show();
   }
 
@@ -129,19 +128,23 @@ export class Card {
     return this.run.state === "failed" ? this.run.fault : `${this.verdict.textContent}.`;
   }
 
-  sentence() {
-    return verdict({ ...this.run, maxEps: this.maxEps });
+  words() {
+    const { state, points, fault } = this.run;
+    if (state === "idle") return "Not attacked yet";
+    if (state === "queued") return "Waits for its turn";
+    if (state === "failed") return fault;
+    const found = state === "cancelled" && !points.length ? "" : verdict({ ...this.run, maxEps: this.maxEps });
+    return state === "cancelled" ? ["Cancelled", found].filter(Boolean).join(". ") : found;
   }
 
   show() {
     const { run } = this;
     this.element.dataset.state = run.state;
     const { text, kind } = reading(run);
-    this.reading.replaceChildren(text, el("span", {}, "/255"));
+    this.reading.replaceChildren(text, kind ? el("span", {}, "/255") : "");
     this.reading.className = `reading ${kind}`;
-    const waiting = { idle: "Not attacked yet", queued: "Waits for its turn", failed: "No answer" }[run.state];
-    const ended = run.state === "cancelled" ? ["Cancelled", run.points.length ? `. ${this.sentence()}` : ""].join("") : null;
-    this.verdict.textContent = (run.points.length ? ended : (ended ?? waiting)) ?? this.sentence();
+    this.verdict.textContent = this.words();
+    this.verdict.className = run.state === "failed" ? "verdict fault" : "verdict";
     this.cost.textContent = this.costLine();
     this.numbers.replaceChildren(...run.points.map(numbersRow));
     this.details.hidden = run.points.length === 0;

@@ -19,7 +19,8 @@ let picture;
 let current = null; // the picture: {base64, image, sample}
 let classifying = null; // AbortController of the classifications under way
 let attacking = null; // AbortController of the attack under way
-let timer = 0;
+let timer = 0; // of the classification that waits for the typing to end
+let classified = Promise.resolve(); // the last classification's end
 
 async function start() {
   watchTheme();
@@ -38,6 +39,7 @@ async function start() {
   byId("cancel").addEventListener("click", () => attacking?.abort());
   addEventListener("hashchange", () => restore());
   await restore();
+  byId("panel").inert = false; // what was typed before would have been overwritten
 }
 
 /** The list of models, once the encoders are loaded. */
@@ -90,7 +92,7 @@ function changed(what) {
   stopAttack();
   arrange(values);
   clearTimeout(timer);
-  timer = setTimeout(classify, TYPING_MS);
+  timer = setTimeout(classifyNow, TYPING_MS);
 }
 
 /** One column for each encoder chosen, in the service's order. */
@@ -124,6 +126,13 @@ function lacking(values) {
   return "";
 }
 
+/** Classify, and not once more when the timer ends. */
+function classifyNow() {
+  clearTimeout(timer);
+  timer = 0;
+  classified = classify();
+}
+
 async function classify() {
   classifying?.abort();
   const control = (classifying = new AbortController());
@@ -154,6 +163,8 @@ async function attack() {
   const chosen = values.encoders.map((name) => cards.get(name));
   for (const card of chosen) card.reset(values.eps, "queued");
   showRunning(true);
+  if (timer) classifyNow();
+  await classified; // else the clean scores might come last
   for (const card of chosen) {
     if (control.signal.aborted) break;
     say(`Attacking ${card.model.name} …`);

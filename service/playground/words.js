@@ -34,6 +34,7 @@ export function verdict(run) {
   }
   if (run.brokenAt !== null && run.brokenAt !== undefined) {
     const point = run.points.find((one) => one.eps === run.brokenAt);
+    if (run.state === "running") return `Fooled at ${budget(run.brokenAt)}${named(point?.label)}; searching on`;
     const held = run.robustTo > 0 ? `; held up to ${budget(run.robustTo)}` : "";
     return `Fooled at ${budget(run.brokenAt)}${named(point?.label)}${held}`;
   }

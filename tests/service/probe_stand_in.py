@@ -1,6 +1,6 @@
 """A service with a scripted `/attack-probe` in front of a real one that has none yet.
 
-TODO: delete this file, and its use in test_playground.py, once the service itself has `/attack-probe`.
+TODO: once the service itself has `/attack-probe`, take the script out and leave the proxy, which stands for a gateway.
 The events have the form that is agreed for the real route; their numbers mean nothing.
 """
 
@@ -23,7 +23,7 @@ from PIL import Image
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 Json = dict[str, Any]
 
@@ -45,21 +45,25 @@ class StandIn:
         self.probes: dict[str, Json] = {}
         self.cancelled: list[str] = []
         self.client = httpx.AsyncClient(base_url=upstream, timeout=30)
-        self.app = Starlette(
-            routes=[
-                Route("/attack-probe", self.start, methods=["POST"]),
-                Route("/probes/{id}", self.state, methods=["GET"]),
-                Route("/probes/{id}", self.cancel, methods=["DELETE"]),
-                Route("/probes/{id}/events", self.events, methods=["GET"]),
-                Route("/{path:path}", self.forward, methods=["GET", "POST", "PUT", "DELETE"]),
-            ]
-        )
+        routes = [
+            Route("/attack-probe", self.start, methods=["POST"]),
+            Route("/probes/{id}", self.state, methods=["GET"]),
+            Route("/probes/{id}", self.cancel, methods=["DELETE"]),
+            Route("/probes/{id}/events", self.events, methods=["GET"]),
+            Route("/{path:path}", self.forward, methods=["GET", "POST", "PUT", "DELETE"]),
+        ]
+        # All of it below a prefix too, as a gateway would have it, where nothing is left at the root.
+        self.app = Starlette(routes=[Mount("/below/a/prefix", routes=routes), *routes])
 
     async def forward(self, request: Request) -> Response:
         """Ask the real service."""
         headers = {name: value for name, value in request.headers.items() if name not in {"host", *_HOP}}
         answer = await self.client.request(
-            request.method, request.url.path, params=request.url.query, headers=headers, content=await request.body()
+            request.method,
+            "/" + request.path_params["path"],
+            params=request.url.query,
+            headers=headers,
+            content=await request.body(),
         )
         kept = {name: value for name, value in answer.headers.items() if name not in _HOP}
         return Response(answer.content, answer.status_code, kept)

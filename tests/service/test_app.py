@@ -42,7 +42,9 @@ def test_health(client: httpx.Client) -> None:
     assert client.get("/readyz").json() == {"status": "ready"}
 
 
-@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics", "/models", "/label-sets/emoji", "/docs", "/nowhere"])
+@pytest.mark.parametrize(
+    "path", ["/", "/livez", "/readyz", "/metrics", "/models", "/label-sets/emoji", "/samples", "/docs", "/nowhere"]
+)
 def test_head_is_get_without_the_body(client: httpx.Client, path: str) -> None:
     get, head = client.get(path), client.head(path)
     assert (head.status_code, head.content) == (get.status_code, b"")

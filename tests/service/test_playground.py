@@ -149,6 +149,17 @@ def axe(page: Page) -> list[Any]:
     return [(one["id"], [node["html"][:200] for node in one["nodes"]]) for one in found]
 
 
+def too_wide(page: Page) -> list[str]:
+    """What reaches over the right edge."""
+    found: list[str] = page.evaluate("""() => {
+      const over = (e) => e.getBoundingClientRect().right > innerWidth + 1;
+      const wide = document.documentElement.scrollWidth > innerWidth ? ["the page"] : [];
+      const parts = [...document.querySelectorAll("body *")].filter((e) => over(e));
+      return [...wide, ...parts.map((e) => e.outerHTML.slice(0, 90))];
+    }""")
+    return found
+
+
 def test_the_page_is_served_with_a_policy_and_an_etag(http: httpx.Client) -> None:
     page = http.get("/")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
@@ -185,16 +196,13 @@ def test_samples_are_listed_with_what_their_licences_ask_for(http: httpx.Client)
     assert (missing.status_code, missing.json()["code"]) == (404, "not-found")
 
 
-def test_a_sample_is_classified_and_nothing_leaves_the_origin(
-    probing: str, open_page: Callable[..., Page], screenshot: Callable[[Page, str], None]
-) -> None:
+def test_a_sample_is_classified_and_nothing_leaves_the_origin(probing: str, open_page: Callable[..., Page]) -> None:
     asked = []
     page = open_page("about:blank", view="")
     page.on("request", lambda request: asked.append(request.url))
     page.goto(f"{probing}/")
     classified(page, "carrot")
     sync_api.expect(page.locator("#credit")).to_contain_text("Noto Emoji, copyright Google LLC, Apache-2.0")
-    screenshot(page, "light-before")
     page.locator("input[value=penguin]").check()
     classified(page, "penguin")
     attack(page)
@@ -224,6 +232,7 @@ def test_a_picture_is_dropped_chosen_and_pasted(probing: str, open_page: Callabl
 
 
 def test_a_view_is_kept_in_the_address(probing: str, open_page: Callable[..., Page]) -> None:
+    httpx.put(f"{probing}/label-sets/weather", json={"labels": ["umbrella", "sun", "rainbow"]}).raise_for_status()
     page = open_page(probing, view="#sample=rocket&labels=rocket,umbrella&encoders=demo-robust&eps=12&effort=standard")
     classified(page, "rocket", encoders=1)
     assert page.locator(".card").count() == 1
@@ -231,41 +240,55 @@ def test_a_view_is_kept_in_the_address(probing: str, open_page: Callable[..., Pa
     page.locator("#labels").fill("umbrella\nrocket\ncarrot, octopus")
     sync_api.expect(page.locator(".bars li")).to_have_count(4)
     page.locator("input[value=umbrella]").check()
-    page.locator("#label-set").select_option("emoji")
+    page.locator("#label-set").select_option("weather")
     classified(page, "umbrella", encoders=1)
     sync_api.expect(page.locator("#labels")).to_be_hidden()
     other = open_page(probing, view=page.evaluate("location.hash"))
     classified(other, "umbrella", encoders=1)
-    assert other.locator("#label-set").input_value() == "emoji"
+    assert other.locator("#label-set").input_value() == "weather"
     assert other.locator("#truth").input_value() == "umbrella"
     assert other.locator("#effort").input_value() == "standard"
 
 
+def test_it_works_below_a_path_prefix(probing: str, stand_in: StandIn | None, open_page: Callable[..., Page]) -> None:
+    if stand_in is None:
+        pytest.skip("there is no gateway in front of this service")
+    asked = []
+    page = open_page("about:blank", view="")
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{probing}/below/a/prefix/{VIEW}")
+    classified(page, "carrot")
+    attack(page)
+    sync_api.expect(page.locator(".verdict").first).to_contain_text("Fooled")
+    assert all(url.startswith((f"{probing}/below/a/prefix/", "data:", f"blob:{probing}/")) for url in asked)
+
+
 def test_a_label_that_holds_markup_stays_text(probing: str, open_page: Callable[..., Page]) -> None:
     page = open_page(probing)
+    classified(page, "carrot")
     page.locator("#labels").fill('<img src=x onerror="document.title=1">')
     classified(page, "<img src=x")
     assert page.title() == "Ironclip playground"
 
 
-@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["1440", "360"])
-def test_it_fits_the_screen(
-    probing: str,
-    open_page: Callable[..., Page],
-    screenshot: Callable[[Page, str], None],
-    size: tuple[int, int],
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_the_screen_and_axe_finds_nothing(
+    probing: str, open_page: Callable[..., Page], screenshot: Callable[[Page, str], None], scheme: str
 ) -> None:
-    page = open_page(probing, size)
+    page = open_page(probing, scheme=scheme, view="")
     classified(page, "carrot")
+    assert axe(page) == []
+    screenshot(page, f"{scheme}-before")
     attack(page)
-    page.locator("summary").first.click()
-    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
-    out = page.evaluate(
-        "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
-        ".map(e => e.outerHTML.slice(0, 90))"
-    )
-    assert out == []
-    screenshot(page, f"{size[0]}-after")
+    sync_api.expect(page.locator(".bars.attacked")).to_have_count(2)
+    screenshot(page, f"{scheme}-after")
+    for summary in page.locator("summary").all():
+        summary.click()
+    for size in (WIDE, NARROW):
+        page.set_viewport_size({"width": size[0], "height": size[1]})
+        assert too_wide(page) == [], size
+        assert axe(page) == [], size
+    screenshot(page, f"{scheme}-after-{NARROW[0]}")
 
 
 def test_every_control_is_reached_by_tab_and_shows_it(probing: str, open_page: Callable[..., Page]) -> None:
@@ -289,21 +312,6 @@ def test_every_control_is_reached_by_tab_and_shows_it(probing: str, open_page: C
     wanted |= {"sample:carrot", "encoder:demo", "encoder:demo-robust", "SUMMARY:Numbers"}
     assert wanted <= reached, wanted - reached
     assert any(name.startswith("A:") for name in reached)
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing(
-    probing: str, open_page: Callable[..., Page], screenshot: Callable[[Page, str], None], scheme: str
-) -> None:
-    page = open_page(probing, scheme=scheme)
-    classified(page, "carrot")
-    assert axe(page) == []
-    attack(page)
-    for summary in page.locator("summary").all():
-        summary.click()
-    assert axe(page) == []
-    page.evaluate("scrollTo(0, 0)")
-    screenshot(page, f"{scheme}-after")
 
 
 def test_the_theme_is_switched_and_remembered(probing: str, open_page: Callable[..., Page]) -> None:
@@ -387,7 +395,7 @@ def test_an_error_of_the_service_is_shown(probing: str, open_page: Callable[...,
     page.locator("#truth").fill("not a label")
     page.locator("#truth").blur()
     attack(page)
-    sync_api.expect(page.locator(".card .fault").first).to_contain_text("label")
+    sync_api.expect(page.locator(".card .verdict.fault").first).to_contain_text("label")
     sync_api.expect(page.locator("#status")).to_contain_text("demo: ")
     broken = tmp_path / "broken.png"
     broken.write_bytes(picture(1)[:60])
