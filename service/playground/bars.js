@@ -52,18 +52,18 @@ export class Bars {
     const said = attacked?.[0];
     if (said && !rows.some((row) => row.label === said.label)) {
       // What it says now has to be seen, even where it was far behind.
-      const before = this.clean.find((one) => one.label === said.label) ?? { label: said.label, score: 0 };
+      const before = this.clean.find((one) => one.label === said.label) ?? { label: said.label, score: null };
       rows.splice(ROWS - 1, 1, before);
     }
     const first = (said ?? rows[0])?.label;
     this.list.classList.toggle("attacked", attacked !== null);
-    this.list.replaceChildren(...rows.map((row) => this.row(row, attacked && (after.get(row.label) ?? 0), first)));
+    this.list.replaceChildren(...rows.map((row) => this.row(row, after.get(row.label), first, attacked)));
     this.key.replaceChildren();
   }
 
-  row({ label, score }, after, first) {
+  /** One label; a score of null or undefined was not among those that the answer lists. */
+  row({ label, score }, after, first, attacked) {
     const tag = label === this.truth ? el("span", { class: "tag" }, "true") : null;
-    const attacked = after !== null;
     const bar = el("span", { class: "bar", "aria-hidden": true }, fill(score, "before"), attacked && fill(after, "after"));
     return el(
       "li",
@@ -71,13 +71,13 @@ export class Bars {
       el("span", { class: "name" }, el("span", {}, label), tag),
       bar,
       el("span", { class: "number" }, percent(score)),
-      attacked ? el("span", { class: "number after" }, percent(after)) : null,
+      attacked && el("span", { class: "number after" }, el("span", { class: "unseen" }, "attacked: "), percent(after)),
     );
   }
 }
 
 function fill(score, kind) {
   const part = el("span", { class: `fill ${kind}` });
-  part.style.width = `${100 * score}%`;
+  part.style.width = `${100 * (score ?? 0)}%`;
   return part;
 }

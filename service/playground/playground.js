@@ -8,7 +8,7 @@ import { Picture } from "./picture.js";
 import { runProbe } from "./probing.js";
 import { readHash, writeHash } from "./state.js";
 
-const TOP_K = 100; // more than is shown: where a label stood that an attack brings forward
+const TOP_K = 1000; // more than is shown: where a label stood that an attack brings forward
 const TYPING_MS = 300;
 const LOADING_MS = 1000;
 

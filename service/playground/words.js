@@ -1,7 +1,8 @@
 // What the page says in words: numbers, verdicts, and what is known of an encoder.
 
-/** A score as percent; what rounds to 0 or 100 and is not says so. */
+/** A score as percent, a dash if there is none; what rounds to 0 or 100 and is not says so. */
 export function percent(score) {
+  if (score === null || score === undefined) return "–";
   if (score > 0 && score < 0.0005) return "<0.1\u202f%";
   if (score < 1 && score >= 0.9995) return ">99.9\u202f%";
   return `${(100 * score).toFixed(1)}\u202f%`;

@@ -366,6 +366,33 @@ def test_the_service_itself_says_what_the_adversarial_picture_is(probing: str, o
     sync_api.expect(card.locator(".verdict")).to_have_text("Not attacked yet")
 
 
+def test_the_verdict_in_plain_words(service: ServiceProcess, open_page: Callable[..., Page]) -> None:
+    page = open_page(service.url)
+    point = {"eps": 2, "broken": True, "label": "ear of corn"}
+    clean = {"label": "carrot", "correct": True}
+    done = {"state": "done", "status": "complete", "maxEps": 16, "clean": clean}
+    cases = [
+        (done | {"points": [point], "robustTo": 0, "brokenAt": 2}, "Fooled at 2/255: says “ear of corn”"),
+        (
+            done | {"points": [point], "robustTo": 1.5, "brokenAt": 2},
+            "Fooled at 2/255: says “ear of corn”; held up to 1.5/255",
+        ),
+        (done | {"points": [], "robustTo": 16, "brokenAt": None}, "Held up to 16/255"),
+        (
+            done | {"points": [], "robustTo": 3, "brokenAt": None, "status": "budget_exhausted"},
+            "Held up to 3/255 so far",
+        ),
+        (
+            done | {"points": [], "brokenAt": 0, "clean": {"label": "rocket", "correct": False}},
+            "Wrong without any attack: says “rocket”",
+        ),
+        (done | {"points": [], "robustTo": 0, "brokenAt": None, "state": "running"}, "Searching"),
+    ]
+    for run, wanted in cases:
+        said = page.evaluate("async (run) => (await import('./playground/words.js')).verdict(run)", run)
+        assert said == wanted
+
+
 def test_cancel_ends_the_attack(probing: str, stand_in: StandIn | None, open_page: Callable[..., Page]) -> None:
     page = open_page(probing, view=f"{VIEW}&effort=thorough")
     classified(page, "carrot")
