@@ -33,6 +33,7 @@ async function ask(path, options = {}) {
   }
   if (response.status === 204) return { status: 204, body: null };
   const body = await response.json().catch(() => null);
+  options.signal?.throwIfAborted();
   if (!response.ok || body === null) throw Problem.from(body, response.status);
   return { status: response.status, body };
 }
@@ -68,8 +69,8 @@ export async function classify(body, signal) {
 }
 
 /** Start a probe: {id, events} where it runs on in the service, {answer} where it answered at once. */
-export async function startProbe(body, signal) {
-  const { status, body: answer } = await post("attack-probe", body, signal, { Prefer: "respond-async" });
+export async function startProbe(body) {
+  const { status, body: answer } = await post("attack-probe", body, undefined, { Prefer: "respond-async" });
   return status === 202 ? answer : { answer };
 }
 

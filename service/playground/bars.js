@@ -38,12 +38,16 @@ export class Bars {
     if (this.clean) this.render(null);
   }
 
-  /** Why there are no bars. */
+  /** No bars, and why. */
   fail(problem) {
-    this.clean = null;
-    this.list.replaceChildren();
-    this.key.replaceChildren();
+    this.empty();
     this.notes.replaceChildren(el("p", { class: "fault" }, problem.message));
+  }
+
+  /** No bars: nothing is asked. */
+  empty() {
+    this.clean = null;
+    for (const part of [this.list, this.key, this.notes]) part.replaceChildren();
   }
 
   render(attacked) {

@@ -38,6 +38,7 @@ async function start() {
   });
   byId("cancel").addEventListener("click", () => attacking?.abort());
   addEventListener("hashchange", () => restore());
+  addEventListener("pagehide", () => attacking?.abort()); // else the service would search on for nobody
   await restore();
   byId("panel").inert = false; // what was typed before would have been overwritten
 }
@@ -138,7 +139,10 @@ async function classify() {
   const control = (classifying = new AbortController());
   const values = controls.values();
   const reason = lacking(values);
-  if (reason) return say(reason);
+  if (reason) {
+    for (const card of cards.values()) card.bars.empty();
+    return say(reason);
+  }
   say("");
   await Promise.all(
     values.encoders.map(async (name) => {

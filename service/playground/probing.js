@@ -16,12 +16,18 @@ const MOST_BREAKS = 4;
  * Resolves with "done" or "cancelled"; rejects with a Problem.
  */
 export async function runProbe(body, signal, onEvent) {
+  const starting = api.startProbe(body);
+  const aborted = new Promise((resolve) => signal.addEventListener("abort", () => resolve(null), { once: true }));
   let started;
   try {
-    started = await api.startProbe(body, signal);
+    started = await Promise.race([starting, aborted]);
   } catch (error) {
-    if (error.name === "AbortError") return "cancelled";
     throw explained(error);
+  }
+  if (started === null || signal.aborted) {
+    // The request is not broken off: its answer says which probe there is to cancel.
+    starting.then(({ id }) => id && api.cancelProbe(id)).catch(() => {});
+    return "cancelled";
   }
   if (started.answer) {
     onEvent("done", started.answer);

@@ -16,34 +16,26 @@ import httpx
 import pytest
 
 from tests.service.conftest import ROOT, ServiceProcess, free_port, launch_service, picture
+from tests.service.playground_page import (
+    COUNT_EVENTS,
+    GIVE_FILE,
+    NARROW,
+    VIEW,
+    WIDE,
+    Page,
+    attack,
+    axe,
+    classified,
+    too_wide,
+)
 from tests.service.probe_stand_in import StandIn, serve
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-Page = Any  # playwright's, which need not be there
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 
 SAMPLE = ROOT / "ironclip" / "demo" / "samples" / "guitar.png"
-WIDE, NARROW = (1440, 900), (360, 740)
-# What a view is opened with where the defaults do not matter: fewer labels, so that less is waited for.
-VIEW = "#sample=carrot&labels=carrot,rocket,strawberry&encoders=demo,demo-robust&eps=8"
-# Counts events as the browser hands them out, and notes how many points the curve had after each.
-COUNT_EVENTS = """
-window.seen = [];
-const listen = EventSource.prototype.addEventListener;
-EventSource.prototype.addEventListener = function (type, handler) {
-  listen.call(this, type, (event) => {
-    const curve = document.querySelector('.card[data-state="running"] .curve');
-    const before = curve ? Number(curve.dataset.redraws) : null;
-    handler(event);
-    if (curve) {
-      const { redraws, points } = curve.dataset;
-      window.seen.push({ type, drawn: Number(redraws) - before, points: Number(points), markup: curve.innerHTML });
-    }
-  });
-};
-"""
 
 
 @pytest.fixture(scope="module")
@@ -129,37 +121,6 @@ def screenshot(tmp_path: Path) -> Callable[[Page, str], None]:
     return take
 
 
-def classified(page: Page, first: str | None = None, encoders: int = 2) -> None:
-    """Wait until every column has bars, with this label on top."""
-    name = re.compile("" if first is None else re.escape(first))
-    for i in range(encoders):
-        sync_api.expect(page.locator(".card").nth(i).locator(".bars li").first).to_contain_text(name)
-
-
-def attack(page: Page) -> None:
-    """Attack, and wait for the end."""
-    page.locator("#attack").click()  # it gives way to Cancel before this returns
-    sync_api.expect(page.locator("#attack")).to_be_visible(timeout=60_000)
-
-
-def axe(page: Page) -> list[Any]:
-    """What axe-core finds wrong."""
-    axe_playwright = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
-    found = axe_playwright.Axe().run(page).response["violations"]
-    return [(one["id"], [node["html"][:200] for node in one["nodes"]]) for one in found]
-
-
-def too_wide(page: Page) -> list[str]:
-    """What reaches over the right edge."""
-    found: list[str] = page.evaluate("""() => {
-      const over = (e) => e.getBoundingClientRect().right > innerWidth + 1;
-      const wide = document.documentElement.scrollWidth > innerWidth ? ["the page"] : [];
-      const parts = [...document.querySelectorAll("body *")].filter((e) => over(e));
-      return [...wide, ...parts.map((e) => e.outerHTML.slice(0, 90))];
-    }""")
-    return found
-
-
 def test_the_page_is_served_with_a_policy_and_an_etag(http: httpx.Client) -> None:
     page = http.get("/")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
@@ -214,20 +175,13 @@ def test_a_picture_is_dropped_chosen_and_pasted(probing: str, open_page: Callabl
     page = open_page(probing, view="#labels=guitar,carrot,penguin&encoders=demo,demo-robust")
     classified(page, "carrot")
     data = list(SAMPLE.read_bytes())
-    make = """([bytes, event, kind]) => {
-      const transfer = new DataTransfer();
-      transfer.items.add(new File([new Uint8Array(bytes)], "mine.png", { type: "image/png" }));
-      const about = kind === "paste" ? { clipboardData: transfer } : { dataTransfer: transfer };
-      const made = new window[event](kind, { bubbles: true, cancelable: true, ...about });
-      document.body.dispatchEvent(made);
-    }"""
-    page.evaluate(make, [data, "DragEvent", "drop"])
+    page.evaluate(GIVE_FILE, [data, "DragEvent", "drop"])
     classified(page, "guitar")
     sync_api.expect(page.locator("#credit")).to_have_text("mine.png: your own")
     sync_api.expect(page.locator("input[name=sample]:checked")).to_have_count(0)
     page.set_input_files("#file", SAMPLE.with_name("penguin.png"))
     classified(page, "penguin")
-    page.evaluate(make, [data, "ClipboardEvent", "paste"])
+    page.evaluate(GIVE_FILE, [data, "ClipboardEvent", "paste"])
     classified(page, "guitar")
 
 
