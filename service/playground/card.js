@@ -141,7 +141,7 @@ export class Card {
     const { run } = this;
     this.element.dataset.state = run.state;
     const { text, kind } = reading(run);
-    this.reading.replaceChildren(text, kind ? el("span", {}, "/255") : "");
+    this.reading.replaceChildren(...(kind ? [text, el("span", {}, "/255")] : []));
     this.reading.className = `reading ${kind}`;
     this.verdict.textContent = this.words();
     this.verdict.className = run.state === "failed" ? "verdict fault" : "verdict";

@@ -45,12 +45,12 @@ export function verdict(run) {
   return run.state === "running" ? "Searching" : "Nothing found before it ended";
 }
 
-/** The one number of a probe, as {text, kind}: the smallest budget known to fool, or one that did not. */
+/** The one number of a probe, as {text, kind}: the smallest budget known to fool, or one that did not; "" before either. */
 export function reading(run) {
   if (run.clean?.correct === false || run.brokenAt === 0) return { text: "0", kind: "broken" };
   if (run.brokenAt !== null && run.brokenAt !== undefined) return { text: trim(run.brokenAt), kind: "broken" };
   if (run.robustTo > 0) return { text: `>\u2009${trim(run.robustTo)}`, kind: "held" };
-  return { text: "–", kind: "" };
+  return { text: "", kind: "" };
 }
 
 /** What is known of an encoder's training: {robust: true | false | null, badge, measured}. */
