@@ -80,7 +80,8 @@ def serve(settings: Settings) -> int:
         backlog=2048,
     )
     server = _Server(config, app.state.service, settings)
-    _say(f"Ironclip {__version__} on http://{settings.host}:{settings.port} (documentation: /docs); loading ...")
+    address = f"http://{settings.host}:{settings.port}"
+    _say(f"Ironclip {__version__} on {address} (playground: /, documentation: /docs); loading ...")
     try:
         server.run()
     except SystemExit:  # the address was taken since it was looked at; uvicorn has logged why

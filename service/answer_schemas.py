@@ -170,6 +170,22 @@ class LabelSetStored(LabelSetSummary):
     tree: Tree | None = None
 
 
+class Sample(Closed):
+    """A picture that ships with the service."""
+
+    name: str
+    label: str = Field(description="What it shows.")
+    url: str = Field(description="Its path below the service's root.")
+    credit: str = Field(description="Whose work it is.")
+    licence: str = Field(description="SPDX identifier.")
+
+
+class SampleList(Closed):
+    """The answer of `GET /samples`."""
+
+    samples: list[Sample]
+
+
 class Status(Closed):
     """The answer of a health check."""
 

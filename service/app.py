@@ -18,11 +18,19 @@ from service import openapi
 from service.core import Service
 from service.errors import handle_error
 from service.middleware import Accounting, BodyGuard, HeadAsGet
-from service.routes import classify, embed, label_sets, models, ops
+from service.routes import classify, embed, label_sets, models, ops, playground
 from service.routes import openai as openai_routes
 from service.settings import Settings, load_settings
 
-ROUTERS = (classify.router, embed.router, label_sets.router, models.router, openai_routes.router, ops.router)
+ROUTERS = (
+    classify.router,
+    embed.router,
+    label_sets.router,
+    models.router,
+    openai_routes.router,
+    ops.router,
+    playground.router,
+)
 
 
 def create_app(settings: Settings | None = None, *, on_fatal: Callable[[IronclipError], None] | None = None) -> FastAPI:

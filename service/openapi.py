@@ -43,6 +43,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
     answers.LabelSetList,
     answers.LabelSetSummary,
     answers.LabelSetStored,
+    answers.SampleList,
     answers.Status,
     schemas.OpenAIEmbeddingRequest,
     answers.OpenAIEmbeddingResponse,
@@ -121,7 +122,7 @@ def _complete(item: Json, operation: _Operation, definitions: Json) -> None:
     item["responses"] = {"200": answer}
     if operation.created:
         item["responses"]["201"] = {**answer, "description": "The name is new."}
-    if item["operationId"] == "getLabelSet":
+    if item["operationId"] in ("getLabelSet", "getSample"):
         item["responses"]["304"] = {"description": "Not changed since (If-None-Match)."}
     if item["operationId"] == "deleteLabelSet":
         item["responses"] = {"204": {"description": "It is gone."}}
@@ -177,6 +178,14 @@ def _operations() -> dict[str, _Operation]:
         ),
         "openaiModels": _Operation(_OBJECT, openai=True),
         "openaiModel": _Operation(_OBJECT, (404, 500, 503), openai=True),
+        "listSamples": _Operation(_ref("SampleList")),
+        "getSample": _Operation(
+            {"type": "string", "format": "binary"},
+            (404, 500),
+            headers=etag,
+            parameters=[_header("If-None-Match", "ETags known.")],
+            answer_type="image/*",
+        ),
         "livez": _Operation(_ref("Status")),
         "readyz": _Operation(_ref("Status")),
         "metrics": _Operation({"type": "string"}, answer_type="text/plain"),

@@ -49,6 +49,17 @@ def json_response(
     return Response(body, status, headers, "application/json")
 
 
+def etags_in(value: str) -> list[str]:
+    """The tags of an `If-Match` or `If-None-Match` header, without quotes and weakness."""
+    tags = (tag.strip().removeprefix("W/").strip('"') for tag in value.split(","))
+    return [tag for tag in tags if tag]
+
+
+def etag_matches(value: str, digest: str) -> bool:
+    """Whether the header names this digest, or anything at all (`*`)."""
+    return any(tag in ("*", digest) for tag in etags_in(value))
+
+
 class Deadline:
     """When the request has to be answered: the caller's `X-Request-Timeout-Ms`, within the service's own limit.
 

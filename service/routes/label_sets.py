@@ -12,7 +12,7 @@ from service.errors import RequestInvalid
 from service.forms import read_json
 from service.label_sets import Registered
 from service.label_stores import Expect
-from service.routes.common import Deadline, json_response, service_of
+from service.routes.common import Deadline, etag_matches, etags_in, json_response, service_of
 from service.schemas import LabelSetDocument
 
 router = APIRouter(tags=["label sets"])
@@ -30,7 +30,7 @@ async def list_label_sets(request: Request) -> Response:
 async def get_label_set(request: Request, name: str) -> Response:
     """The newest version of `name`, or the version `name@digest`, in canonical form; its ETag is its digest."""
     entry = await service_of(request).label_sets.get(name, fresh=True)
-    if _etag_matches(request.headers.get("if-none-match", ""), entry.digest):
+    if etag_matches(request.headers.get("if-none-match", ""), entry.digest):
         return Response(status_code=304, headers=_headers(entry))
 
     def write() -> Response:
@@ -75,16 +75,7 @@ def _expect(request: Request) -> Expect:
 
 
 def _etags(request: Request, header: str) -> tuple[str, ...]:
-    tags = tuple(_split(request.headers.get(header, "")))
+    tags = tuple(etags_in(request.headers.get(header, "")))
     if header in request.headers and not tags:
         raise RequestInvalid('A precondition is "*" or a list of quoted ETags.')
     return tags
-
-
-def _split(value: str) -> list[str]:
-    tags = (tag.strip().removeprefix("W/").strip('"') for tag in value.split(","))
-    return [tag for tag in tags if tag]
-
-
-def _etag_matches(value: str, digest: str) -> bool:
-    return any(tag in ("*", digest) for tag in _split(value))

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from fastapi.openapi.docs import get_swagger_ui_html
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
-from starlette.responses import FileResponse, RedirectResponse, Response
+from starlette.responses import FileResponse, Response
 
 from ironclip.errors import NotFound
 from service.errors import problem_types
@@ -50,12 +50,6 @@ async def get_problem(request: Request, code: str) -> Response:
     if code not in known:
         raise NotFound(f"There is no such error code; there are: {', '.join(sorted(known))}.")
     return json_response(known[code])
-
-
-@router.get("/", include_in_schema=False)
-async def root(request: Request) -> Response:
-    """A browser wants the documentation."""
-    return RedirectResponse("docs")
 
 
 @router.get("/docs", include_in_schema=False)

@@ -42,7 +42,9 @@ def test_health(client: httpx.Client) -> None:
     assert client.get("/readyz").json() == {"status": "ready"}
 
 
-@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics", "/models", "/label-sets/emoji", "/docs", "/nowhere"])
+@pytest.mark.parametrize(
+    "path", ["/", "/livez", "/readyz", "/metrics", "/models", "/label-sets/emoji", "/samples", "/docs", "/nowhere"]
+)
 def test_head_is_get_without_the_body(client: httpx.Client, path: str) -> None:
     get, head = client.get(path), client.head(path)
     assert (head.status_code, head.content) == (get.status_code, b"")
@@ -138,7 +140,6 @@ def test_logs_are_json_and_hold_nothing_of_the_callers(client: httpx.Client, tin
 
 
 def test_documentation_needs_nothing_from_elsewhere(client: httpx.Client) -> None:
-    assert client.get("/", follow_redirects=True).url.path == "/docs"
     page = client.get("/docs").text
     assert "http://" not in page
     assert "https://" not in page
@@ -172,6 +173,7 @@ def test_answers_have_the_documented_form(client: httpx.Client) -> None:
     check("LabelSetSummary", client.put("/label-sets/formed", json={"labels": ["a"]}).json())
     check("LabelSetStored", client.get("/label-sets/formed").json())
     check("LabelSetStored", client.get("/label-sets/emoji").json())
+    check("SampleList", client.get("/samples").json())
     check("Problem", client.get("/nowhere").json())
     check("Status", client.get("/readyz").json())
 
