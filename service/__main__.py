@@ -109,6 +109,8 @@ class _Server(uvicorn.Server):
             return
         self._draining = True
         self._service.drain()
+        # Not here: a signal comes in the middle of anything, such as the worker's lock being held.
+        asyncio.get_event_loop().call_soon_threadsafe(self._service.end_probes)
         if self._delay > 0 and sig == signal.SIGTERM:
             asyncio.get_event_loop().call_later(self._delay, setattr, self, "should_exit", True)
         else:

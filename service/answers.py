@@ -51,6 +51,7 @@ class Item:
     vector: Floats | None = None
     scores: Arrays | None = None
     from_cache: bool = False
+    resized: bool = False
 
 
 class Answers:
@@ -130,6 +131,14 @@ class Answers:
                 item.vector = vector
         return items
 
+    async def pixels(self, served: ServedEncoder, picture: Picture, stages: Stages) -> Item:
+        """A picture as the encoder sees it; raises ImageError."""
+        item = Item(picture, picture.error)
+        await self._ready(served, [item], stages)
+        if item.error is not None:
+            raise item.error
+        return item
+
     async def _known_bytes(self, served: ServedEncoder, items: list[Item]) -> None:
         """Find out from the bytes' digest what the pixels' digest is, without decoding."""
         scope = _image_scope(served)
@@ -174,6 +183,7 @@ class Answers:
             return
         item.pixels = decoded.pixels
         item.warnings = list(decoded.warnings)
+        item.resized = decoded.source_size != (decoded.pixels.shape[2], decoded.pixels.shape[1])
         item.pixels_digest = bytes.fromhex(decoded.digest)
 
     async def _encode(

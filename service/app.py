@@ -18,7 +18,7 @@ from service import openapi
 from service.core import Service
 from service.errors import handle_error
 from service.middleware import Accounting, BodyGuard, HeadAsGet
-from service.routes import classify, embed, label_sets, models, ops, playground
+from service.routes import classify, embed, label_sets, models, ops, playground, probe
 from service.routes import openai as openai_routes
 from service.settings import Settings, load_settings
 
@@ -30,6 +30,7 @@ ROUTERS = (
     openai_routes.router,
     ops.router,
     playground.router,
+    probe.router,
 )
 
 
@@ -62,7 +63,8 @@ def create_app(settings: Settings | None = None, *, on_fatal: Callable[[Ironclip
     )
     app.state.service = service
     for router in ROUTERS:
-        app.include_router(router)
+        if settings.probes or router is not probe.router:
+            app.include_router(router)
     for kind in (IronclipError, HTTPException, RequestValidationError, ValidationError):
         app.add_exception_handler(kind, handle_error)
     app.add_exception_handler(ClientDisconnect, _gone)

@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from ironclip.errors import NotReady, Overloaded
 
@@ -29,6 +29,7 @@ Result = TypeVar("Result")
 _LOG = logging.getLogger("ironclip.service.batching")
 _PATIENCE = 10  # the longest wait of an idle worker, in units of the wait for one item
 _CORE_PATIENCE = 0.5  # the longest wait on shared cores, in units of the time that a full batch takes
+_GAP_SHARE = 20  # while items wait, a gap is made after so many times what the last one took
 _MEMORY = 0.8  # weight of the past in the running mean of seconds per item
 
 
@@ -45,6 +46,21 @@ class _Entry(Generic[Item]):
         self.future = future
         self.cost = cost
         self.queued_at = time.perf_counter()
+
+
+class Gaps(Protocol):
+    """Work that is done between batches.
+
+    A piece is short, since whoever comes meanwhile waits for its end. While items wait all the time, one piece in a
+    while is run all the same, so that this work does not starve.
+    """
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is a piece to run; any thread may ask."""
+
+    def step(self) -> None:
+        """Run one piece, in the worker's thread; must not raise."""
 
 
 class Batcher(Generic[Item, Result]):
@@ -66,6 +82,7 @@ class Batcher(Generic[Item, Result]):
         on_batch: called after each batch, in the worker thread, with its cost, the seconds it ran, and the
             seconds that its oldest item had waited.
         cost: how many plain items an item counts for (a picture seen in N views: N); 1 for all by default.
+        gaps: work for the worker's thread while no item waits, a piece at a time: see Gaps.
     """
 
     def __init__(
@@ -80,6 +97,7 @@ class Batcher(Generic[Item, Result]):
         shares_cores: bool = False,
         on_batch: Callable[[int, float, float], None] | None = None,
         cost: Callable[[Item], int] | None = None,
+        gaps: Gaps | None = None,
     ) -> None:
         if max_batch < 1 or max_queue < 1 or idle_wait_ms < 0:
             raise ValueError("max_batch and max_queue must be at least 1, idle_wait_ms at least 0")
@@ -94,6 +112,8 @@ class Batcher(Generic[Item, Result]):
         self._last_cost = 0  # of the last batch
         self._on_batch = on_batch
         self._cost = cost or (lambda item: 1)
+        self._gaps = gaps
+        self._gap_due = 0.0  # when a gap is made even though items wait
         self._changed = threading.Condition(threading.Lock())
         self._waiting: OrderedDict[int, _Entry[Item]] = OrderedDict()
         self._queued = 0  # cost of what waits
@@ -211,9 +231,13 @@ class Batcher(Generic[Item, Result]):
         idle = True
         try:
             while True:
+                if self._make_gap():
+                    continue
                 with self._changed:
                     if not self._await_items(idle):
                         return
+                    if not self._waiting:
+                        continue  # a gap has work
                     idle = False
                     self._current = self._take(self.max_batch)
                     self.last_progress = time.monotonic()
@@ -229,12 +253,35 @@ class Batcher(Generic[Item, Result]):
                 self._current = []
             self._fail(lost, f"The {self.name} worker stopped; the service must be restarted.")
 
+    def nudge(self) -> None:
+        """Wake the worker, since a gap has work."""
+        with self._changed:
+            self._changed.notify()
+
+    def _make_gap(self) -> bool:
+        """Run one piece of other work where there is any, and nothing waits or a piece is due; True if one was run."""
+        gaps = self._gaps
+        if gaps is None or not gaps.pending:
+            return False
+        began = time.monotonic()
+        if self._waiting and began < self._gap_due:
+            return False
+        gaps.step()
+        self.last_progress = now = time.monotonic()
+        self._gap_due = now + _GAP_SHARE * (now - began)
+        return True
+
     def _await_items(self, idle: bool) -> bool:
-        """Sleep until there is something to cut; False when stopping with nothing left. Holds the lock."""
+        """Sleep until there is something to cut, or a gap has work; False when stopping with nothing left.
+
+        Holds the lock.
+        """
         idle = idle or not self._waiting
         while not self._waiting:
             if self._stopping:
                 return False
+            if self._gaps is not None and self._gaps.pending:
+                return True
             self._changed.wait()
         if self._idle_wait and (idle or self._shares_cores):
             self._await_company()

@@ -21,6 +21,7 @@ from service.images import ImageDecoder, ImageLimits
 from service.label_sets import LabelSets, Registered, load_built_in
 from service.label_stores import FileStore, RedisStore, Store
 from service.plans import Plans, check_head, parse_defence
+from service.probe_ledger import Ledger
 from service.redis_link import RedisLink
 from service.runtime import ServedEncoder, load_served_encoder, use_threads
 from service.schemas import Options
@@ -81,6 +82,12 @@ class Service:
         ]
         images, features, scores, banks = self._caches
         classifiers = Classifiers(banks, settings.text_cache_bytes // 2)
+        self.probes = Ledger(
+            self._link,
+            settings.redis_prefix,
+            settings.redis_mac_key.get_secret_value().encode(),
+            settings.probe_ttl_seconds,
+        )
         self.answers = Answers(self.decoder, images, features, scores, classifiers)
 
     async def start(self) -> None:
@@ -96,6 +103,12 @@ class Service:
             self.state = "draining"
         telemetry.READY.set(0)
 
+    def end_probes(self) -> None:
+        """Have every probe end with what it knows, so that whoever waits for it is answered before the end."""
+        for served in self.served.values():
+            if served.prober is not None:
+                served.prober.stop()
+
     async def stop(self) -> None:
         """Finish what is queued and let everything go."""
         self.drain()
@@ -107,6 +120,7 @@ class Service:
             task.cancel()
         for served in self.served.values():
             await served.stop()
+        await self.probes.close()
         self.decoder.close()
         for cache in self._caches:
             await cache.flush()
@@ -195,6 +209,8 @@ class Service:
             max_queue=settings.max_queue,
             idle_wait_ms=settings.idle_wait_ms,
             defence=self._defences.get(name),
+            most_probes=settings.max_probes if settings.probes else 0,
+            quantum_ms=settings.probe_quantum_ms,
             images_expected=lambda: self.decoder.flowing,
             observe=telemetry.observe_batch,
         )
@@ -217,6 +233,7 @@ class Service:
                 return
             self.served[name] = served
             telemetry.watch_encoder(served)
+            telemetry.watch_prober(served)
         if self.state == "loading":
             self.state = "ready"
             telemetry.READY.set(1)

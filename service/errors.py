@@ -81,6 +81,13 @@ class LabelSetReadOnly(lib.Conflict):
     title = "The label set is read-only"
 
 
+class ProbeNotFound(lib.NotFound):
+    """No probe of this id is known: it never was, or it has been forgotten since its end."""
+
+    code = "probe-not-found"
+    title = "There is no such probe"
+
+
 class TooManyLabelSets(lib.Conflict):
     """As many label sets are registered as the service keeps; delete one, or put a new version of one."""
 
@@ -127,6 +134,7 @@ STATUS: dict[type[lib.IronclipError], int] = {
     MediaTypeUnsupported: 415,
     ContentEncodingUnsupported: 415,
     RouteNotFound: 404,
+    ProbeNotFound: 404,
     MethodNotAllowed: 405,
     LabelSetReadOnly: 409,
     TooManyLabelSets: 409,

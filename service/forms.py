@@ -186,12 +186,12 @@ def _fields(items: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Form fields or query parameters as the JSON form has them: lists where a field may repeat."""
     fields: dict[str, Any] = {}
     for name, value in items:
-        if name in ("labels", "templates", "texts"):
+        if name in ("labels", "templates", "texts", "eps", "artefacts"):
             fields.setdefault(name, []).append(value)
         elif name in fields:
             raise RequestInvalid(f"The field {name[:60]!r} came more than once.")
         else:
-            fields[name] = _object(name, value) if name in ("defence", "tree") else value
+            fields[name] = _object(name, value) if name in ("defence", "tree", "gallery") else value
     templates = fields.get("templates")
     if templates is not None and len(templates) == 1 and "{}" not in templates[0]:
         fields["templates"] = templates[0]  # the name of a list of templates

@@ -18,7 +18,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_jso
 from pydantic_core import core_schema
 
 from service import answer_schemas as answers
-from service import schemas
+from service import probe_schemas, schemas
 from service.errors import PROBLEM_JSON, problem_types
 
 Json = dict[str, Any]
@@ -44,6 +44,11 @@ _MODELS: tuple[type[BaseModel], ...] = (
     answers.LabelSetSummary,
     answers.LabelSetStored,
     answers.SampleList,
+    probe_schemas.ProbeRequest,
+    probe_schemas.ProbeFields,
+    probe_schemas.ProbeAnswer,
+    probe_schemas.ProbeStarted,
+    probe_schemas.ProbeStanding,
     answers.Status,
     schemas.OpenAIEmbeddingRequest,
     answers.OpenAIEmbeddingResponse,
@@ -74,6 +79,7 @@ class _Operation:
     body: str = ""
     options: type[BaseModel] | None = None
     created: bool = False
+    accepted: Json | None = None
     headers: Json = field(default_factory=dict)
     parameters: list[Json] = field(default_factory=list)
     openai: bool = False
@@ -122,9 +128,12 @@ def _complete(item: Json, operation: _Operation, definitions: Json) -> None:
     item["responses"] = {"200": answer}
     if operation.created:
         item["responses"]["201"] = {**answer, "description": "The name is new."}
+    if operation.accepted is not None:
+        content = {"application/json": {"schema": operation.accepted}}
+        item["responses"]["202"] = {**answer, "description": "It goes on by itself.", "content": content}
     if item["operationId"] in ("getLabelSet", "getSample"):
         item["responses"]["304"] = {"description": "Not changed since (If-None-Match)."}
-    if item["operationId"] == "deleteLabelSet":
+    if item["operationId"] in ("deleteLabelSet", "cancelProbe"):
         item["responses"] = {"204": {"description": "It is gone."}}
     if item["operationId"] == "readyz":
         item["responses"]["503"] = {**answer, "description": "Not now; the reason is in the body."}
@@ -186,6 +195,22 @@ def _operations() -> dict[str, _Operation]:
             parameters=[_header("If-None-Match", "ETags known.")],
             answer_type="image/*",
         ),
+        "attackProbe": _Operation(
+            {"anyOf": [_ref("ProbeAnswer"), _OBJECT]},
+            _READS,
+            "ProbeRequest",
+            probe_schemas.ProbeFields,
+            accepted=_ref("ProbeStarted"),
+            parameters=[*timeout, _header("Prefer", "`respond-async`: answer 202 at once.")],
+        ),
+        "getProbe": _Operation(_ref("ProbeStanding"), (404, 500)),
+        "cancelProbe": _Operation({}, (404, 500)),
+        "followProbe": _Operation(
+            {"type": "string"},
+            (404, 500),
+            parameters=[_header("Last-Event-ID", "Go on behind this one.")],
+            answer_type="text/event-stream",
+        ),
         "livez": _Operation(_ref("Status")),
         "readyz": _Operation(_ref("Status")),
         "metrics": _Operation({"type": "string"}, answer_type="text/plain"),
@@ -218,7 +243,7 @@ def _flat(options: Json) -> Json:
         description = {"description": schema["description"]} if "description" in schema else {}
         if name in ("labels", "templates"):
             flat[name] = {"type": "array", "items": {"type": "string", "minLength": 1}, **description}
-        elif name in ("tree", "defence"):
+        elif name in ("tree", "defence", "gallery"):
             flat[name] = {"type": "string", **description}
         else:
             flat[name] = {key: value for key, value in schema.items() if key != "title"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ from ironclip.textbank import TextBank
 from service.banks import Banks
 from service.batching import Batcher
 from service.dtype import choose_dtype
+from service.errors import problem
+from service.probing import Prober, measured_rows
 from service.tokenizing import Tokenizing
 
 # (tower, items, seconds, seconds that the oldest item waited)
@@ -60,6 +63,8 @@ class ServedEncoder:
         max_queue: items waiting for a tower at most.
         idle_wait_ms: see Batcher.
         defence: of requests that name none; must serve the encoder's head.
+        most_probes: that run and wait at most; 0 for an encoder that is not probed.
+        quantum_ms: see `IRONCLIP_PROBE_QUANTUM_MS`.
         images_expected: says whether pictures are being decoded at the moment.
         observe: called after each batch, in the worker's thread.
     """
@@ -74,11 +79,15 @@ class ServedEncoder:
         max_queue: int = 512,
         idle_wait_ms: float = 2.0,
         defence: Defence | None = None,
+        most_probes: int = 0,
+        quantum_ms: float = 0.0,
         images_expected: Callable[[], bool] | None = None,
         observe: BatchObserver | None = None,
     ) -> None:
         self.name = name
         self.encoder, self.dtype_report = choose_dtype(encoder, dtype)
+        # Gradients are taken in float32, whatever is served: a probe's number must not be the dtype's.
+        self.attacked = self.encoder if self.encoder.dtype == torch.float32 else encoder.served(torch.float32)
         # Served weights do not change; the encoder's own property would look at every tensor at each request.
         self.digest = self.encoder.digest
         self.max_batch = max_batch
@@ -94,7 +103,11 @@ class ServedEncoder:
             shares_cores=self.encoder.device.type == "cpu",
             on_batch=self._observer("image"),
             cost=lambda job: job.defence.cost,
+            gaps=self,
         )
+        self.prober: Prober | None = None
+        self.probe_report: dict[str, float] = {}
+        self._most_probes, self._quantum = most_probes, quantum_ms / 1000
         self.texts: Batcher[Tensor, Tensor] = Batcher(
             f"{name} text",
             self._run_texts,
@@ -122,6 +135,16 @@ class ServedEncoder:
         """Seconds since a worker that has work last moved."""
         return max(self.images.stalled_seconds, self.texts.stalled_seconds)
 
+    @property
+    def pending(self) -> bool:
+        """Whether a probe wants a gap between batches."""
+        return self.prober is not None and self.prober.pending
+
+    def step(self) -> None:
+        """Run a piece of a probe."""
+        if self.prober is not None:
+            self.prober.step()
+
     def start(self) -> None:
         """Warm up every batch size that is a power of two, and start the workers; blocks until done."""
         side, size = self.encoder.resolution, 1
@@ -131,12 +154,34 @@ class ServedEncoder:
                 self.encoder.encode_image(to_float(blank))
                 size *= 2
             self.encoder.encode_text(["warm"])
+        if self._most_probes:
+            self._prepare_probes()
         self.images.start()
         self.texts.start()
 
+    def _prepare_probes(self) -> None:
+        """Find how much of a probe fits into the quantum, which is fixed from here on."""
+        side = self.encoder.resolution
+        blank = torch.zeros(self.max_batch, 3, side, side, device=self.encoder.device)
+        began = time.perf_counter()
+        with torch.inference_mode():
+            self.encoder.encode_image(blank).cpu()
+        quantum = self._quantum or 1.5 * (time.perf_counter() - began)
+        rows, seconds = measured_rows(self.attacked, quantum)
+        self.prober = Prober(rows, most=self._most_probes, wake=self.images.nudge, describe=problem)
+        self.probe_report = {
+            "quantum_ms": round(1000 * quantum, 2),
+            "rows": rows.gradient,
+            "piece_ms": round(1000 * seconds, 2),
+        }
+
     async def stop(self, drain: bool = True) -> None:
-        """Stop the workers; with `drain`, after what waits has been run."""
+        """Stop the workers; with `drain`, after what waits has been run. Probes end with what they know."""
         self.tokens.stop()
+        if self.prober is not None and self.alive:
+            self.prober.stop()
+            while self.prober.pending and self.images.alive:
+                await asyncio.sleep(0.01)
         await asyncio.gather(self.images.stop(drain), self.texts.stop(drain))
 
     async def encode_images(self, pixels: Sequence[Tensor], defence: Defence) -> list[Tensor | Exception]:

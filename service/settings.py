@@ -92,6 +92,26 @@ class Settings(BaseSettings):
         le=1024,
         description="What a defence may cost for one picture at most, in forwards of the image tower (COLA: views).",
     )
+    probes: bool = Field(default=True, description="Whether `/attack-probe` is there.")
+    max_probes: int = Field(
+        default=64, ge=1, le=100_000, description="Probes that run and wait at most; more are answered 429."
+    )
+    probe_max_seconds: float = Field(
+        default=60.0, gt=0, le=86_400, description="Wall clock that one probe may ask for, in seconds."
+    )
+    probe_max_gradients: int = Field(
+        default=200_000, ge=1, le=1_000_000_000, description="Gradient steps that one probe may ask for."
+    )
+    probe_quantum_ms: float = Field(
+        default=0.0,
+        ge=0,
+        le=60_000,
+        description="How long a piece of a probe's work may keep a classification waiting; 0: one and a half times "
+        "a full batch of classifications, measured at start.",
+    )
+    probe_ttl_seconds: int = Field(
+        default=600, ge=1, le=86_400, description="How long an ended probe can still be asked for."
+    )
     request_timeout_ms: int = Field(
         default=30_000,
         ge=10,

@@ -40,6 +40,9 @@ DROPPED = Counter("ironclip_dropped", "Requests given up before an answer.", ["r
 DECODE_REJECTS = Counter("ironclip_decode_rejects", "Images refused, by the problem's code.", ["reason"])
 CACHE = Counter("ironclip_cache", "Look-ups in the caches.", ["cache", "result"])
 CACHE_BYTES = Gauge("ironclip_cache_bytes", "Bytes held in this process.", ["cache"])
+PROBES = Counter("ironclip_probes", "Probes ended.", ["outcome"])
+PROBE_STEPS = Counter("ironclip_probe_steps", "Queries of probes answered, a draw counting as one.")
+PROBES_RUNNING = Gauge("ironclip_probes_running", "Probes that run or wait.", ["encoder"])
 REDIS_UP = Gauge(
     "ironclip_redis_up", "1 while Redis answers, 0 while it is left alone (circuit open), NaN where there is none."
 )
@@ -84,6 +87,13 @@ def watch_encoder(served: ServedEncoder) -> None:
             (STALLED, "stalled_seconds"),
         ):
             gauge.labels(served.name, tower).set_function(partial(getattr, queue, value))
+
+
+def watch_prober(served: ServedEncoder) -> None:
+    """Let the number of an encoder's probes be read whenever the metrics are."""
+    prober = served.prober
+    if prober is not None:
+        PROBES_RUNNING.labels(served.name).set_function(lambda: prober.running)
 
 
 class Stages:

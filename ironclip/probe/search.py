@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -218,16 +219,14 @@ class Probe:
         lane.state, lane.run = "held", None
 
     def _retire(self) -> None:
-        """Lanes beyond the smallest broken radius are broken by its picture."""
-        broken = self.broken_at
-        if broken is None:
-            return
-        source = self.lanes[broken]
-        for lane in self.lanes.values():
-            if lane.eps > broken and lane.state != "broken":
-                lane.state, lane.run, lane.picture, lane.found_by = "broken", None, source.picture, source.found_by
-                if source.lowest <= lane.lowest or lane.said is None:
-                    lane.lowest, lane.said = source.lowest, source.said
+        """A picture of one radius lies in every larger ball: what it does, they do."""
+        lanes = sorted(self.lanes.values(), key=lambda lane: lane.eps)
+        for smaller, lane in pairwise(lanes):
+            if smaller.state == "broken" and lane.state != "broken":
+                lane.state, lane.run, lane.picture, lane.found_by = "broken", None, smaller.picture, smaller.found_by
+                lane.lowest, lane.said = smaller.lowest, smaller.said
+            elif smaller.lowest < lane.lowest and (smaller.state == "broken") == (lane.state == "broken"):
+                lane.lowest, lane.said = smaller.lowest, smaller.said
 
     def _next_stage(self) -> bool:
         """Open the lanes of the next stage; False when there is none."""

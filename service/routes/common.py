@@ -76,6 +76,11 @@ class Deadline:
         self._end = time.monotonic() + self.milliseconds / 1000
         self._request = request
 
+    @property
+    def seconds_left(self) -> float:
+        """Until the time is up."""
+        return max(0.0, self._end - time.monotonic())
+
     @contextmanager
     def receiving(self) -> Iterator[None]:
         """Read the body inside: it has to arrive in time too. Raises DeadlineExceeded."""

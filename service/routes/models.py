@@ -84,6 +84,7 @@ def describe(served: ServedEncoder) -> dict[str, Any]:
         "logit_scale": round(float(encoder.logit_scale), 4),
         "default_templates": list(encoder.default_templates),
         "defence": {"name": served.defence.name, **served.defence.options()},
+        "probe": served.probe_report,
         "device": str(encoder.device),
         "dtype_report": served.dtype_report.to_json(),
         "preprocessing": {"digest": encoder.preprocessing.digest, **asdict(encoder.preprocessing)},

@@ -1,0 +1,299 @@
+"""`/attack-probe` and `/probes`: how easily is the decision that is served fooled?"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import torch
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from ironclip.classifier import Classifier
+from ironclip.errors import InputTooLarge, NotReady, OptionError
+from ironclip.probe import Probe, ProbeOptions, Target, VectorTarget, estimate, position
+from service.answers import Item
+from service.decisions import Plan
+from service.errors import RequestInvalid
+from service.forms import read_ask
+from service.probe_schemas import ProbeFields, ProbeRequest
+from service.probing import ENDS, Event, Job, Prober
+from service.routes.classify import check_size
+from service.routes.common import Deadline, json_response, service_of, stages_of
+from service.schemas import Options
+from service.settings import Settings
+
+router = APIRouter(tags=["probes"])
+
+# Kept back of the request's time, for the answer of a probe that ends because it is up.
+_LAST_SECONDS = 0.5
+_HEARTBEAT = 15.0
+# A probe of a vector without a label set needs some label for its Classifier; nothing is chosen.
+_NO_LABELS = ["picture"]
+
+
+@router.post("/attack-probe", operation_id="attackProbe", summary="Attack a decision")
+async def attack_probe(request: Request) -> Response:
+    """At which perturbation does this decision break? The very decision that is served is attacked, defence included.
+
+    Give the picture and the labels as for a classification; everything else has a default. The answer has a point for
+    each radius that was tried and the bracket `[robust_to, broken_at]`. It is empirical: not a certificate. With
+    `Prefer: respond-async` the answer is 202 and the probe is found at `/probes/{id}`.
+    """
+    service, stages = service_of(request), stages_of(request)
+    deadline = Deadline(request)
+    with deadline.receiving():
+        ask = await read_ask(request, ProbeRequest, ProbeFields, service.image_limits, 1)
+    fields = ask.options
+    options = probe_options(fields, service.settings)
+    if len(ask.pictures) != 1:
+        raise RequestInvalid("Give one image: a probe is about one decision.")
+
+    async def prepare() -> tuple[Prober, Job | None, dict[str, Any]]:
+        if ask.pictures[0].error is not None:
+            raise ask.pictures[0].error
+        plan = await service.plan(_decision(fields), ask.size)
+        check_size(plan, 1, 1)
+        prober = plan.served.prober
+        if prober is None:
+            raise NotReady("This encoder is not probed.")
+        options.attacks(targeted=fields.target is not None, vector=fields.objective == "embedding")
+        if fields.dry_run:
+            return prober, None, estimate(options, plan.defence.cost)
+        item = await service.answers.pixels(plan.served, ask.pictures[0], stages)
+        with stages.time("labels"):
+            classifier = await service.answers.classifiers.get(plan)
+            build, about = await asyncio.to_thread(_attacked, plan, classifier, item, fields, options)
+        job = Job(
+            build,
+            asyncio.get_running_loop(),
+            seconds=options.seconds,
+            artefacts=tuple(fields.artefacts),
+            about=about,
+            resized=item.resized,
+        )
+        return prober, job, {}
+
+    prober, job, cost = await deadline.within(prepare())
+    if job is None:
+        return json_response({"dry_run": cost}, stages)
+    later = "respond-async" in request.headers.get("prefer", "").lower()
+    if not later:
+        job.seconds = min(job.seconds, max(0.01, deadline.seconds_left - _LAST_SECONDS))
+    prober.submit(job)
+    service.probes.add(job)
+    if later:
+        where = f"/probes/{job.id}"
+        return json_response(
+            {"id": job.id, "status": job.status, "events": f"{where}/events"},
+            status=202,
+            headers={"Location": where, "Preference-Applied": "respond-async", "Retry-After": "1"},
+        )
+    try:
+        with stages.time("model"):
+            await deadline.within(job.wait())
+    finally:
+        job.cancelled = True  # nobody waits for it any more; one that has ended stays as it is
+    if job.error is not None:
+        raise job.error
+    return json_response(dict(job.events)["done"], stages)
+
+
+@router.get("/probes/{id}", operation_id="getProbe", summary="How a probe stands")
+async def get_probe(request: Request, id: str) -> Response:
+    """Its status, the points known so far, and the answer when it is done."""
+    events = await service_of(request).probes.events(id)
+    form = standing(id, events)
+    headers = {} if form["status"] in ENDS else {"Retry-After": "1"}
+    return json_response(form, headers=headers)
+
+
+@router.delete("/probes/{id}", operation_id="cancelProbe", summary="Cancel a probe", status_code=204)
+async def cancel_probe(request: Request, id: str) -> Response:
+    """It ends with the piece that is under way; one that has ended stays as it is."""
+    await service_of(request).probes.cancel(id)
+    return Response(status_code=204)
+
+
+@router.get("/probes/{id}/events", operation_id="followProbe", summary="A probe as it goes on")
+async def follow_probe(request: Request, id: str) -> Response:
+    """Server-sent events `started`, `point`, `progress`, `artefacts`, and in the end `done`, `failed` or `cancelled`.
+
+    Whoever comes late gets all that came before; `Last-Event-ID` goes on behind that one.
+    """
+    probes = service_of(request).probes
+    await probes.events(id)  # an unknown one is a 404, not an empty stream
+    last = request.headers.get("last-event-id", "")
+    after = int(last) + 1 if last.isascii() and last.isdigit() and len(last) < 9 else 0
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_stream(probes.follow(id, after), after), media_type="text/event-stream", headers=headers)
+
+
+async def _stream(events: AsyncIterator[Event], number: int) -> AsyncIterator[str]:
+    """Events in the form of the HTML standard, with comments in long pauses, so that proxies keep the line open."""
+    waiting: asyncio.Future[Event] | None = None
+    try:
+        while True:
+            waiting = waiting or asyncio.ensure_future(anext(events))
+            done, _ = await asyncio.wait({waiting}, timeout=_HEARTBEAT)
+            if not done:
+                yield ": still here\n\n"
+                continue
+            try:
+                kind, data = waiting.result()
+            except StopAsyncIteration:
+                return
+            waiting = None
+            yield f"id: {number}\nevent: {kind}\ndata: {json.dumps(data)}\n\n"
+            number += 1
+    finally:
+        if waiting is not None:
+            waiting.cancel()
+            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
+                await waiting
+
+
+def standing(identity: str, events: list[Event]) -> dict[str, Any]:
+    """What a probe's events come to."""
+    form: dict[str, Any] = {"id": identity, "status": "queued", "points": [], "result": None, "error": None}
+    points: dict[float, dict[str, Any]] = {}
+    for kind, data in events:
+        if kind in ENDS:
+            form["status"] = kind
+            form["result"] = data if kind == "done" else None
+            form["error"] = data.get("error") if kind == "failed" else None
+        elif kind == "started":
+            form |= {"status": "running", **data}
+        elif kind == "point":
+            points[data["eps"]] = data
+        elif kind == "progress":
+            form["progress"] = data
+    form["points"] = [points[eps] for eps in sorted(points)]
+    return form
+
+
+def probe_options(fields: ProbeFields, settings: Settings) -> ProbeOptions:
+    """The library's options, within the server's limits; raises OptionError."""
+    options = ProbeOptions(
+        norm=fields.norm,
+        eps=tuple(fields.eps or ()),
+        max_eps=fields.max_eps or 0.0,
+        effort=fields.effort,
+        attack=fields.attack or "",
+        seconds=fields.seconds,
+        gradients=fields.gradients or 0,
+        draws=fields.draws,
+        seed=fields.seed,
+    )
+    for name, value, limit in (
+        ("seconds", options.seconds, settings.probe_max_seconds),
+        ("gradients", options.budget, settings.probe_max_gradients),
+    ):
+        if value > limit:
+            raise OptionError(
+                f"{value:g} {name} are asked for, at most {limit:g} are allowed here "
+                f"(IRONCLIP_PROBE_MAX_{name.upper()}).",
+                pointer=f"/{name}" if name != "gradients" or fields.gradients else "/effort",
+                limit=limit,
+            )
+    return options
+
+
+def _decision(fields: ProbeFields) -> Options:
+    """The classification that is attacked."""
+    given = fields.model_dump(include=set(Options.model_fields) - {"top_k"}, exclude_none=True)
+    if fields.objective == "embedding":
+        if fields.label is not None or fields.target is not None or fields.level is not None:
+            raise RequestInvalid("With objective embedding nothing is chosen: leave label, target and level out.")
+        if "labels" not in given and "label_set" not in given:
+            given["labels"] = _NO_LABELS
+    elif fields.cosine_below is not None or fields.gallery is not None or fields.top_k is not None:
+        raise RequestInvalid("cosine_below, gallery and top_k belong to objective embedding.")
+    registered = fields.level is not None and fields.label_set is not None
+    if fields.levels is None and (fields.tree is not None or registered):
+        given["levels"] = "rollup"
+    return Options(**given)
+
+
+def _attacked(
+    plan: Plan, served: Classifier, item: Item, fields: ProbeFields, options: ProbeOptions
+) -> tuple[Callable[[], Probe], dict[str, Any]]:
+    """What makes the probe in the worker's thread, and what its answer says beside; all is checked here.
+
+    Raises:
+        IronclipError: a label, level, gallery or vector that cannot be.
+    """
+    encoder = plan.served.attacked
+    attacked = served
+    if encoder is not served.encoder:
+        attacked = Classifier(
+            encoder,
+            plan.label_set,
+            served.bank,
+            tree=plan.tree,
+            levels=plan.levels,
+            level_banks=served.level_banks,
+            defence=plan.defence,
+        )
+    if fields.objective == "embedding":
+        target: Target = VectorTarget(
+            attacked,
+            served,
+            cosine_below=0.5 if fields.cosine_below is None else fields.cosine_below,
+            gallery=_gallery(fields, encoder.dim),
+            top_k=fields.top_k or 1,
+        )
+        if plan.defence.reads_labels and fields.label_set is None and fields.labels is None:
+            raise OptionError(
+                f"The defence {plan.defence.name!r} makes a vector from labels: give labels or a label_set.",
+                pointer="/label_set",
+            )
+    else:
+        target = Target(attacked, served, level=fields.level or "")
+    label = position(target.names, fields.label, "/label")
+    aim = position(target.names, fields.target, "/target")
+    pixels = item.pixels
+    assert pixels is not None
+    about = {
+        "encoder": plan.encoder_form,
+        "label_set": dict(plan.reference) if target.names else None,
+        "level": fields.level,
+        "defence": plan.defence_form,
+        "preprocessing": {"digest": encoder.preprocessing.digest, "warnings": item.warnings},
+    }
+
+    def build() -> Probe:
+        return Probe(target, pixels, options, label=label, target_label=aim)
+
+    return build, about
+
+
+def _gallery(fields: ProbeFields, dim: int) -> torch.Tensor | None:
+    """The gallery as unit vectors [G, dim].
+
+    Raises:
+        OptionError: vectors of another length, or without one; or top_k of more than there are.
+        InputTooLarge: too many.
+    """
+    if fields.gallery is None:
+        if fields.top_k is not None:
+            raise RequestInvalid("top_k is of a gallery: give one.")
+        return None
+    rows = fields.gallery
+    if len(rows) > 10_000:
+        raise InputTooLarge(f"A gallery of {len(rows)} vectors; at most 10000 fit.", pointer="/gallery", limit=10_000)
+    for i, row in enumerate(rows):
+        if len(row) != dim:
+            raise OptionError(f"A vector of {len(row)} numbers; this encoder's have {dim}.", pointer=f"/gallery/{i}")
+    vectors = torch.tensor(rows, dtype=torch.float32)
+    lengths = vectors.norm(dim=1, keepdim=True)
+    if not bool((lengths.isfinite() & (lengths > 0)).all()):
+        raise OptionError("A vector of the gallery has no direction.", pointer="/gallery")
+    if len(rows) <= (fields.top_k or 1):
+        raise OptionError("The gallery needs more vectors than top_k, or nothing can change.", pointer="/top_k")
+    unit: torch.Tensor = vectors / lengths
+    return unit
