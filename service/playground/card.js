@@ -4,6 +4,7 @@ import { Bars } from "./bars.js";
 import { drawCurve, keyOf } from "./curve.js";
 import { el, svg } from "./dom.js";
 import { Figures } from "./figures.js";
+import { FIRST_EPS } from "./state.js";
 import { count, percent, reading, standing, trim, verdict } from "./words.js";
 
 const EMPTY = { clean: null, label: null, points: [], robustTo: null, brokenAt: null, latest: null, status: null };
@@ -13,7 +14,7 @@ export class Card {
   constructor(model, peers) {
     this.model = model;
     this.peers = peers; // all cards' curves, this one's among them: () => [Card]
-    this.maxEps = 8;
+    this.maxEps = FIRST_EPS;
     this.run = { ...EMPTY, state: "idle" };
     this.build();
   }

@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { byId, el } from "./dom.js";
-import { parseLabels } from "./state.js";
+import { FIRST_EPS, FIRST_SET, parseLabels } from "./state.js";
 import { budget, standing } from "./words.js";
 
 const MOST_DATALIST = 500;
@@ -52,11 +52,13 @@ export class Controls {
   /** Put a state (as in the page's address) into the fields; what it does not say gets its default. */
   async set(state) {
     byId("labels").value = (state.labels ?? this.offer.labels).join(", ");
-    choose("label-set", state.set ?? "");
+    // Many labels are the harder question: a list of a few is left only by a large change.
+    const whole = this.offer.labelSets.some(({ name }) => name === FIRST_SET) ? FIRST_SET : "";
+    choose("label-set", state.set ?? (state.labels ? "" : whole));
     choose("defence", state.defence ?? "none");
     choose("effort", state.effort ?? "quick");
     byId("truth").value = state.truth ?? "";
-    byId("max-eps").value = state.eps ?? 8;
+    byId("max-eps").value = state.eps ?? FIRST_EPS;
     this.showEps();
     const { models, defaultName } = this.offer;
     const known = (state.encoders ?? []).filter((name) => models.some((model) => model.name === name));

@@ -2,6 +2,8 @@
 
 export const EFFORTS = ["quick", "standard", "thorough"];
 export const MOST_EPS = 32;
+export const FIRST_EPS = 16;
+export const FIRST_SET = "emoji";
 const LIST = ["labels", "encoders"];
 const TEXT = ["sample", "set", "truth", "defence", "effort"];
 

@@ -41,7 +41,7 @@ GIVE_FILE = """([bytes, event, kind]) => {
 
 def classified(page: Page, first: str | None = None, encoders: int = 2) -> None:
     """Wait until every column has bars, with this label on top."""
-    name = re.compile("" if first is None else re.escape(first))
+    name = re.compile("." if first is None else re.escape(first))
     for i in range(encoders):
         sync_api.expect(page.locator(".card").nth(i).locator(".bars li").first).to_contain_text(name)
 
