@@ -1,4 +1,4 @@
-"""`python -m service`: serve, or print the settings' table or the OpenAPI document."""
+"""`python -m service`: serve, probe a picture, or print the settings' table or the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import uvicorn
 
 from ironclip import __version__
 from ironclip.errors import IronclipError
-from service import telemetry
+from service import probe_command, telemetry
 from service.settings import (
     CONFIG_VARIABLE,
     Settings,
@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.command == "settings":
         print(settings_markdown() if arguments.markdown else _settings_text(), end="")
         return 0
-    overrides = {name: value for name in ("host", "port") if (value := getattr(arguments, name)) is not None}
-    if arguments.encoders is not None:
-        overrides["encoders"] = arguments.encoders
+    if arguments.command == "probe":
+        return probe_command.run(arguments)
+    overrides = {name: getattr(arguments, name) for name in ("host", "port", "encoders") if hasattr(arguments, name)}
     try:
         if arguments.command == "openapi":
             return _print_openapi()
@@ -146,19 +146,24 @@ def _parser() -> argparse.ArgumentParser:
         "`python -m service settings` lists them. Exit status: 1 the address cannot be listened on, 2 the "
         "settings cannot be used, 3 an encoder cannot be loaded.",
     )
-    parser.add_argument(
-        "command",
-        nargs="?",
-        choices=["serve", "settings", "openapi"],
-        default="serve",
-        help="serve (if none is given), list the settings, or print the OpenAPI document",
-    )
-    parser.add_argument("--host", help="over IRONCLIP_HOST")
-    parser.add_argument("--port", type=int, help="over IRONCLIP_PORT")
-    parser.add_argument("--encoders", help="over IRONCLIP_ENCODERS: name=spec with commas between")
-    parser.add_argument("--markdown", action="store_true", help="with `settings`: the table of the README")
+    _serving(parser)
     parser.add_argument("--version", action="version", version=f"ironclip {__version__}")
+    added = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    _serving(added.add_parser("serve", help="serve; also if no command is given"))
+    listed = added.add_parser("settings", help="list the settings")
+    listed.add_argument("--markdown", action="store_true", help="the table of the README")
+    added.add_parser("openapi", help="print the OpenAPI document")
+    probing = added.add_parser("probe", help="attack one decision about one picture, without a server")
+    probe_command.add_arguments(probing)
     return parser
+
+
+def _serving(parser: argparse.ArgumentParser) -> None:
+    # Suppressed defaults: those of a subcommand would overwrite what stands before it.
+    parser.add_argument("--host", help="over IRONCLIP_HOST", default=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help="over IRONCLIP_PORT", default=argparse.SUPPRESS)
+    text = "over IRONCLIP_ENCODERS: name=spec with commas between"
+    parser.add_argument("--encoders", help=text, default=argparse.SUPPRESS)
 
 
 def _settings_text() -> str:
