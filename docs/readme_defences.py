@@ -113,8 +113,8 @@ def _advice(blind: Pairs, seen: Pairs, anew: Pairs) -> str:
     left = list(dict.fromkeys([*more(seen), *more(anew)]))
     parts = []
     if more(blind):
-        parts.append(f"So it is good against pictures made for somebody else's CLIP (on {', '.join(more(blind))})")
-        parts[0] += "." if left else ", and no protection that these pictures show against somebody who knows that it is there."
+        end = "." if left else ", and no protection, as far as these pictures show, against who knows of it."
+        parts.append(f"So it is good against pictures made for somebody else's CLIP (on {', '.join(more(blind))}){end}")
     if left:
         parts.append(f"Some of it is left when the attack sees it, on {', '.join(left)}.")
     for encoder in _encoders()[1:]:

@@ -138,7 +138,7 @@ class Ladder:
 def pair_of(ours: str, theirs: str, *, clean: bool = False) -> Pair:
     """Outcomes held against outcomes picture by picture; as they are before any attack if ``clean``."""
     hits = [[one != WRONG if clean else one == HELD for one in outcomes] for outcomes in (ours, theirs)]
-    difference, interval = paired(*hits)
+    difference, interval = paired(hits[0], hits[1])
     return Pair(share(hits[0]), share(hits[1]), difference, interval, len(ours))
 
 

@@ -53,8 +53,10 @@ def _at_one_radius(ladder: Ladder, encoder: str, row: str, eps: float) -> list[s
         for other, blind in transfer.items():
             if fresh["robust"] > blind["robust"] + DRAWN:
                 lines.append(f"{TITLES['fresh']} hold {fresh['robust']} %, {TITLES[other]} {blind['robust']} %")
-    right = [{i for i, one in enumerate(c["outcomes"]) if one != WRONG} for c in (seeing | transfer).values()]
-    if right and (unsure := len(set.union(*right) - set.intersection(*right))) > CHANCE / 100 * ladder.pictures:
+    right: list[set[int]] = [
+        {i for i, one in enumerate(c["outcomes"]) if one != WRONG} for c in (seeing | transfer).values()
+    ]
+    if right and (unsure := len(set().union(*right) - right[0].intersection(*right))) > CHANCE / 100 * ladder.pictures:
         lines.append(f"{unsure} pictures are right before the attack in some cells and wrong in others")
     return lines
 
@@ -62,7 +64,8 @@ def _at_one_radius(ladder: Ladder, encoder: str, row: str, eps: float) -> list[s
 def _missed(cell: CellResult, other: CellResult) -> float:
     """Percent of the pictures that stand in one cell and are fooled in the other."""
     pairs = list(zip(cell["outcomes"], other["outcomes"], strict=True))
-    return 100 * sum(ours == HELD and theirs == FOOLED for ours, theirs in pairs) / max(1, len(pairs))
+    missed = sum(bool(ours == HELD and theirs == FOOLED) for ours, theirs in pairs)
+    return 100 * missed / max(1, len(pairs))
 
 
 def _rising(ladder: Ladder, encoder: str, row: str) -> list[str]:
