@@ -110,13 +110,19 @@ def _advice(blind: Pairs, seen: Pairs, anew: Pairs) -> str:
     def more(pairs: Pairs) -> list[str]:
         return [f"`{spec}`" for spec, pair in pairs.items() if pair is not None and pair.word == "more"]
 
-    left = list(dict.fromkeys([*more(seen), *more(anew)]))
     parts = []
     if more(blind):
-        end = "." if left else ", and no protection, as far as these pictures show, against who knows of it."
-        parts.append(f"So it is good against pictures made for somebody else's CLIP (on {', '.join(more(blind))}){end}")
-    if left:
-        parts.append(f"Some of it is left when the attack sees it, on {', '.join(left)}.")
+        known = "" if more(seen) else ", and no protection, as far as these pictures show, against who knows its draws"
+        parts.append(
+            f"So it is good against pictures made for somebody else's CLIP (on {', '.join(more(blind))}){known}."
+        )
+    if more(seen):
+        parts.append(f"Some of it is left when the attack knows its draws, on {', '.join(more(seen))}.")
+    if more(anew):
+        parts.append(
+            f"Some of it is left against our attack where nobody knows its draws, on {', '.join(more(anew))}; but a "
+            "service's seed is 0 unless settings or a request name another, and stands in every answer."
+        )
     for encoder in _encoders()[1:]:
         found = ladder.present(encoder, ladder.undefended, ladder.seeing, EPS)
         if found:

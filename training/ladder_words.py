@@ -99,9 +99,10 @@ def fresh_in_words(ladder: Ladder, encoder: str, row: str, eps: float) -> str:
     draws, base = cell["draws"]["test"], tuple(ladder.present(encoder, ladder.undefended, ladder.seeing, eps))
     return (
         f"**{named(ladder, row)} where every decision draws anew**, and the attack averages over draws: "
-        f"{cell['robust']:.1f} % in the mean of {draws} draws that it has not seen, {cell['worst']:.1f} % under all of "
-        f"them. By most of the draws {pair.ours:.1f} % stand, where `{ladder.undefended}`, which draws nothing, "
-        f"has {_than(pair)} under {listed(base)}."
+        f"{cell['robust']:.1f} % in the mean of {draws} draws that it has not seen ({cell['clean']:.1f} % before any "
+        f"attack), {cell['worst']:.1f} % under all of them. By most of the draws {pair.ours:.1f} % stand, where "
+        f"`{ladder.undefended}`, which draws nothing, has {_than(pair)} under {listed(base)}. "
+        "These are two attacks, and some of the difference may be theirs."
     )
 
 

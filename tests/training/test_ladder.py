@@ -295,7 +295,7 @@ def test_words_say_what_the_intervals_say(tmp_path: Path) -> None:
     assert "`cola` 60.0 % (the same pictures)" in spoken
     for unsaid in ("CLIPure", "draws anew", "coupling"):
         assert unsaid not in spoken
-    draws = {"draws": {"validation": 5, "test": 10}, "worst": 2.0}
+    draws = {"draws": {"validation": 5, "test": 10}, "clean": 60.0, "worst": 2.0}
     put(tmp_path, "cola", "fresh", 2.0, of(30, 30), **draws)
     put(tmp_path, "cola-product", "white-box", 2.0, of(5, 55))
     put(tmp_path, "clipure", "white-box", 2.0, of(4, 56))
