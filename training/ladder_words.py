@@ -73,7 +73,7 @@ def transfer_in_words(ladder: Ladder, encoder: str, row: str, eps: float) -> str
     if not parts:
         return ""
     return (
-        f"**{named(ladder, row)} under transfer**, examples made on the undefended encoder as in the papers: "
+        f"**{named(ladder, row)} under transfer**, examples made on the undefended encoder: "
         f"{'; '.join(parts)}. These attacks do not see the defence."
     )
 
