@@ -103,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     ladder.add_argument("--rungs", nargs="*", default=[], help="only these rungs")
     ladder.add_argument("--results", type=Path, default=Path("docs/defences/cells"), help="folder of the cells")
     ladder.add_argument("--made", type=Path, default=Path("runs/defences"), help="folder of adversarial examples")
+    ladder.add_argument(
+        "--report", action="store_true", help="measure nothing; write README.md and plots beside the results' folder"
+    )
     _device(ladder)
     domain = added.add_parser("domain", help="measure and store the domain threshold of an artifact")
     domain.add_argument("--artifact", type=Path, required=True)

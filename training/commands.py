@@ -89,11 +89,18 @@ def study(arguments: argparse.Namespace) -> None:
 
 
 def defences(arguments: argparse.Namespace) -> None:
-    """Climb the ladder of attacks on defences at decision time."""
+    """Climb the ladder of attacks on defences at decision time, or report what it has found so far."""
     from training.ladder import climb, load_ladder
 
+    config = load_ladder(arguments.config)
+    if arguments.report:
+        from training.ladder_report import write_report
+
+        command = f"python -m training defences --config {arguments.config}"
+        print(write_report(config, arguments.results, arguments.results.parent, command))
+        return
     climb(
-        load_ladder(arguments.config),
+        config,
         arguments.results,
         arguments.made,
         encoders=arguments.encoders,

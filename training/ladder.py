@@ -12,7 +12,9 @@ What does not see the defence is called transfer wherever it is shown. A cell is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,14 +86,29 @@ def load_ladder(name: str) -> LadderConfig:
         OptionError: a rung, row or defence that does not exist.
     """
     config = from_mapping(LadderConfig, read_config(name, "defences"))
-    for rung in (*config.rungs, *config.only):
-        if rung not in RUNGS:
-            raise OptionError(f"{name}: there is no rung {rung!r}; there are: {', '.join(RUNGS)}")
-    for row in {row for rows in config.only.values() for row in rows} - set(config.defences):
-        raise OptionError(f"{name}: `only` names {row!r}, which is not among the defences")
-    for defence in config.defences.values():
+    _known((*config.rungs, *config.only), RUNGS, f"{name}: there is no rung")
+    for rung, rows in config.only.items():
+        if not isinstance(rows, list):
+            raise OptionError(f"{name}: only.{rung} is a list of rows, not {rows!r}")
+        _known(rows, config.defences, f"{name}: only.{rung}: there is no row")
+    for row, defence in config.defences.items():
+        if not isinstance(defence, Mapping):
+            raise OptionError(f"{name}: defences.{row} is a table with a name, not {defence!r}")
         make_defence(defence.get("name"), {key: value for key, value in defence.items() if key != "name"})
     return config
+
+
+def _known(asked: Iterable[str], there: Iterable[str], what: str) -> None:
+    """Raise OptionError for a name that is not there."""
+    names = list(there)
+    for name in asked:
+        if name not in names:
+            raise OptionError(f"{what} {name!r}; there are: {', '.join(names)}")
+
+
+def folder_of(spec: str) -> str:
+    """The name of an encoder's folder of cells: its spec, without what would lead into other folders."""
+    return re.sub(r"[^\w.@+=-]+", "-", spec).strip("-.")
 
 
 def described_labels(names: Sequence[Name]) -> LabelSet:
@@ -114,12 +131,18 @@ def climb(
 
     Args:
         config: what.
-        results: folder of the cells: ``ENCODER/ROW/RUNG-EPS.json``.
+        results: folder of the cells: ``ENCODER/ROW/RUNG-EPS.json``, ENCODER as `folder_of` has it.
         made: folder of examples, which are not kept with the results.
         encoders, rows, rungs: only these; all if empty.
         device: where.
         say: told a line now and then.
+
+    Raises:
+        OptionError: a row, rung or encoder asked for that is not in the config.
     """
+    _known(encoders, config.encoders, "There is no encoder")
+    _known(rows, config.defences, "There is no row")
+    _known(rungs, config.rungs, "There is no rung")
     names = manifest_names(read_manifest(Path(config.data)))
     label_set = described_labels(names)
     for spec in encoders or config.encoders:
@@ -137,7 +160,7 @@ def climb(
                         continue
                     if rung == "fresh" and not classifier.defence.random:
                         continue
-                    path = results / spec / row / f"{rung}-{eps:g}.json"
+                    path = results / folder_of(spec) / row / f"{rung}-{eps:g}.json"
                     say(f"{spec}, {row}, {rung} at {eps:g}/255")
                     undefended = next(iter(decisions.values()))
                     _cell(classifier, undefended, sample, rung, ThreatModel("linf", eps / 255), path, made, say)
@@ -163,13 +186,11 @@ def _cell(
     else:
         cell = Cell(SEEING[rung], threat)
         first = None
-        if rung == "autoattack":
-            before = Cell(SEEING["ensemble"], threat)
-            first = measure(
-                classifier, sample, before, path.with_name(path.name.replace(rung, "ensemble")), progress=say
-            )
         # Views and texts of each picture are held for the backward pass.
         size = max(8, 128 // classifier.defence.view_count)
+        if rung == "autoattack":
+            before, beside = Cell(SEEING["ensemble"], threat), path.with_name(path.name.replace(rung, "ensemble"))
+            first = measure(classifier, sample, before, beside, batch_size=size, progress=say)
         measure(classifier, sample, cell, path, after=first, batch_size=size, progress=say)
 
 
@@ -222,8 +243,6 @@ def answered(classifier: Classifier, pixels: torch.Tensor, labels: torch.Tensor)
 
 def results_of(folder: Path) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
     """Encoder -> row -> ``RUNG-EPS`` -> its finished cell."""
-    import json
-
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*/*/*.json")):
         if not path.name.endswith(".partial.json"):

@@ -56,7 +56,7 @@ def test_curl_commands_get_answers(service_url: str) -> None:
         assert result.returncode == 0, f"{block}\n{result.stdout}{result.stderr}"
         answers += [json.loads(answer) for answer in result.stdout.split("@@@") if answer.strip()]
     best = [answer["predictions"][0]["label"] for answer in answers if "predictions" in answer]
-    assert best == ["carrot", "penguin", "guitar"]
+    assert best == ["carrot", "penguin", "guitar", "octopus"]
 
 
 def test_python_blocks_run(
