@@ -1,8 +1,8 @@
 """What COLA costs beyond its forwards: `python -m benchmarks.cola`.
 
 The aim: making the views and deciding from their features takes at most 3 % of the float32 forwards and 10 % of the
-bfloat16 ones on a CPU (2 % on a GPU), for ViT-B/32, 1,000 labels of 50 texts, batches of 32, ten iterations. All parts are
-timed in turn in one run, and the best round of each counts.
+bfloat16 ones on a CPU (2 % on a GPU), for ViT-B/32, 1,000 labels of 50 texts, batches of 32, ten iterations. All parts
+are timed in turn in one run, and the best round of each counts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from ironclip.defences.cola import Cola
 from ironclip.defences.transport import transport_cost
 from ironclip.loading import pick_device
 from ironclip.textbank import TextBank
-from loadtests.machine import describe
 from training.provenance import commit, device_name
 
 AIMS = {"float32": 0.03, "bfloat16": 0.10}
@@ -49,7 +48,9 @@ def random_bank(labels: int, texts: int, dim: int, device: torch.device) -> Text
     features = normalize(torch.randn(labels * texts, dim, generator=generator), dim=-1)
     weights = normalize(features.view(labels, texts, dim).mean(1), dim=-1)
     counts = torch.stack([torch.ones(labels), torch.full((labels,), texts - 1.0)], 1).long()
-    bank = TextBank("", "", True, weights, torch.ones(labels), features, torch.arange(len(features)), counts, weights[0])
+    bank = TextBank(
+        "", "", True, weights, torch.ones(labels), features, torch.arange(len(features)), counts, weights[0]
+    )
     return bank.to(device)
 
 
@@ -79,7 +80,9 @@ def _rounds(
 
 
 @torch.inference_mode()
-def measure(model: str, labels: int, texts: int, views: int, batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
+def measure(
+    model: str, labels: int, texts: int, views: int, batch: int, rounds: int, device: torch.device
+) -> dict[str, Any]:
     """Milliseconds a picture of every part, and shares of the forwards."""
     towers = {
         name: open_clip.create_model(model, precision="fp32").visual.eval().to(device, getattr(torch, name))
@@ -91,11 +94,14 @@ def measure(model: str, labels: int, texts: int, views: int, batch: int, rounds:
     generator = torch.Generator().manual_seed(1)
     pixels = torch.rand(batch, 3, side, side, generator=generator).to(device)
     features = torch.randn(batch, views, dim, generator=generator).to(device)
-    cola = {name: Cola(views=views, coupling=name) for name in ("sinkhorn", "product")}  # type: ignore[arg-type]
+    cola = {name: Cola(views=views, coupling=name) for name in ("sinkhorn", "product")}
     state = cola["sinkhorn"].prepare(bank)
     many = torch.rand(batch * views, 3, side, side, generator=generator).to(device)
     cost = 0.7 + 0.2 * torch.rand(batch, views, labels, texts, generator=generator).to(device)
-    a, b = torch.full((batch, views), 1 / views, device=device), torch.full((batch, labels, texts), 1 / texts, device=device)
+    a, b = (
+        torch.full((batch, views), 1 / views, device=device),
+        torch.full((batch, labels, texts), 1 / texts, device=device),
+    )
     flat = cost.permute(0, 2, 1, 3).reshape(batch * labels, views, texts)
     wide = a[:, None].expand(-1, labels, -1).reshape(-1, views).contiguous()
     parts: dict[str, Callable[[], object]] = {
@@ -144,7 +150,7 @@ def main() -> None:
         "iterations": Cola().iterations,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "machine": describe(),
+        "torch": torch.__version__,
         "commit": commit(),
         "batches": found,
     }

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from ironclip.attacks import ThreatModel
 from ironclip.classifier import Classifier
 from ironclip.defences import make_defence
+from ironclip.defences.cola import Cola
 from ironclip.errors import OptionError
 from ironclip.labels import Label, LabelSet
 from ironclip.loading import load_encoder
@@ -181,7 +182,9 @@ def _cell(
         measure_transfer(classifier, undefended, sample, Cell(attack, threat, options), path, made, say=say)
     elif rung == "fresh":
         source = Cell("apgd-ce", threat)
-        candidates = [examples(undefended, sample, source, made, progress=say)]
+        sources = [undefended, classifier, *surrogates(classifier)]
+        size = max(8, 128 // classifier.defence.view_count)
+        candidates = [examples(one, sample, source, made, batch_size=size, progress=say) for one in sources]
         measure_fresh(classifier, sample, Cell("eot-pgd", threat), path, candidates=candidates, progress=say)
     else:
         cell = Cell(SEEING[rung], threat)
@@ -192,6 +195,20 @@ def _cell(
             before, beside = Cell(SEEING["ensemble"], threat), path.with_name(path.name.replace(rung, "ensemble"))
             first = measure(classifier, sample, before, beside, batch_size=size, progress=say)
         measure(classifier, sample, cell, path, after=first, batch_size=size, progress=say)
+
+
+def surrogates(classifier: Classifier) -> list[Classifier]:
+    """Smoother decisions near a defended one, whose adversarial pictures the attack on fresh draws tries too.
+
+    For crops: the mean over three times as many, drawn otherwise, without transport, projection or weights.
+    """
+    defence = classifier.defence
+    if not isinstance(defence, Cola) or defence.views == 1:
+        return []
+    smooth = replace(
+        defence, views=3 * defence.views, coupling="product", projection="none", weights="uniform", seed=77
+    )
+    return [Classifier(classifier.encoder, classifier.label_set, classifier.bank, defence=smooth)]
 
 
 def measure_transfer(

@@ -17,15 +17,17 @@ from torch.nn.functional import normalize, pad
 
 from ironclip.defences.contract import Encode, HeadRule, check_choice, check_number
 from ironclip.defences.crops import crops
-from ironclip.defences.transport import COUPLINGS, Coupling, transport_cost
+from ironclip.defences.transport import COUPLINGS, MIDDLE, Coupling, kernel_cost, transport_cost
 from ironclip.errors import OptionError
 from ironclip.textbank import TextBank
 
-# Elements of one cost tensor at most while deciding without gradients; 4 bytes each, about three of them alive.
-_CHUNK = 1 << 23
+# Elements of one cost tensor at most while deciding without gradients, on a CPU and elsewhere: a CPU's cache holds few.
+_CHUNK = 1 << 20
 # The exact coupling is one linear program a label and picture, half a millisecond each.
 _MOST_EXACT = 2000
 _LEAST_EPSILON = 0.05
+_GPU_CHUNK = 1 << 26
+_MOST_RAISED = 80.0
 # Elements of the texts laid out label by label at most; beyond, the distinct texts are kept and gathered.
 _LAID_OUT = 1 << 26
 
@@ -41,6 +43,7 @@ class Bank:
         columns: int64 [K, M], each label's texts; T where a label has fewer. None where the texts are laid out label by
             label, T = K M.
         mask: bool [K, M], which are there.
+        full: whether all are.
         centres: mean of each label's texts, [K, dim] (z-bar of equation 6).
     """
 
@@ -49,6 +52,7 @@ class Bank:
     basis: Tensor | None
     columns: Tensor | None
     mask: Tensor
+    full: bool
     centres: Tensor
 
     def by_label(self, values: Tensor) -> Tensor:
@@ -174,11 +178,12 @@ class Cola:
                 # A text of two labels twice, and zeros where there is none: a product is quicker than a gathering.
                 texts, laid_out = pad(texts, (0, 0, 0, 1))[columns.flatten()], True
             projected = texts if basis is None else texts @ basis
-        return Bank(texts, projected, basis, None if laid_out else columns, mask, centres)
+        return Bank(texts, projected, basis, None if laid_out else columns, mask, bool(mask.all()), centres)
 
     def logits(self, features: Tensor, bank: TextBank, state: Bank, head: HeadRule) -> Tensor:
         """[N, views, dim] -> [N, K]: tau (1 - d), d the transport cost of equation 7."""
-        size = max(1, _CHUNK // (self.views * state.mask.numel()))
+        chunk = _CHUNK if features.device.type == "cpu" else _GPU_CHUNK
+        size = max(1, chunk // (self.views * state.mask.numel()))
         if torch.is_grad_enabled() and features.requires_grad:
             size = len(features)
         scale = head.scale
@@ -195,12 +200,20 @@ class Cola:
             # By bilinearity one mean view does for all: N times less work than the costs.
             mean = (a[..., None] * directions).sum(1)
             distance = 1 - torch.linalg.vecdot(state.by_label(mean @ state.projected.T), b)
+        elif self.coupling == "sinkhorn" and state.columns is None and not torch.is_grad_enabled():
+            distance = kernel_cost(self._kernel(directions, state), a, b, self.epsilon, self.iterations)
         else:
             cost = 1 - state.by_label(directions @ state.projected.T)
             distance = transport_cost(cost, a, b, self.coupling, epsilon=self.epsilon, iterations=self.iterations)
         factor = scale * (a * lengths).sum(1, keepdim=True) if self.calibrated else scale
         logits: Tensor = factor * (1 - distance)
         return logits
+
+    def _kernel(self, directions: Tensor, state: Bank) -> Tensor:
+        """Sinkhorn's kernel right out of the product of views and texts, [B, N, K, M]: the costs are never written."""
+        offset = directions.new_full((1,), (MIDDLE - 1) / self.epsilon)
+        logs = torch.addmm(offset, directions.flatten(0, 1), state.projected.T, alpha=1 / self.epsilon)
+        return state.by_label(logs.exp_().view(*directions.shape[:2], -1))
 
     def vector(self, features: Tensor, bank: TextBank | None, state: Bank, head: HeadRule) -> Tensor:
         """[N, views, dim] -> [N, dim]: the weighted mean of the projected views, at length 1."""
@@ -220,9 +233,11 @@ class Cola:
         if self.weights == "uniform":
             share: Tensor = state.mask / state.mask.sum(-1, keepdim=True)
             return share.expand(len(first), -1, -1)
-        own = state.by_label(scale * (first @ state.texts.T))
-        heights = -replaced_entropies(near, own) / self.temperature
-        return heights.masked_fill(~state.mask, -torch.inf).softmax(-1)
+        own = state.by_label((scale * first) @ state.texts.T)
+        heights = replaced_entropies(near, own) * (-1 / self.temperature)
+        if not state.full:
+            heights = heights.masked_fill(~state.mask, -torch.inf)
+        return heights.softmax(-1)
 
 
 def subspace(texts: Tensor, rank: int) -> Tensor:
@@ -260,11 +275,11 @@ def replaced_entropies(near: Tensor, own: Tensor) -> Tensor:
     # The best label's own weight is 1 of the sum: what is left must not be had by a subtraction.
     others = others.scatter(-1, best, weights.scatter(-1, best, 0.0).sum(-1, keepdim=True))
     moments = (weights * shifted).sum(-1, keepdim=True) - weights * shifted
-    raised = own - top[..., None]
-    peak = raised.clamp_min(0)
-    drop, weight = (-peak).exp(), (raised - peak).exp()
-    total = others.clamp_min(0)[..., None] * drop + weight
-    return total.log() + peak - (moments[..., None] * drop + weight * raised) / total
+    # A text nearer than the best label's centre by more than this is as sure as can be, and e^80 is still a float32.
+    raised = (own - top[..., None]).clamp_max(_MOST_RAISED)
+    weight = raised.exp()
+    total = weight + others.clamp_min(0)[..., None]
+    return total.log() - torch.addcmul(moments[..., None], weight, raised) / total
 
 
 def _columns(bank: TextBank, most: int) -> tuple[Tensor, Tensor]:

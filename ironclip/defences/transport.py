@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 Coupling = Literal["sinkhorn", "product", "exact"]
+# Kernels are exp((MIDDLE - cost) / epsilon): a middling cost keeps both ends of their range inside float32.
+MIDDLE = 0.5
 COUPLINGS: tuple[Coupling, ...] = ("sinkhorn", "product", "exact")
 
 
@@ -59,20 +61,33 @@ def _scalings(kernel: Tensor, a: Tensor, b: Tensor, iterations: int) -> tuple[Te
     return u, sums.reciprocal()
 
 
+def kernel_cost(kernel: Tensor, a: Tensor, b: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """`sinkhorn` from its kernel, for who can make that without the costs: without gradients.
+
+    Args:
+        kernel: ``exp((MIDDLE - cost) / epsilon)``, [B, N, K, M].
+        a, b, epsilon, iterations: as `transport_cost`.
+    """
+    u, v = _scalings(kernel, a, b, iterations)
+    return _dual(a, b, epsilon * u.log(), epsilon * v.log())
+
+
+def _dual(a: Tensor, b: Tensor, f: Tensor, g: Tensor) -> Tensor:
+    # Columns are met exactly, so the plan sums to one and the dual needs no further term.
+    value: Tensor = torch.einsum("bn,bnk->bk", a, f) + torch.linalg.vecdot(b, g) + MIDDLE
+    return value
+
+
 class _Sinkhorn(torch.autograd.Function):
     """The dual value epsilon (<a, log u> + <b, log v>) and its gradients."""
 
     @staticmethod
     def forward(ctx: Any, cost: Tensor, a: Tensor, b: Tensor, epsilon: float, iterations: int) -> Tensor:
-        # exp((c - cost) / epsilon) with a middling c keeps both ends of the range inside float32.
-        middle = 0.5
-        kernel = (cost - middle).mul_(-1 / epsilon).exp_()
+        kernel = (cost - MIDDLE).mul_(-1 / epsilon).exp_()
         u, v = _scalings(kernel, a, b, iterations)
         f, g = epsilon * u.log(), epsilon * v.log()
         ctx.save_for_backward(kernel, a, b, u, v, f, g)
-        # Columns are met exactly, so the plan sums to one and the dual needs no further term.
-        value: Tensor = torch.einsum("bn,bnk->bk", a, f) + torch.linalg.vecdot(b, g) + middle
-        return value
+        return _dual(a, b, f, g)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:
