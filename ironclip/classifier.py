@@ -112,6 +112,15 @@ class Classifier(nn.Module):
         """The labels, in the order of the logits."""
         return self.label_set.names
 
+    @property
+    def state_bytes(self) -> int:
+        """Memory of what the defence keeps beside the text banks."""
+        states = [self._state, *self._level_states.values()]
+        kept = [
+            value for state in states for value in (vars(state).values() if hasattr(state, "__dict__") else [state])
+        ]
+        return sum(value.nbytes for value in kept if isinstance(value, Tensor))
+
     def reseeded(self, seed: int) -> Classifier:
         """The same decision with other draws of the defence; shares everything with this one."""
         other = copy.copy(self)

@@ -20,6 +20,7 @@ from cachetools import LRUCache
 from ironclip.classifier import Classifier, LevelMode, bind_levels, level_label_sets
 from ironclip.defences import Defence
 from ironclip.domain import Domain
+from ironclip.hierarchy import LabelTree
 from ironclip.labels import LabelSet
 from ironclip.textbank import TextBank
 from service import telemetry
@@ -83,10 +84,19 @@ class Plan:
     @cached_property
     def comparisons(self) -> int:
         """Work of deciding one picture beside the forwards, see `Defence.comparisons`."""
+        return self.defence.comparisons(*self.table)
+
+    @cached_property
+    def table(self) -> tuple[int, int]:
+        """Labels (and nodes that are scored by prompts) that one decision compares with, and most texts of any."""
         per_label = max(len(self.label_set.templates), 1)
-        texts = sum((len(label.prompts) or per_label) + len(label.descriptions) for label in self.label_set.labels)
-        upper = sum(map(len, self.level_nodes.values())) * per_label if self.levels == "prompts" else 0
-        return self.defence.comparisons(texts + upper)
+        longest = max((len(label.prompts) or per_label) + len(label.descriptions) for label in self.label_set.labels)
+        labels = len(self.label_set)
+        if self.levels == "prompts" and self.tree is not None:
+            labels += sum(map(len, self.level_nodes.values()))
+            trees = [self.tree] if isinstance(self.tree, LabelTree) else list(self.tree.values())
+            longest = max([longest, *(len(texts) for tree in trees for texts in tree.prompts.values())])
+        return labels, longest
 
     @cached_property
     def key(self) -> bytes:
@@ -220,6 +230,37 @@ class Classifiers:
             return kept
         return await self._flight.run(plan.key, lambda: self._make(plan))
 
+    async def attacked(self, plan: Plan) -> tuple[Classifier, Classifier]:
+        """The plan's Classifier, and the same over the float32 encoder that gradients are taken of.
+
+        Raises:
+            As `get`.
+        """
+        served = await self.get(plan)
+        encoder = plan.served.attacked
+        if encoder is served.encoder:
+            return served, served
+        key = b"attacked " + plan.key
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = await asyncio.to_thread(
+                Classifier,
+                encoder,
+                plan.label_set,
+                served.bank,
+                tree=plan.tree,
+                levels=plan.levels,
+                level_banks=served.level_banks,
+                defence=plan.defence,
+            )
+            self._keep(key, kept)
+        return served, kept
+
+    def _keep(self, key: bytes, classifier: Classifier) -> None:
+        if _size(classifier) <= self._max_bytes:
+            self._kept[key] = classifier
+            telemetry.CACHE_BYTES.labels("classifiers").set(self._kept.currsize)
+
     async def _make(self, plan: Plan) -> Classifier:
         encoder = plan.served.encoder
         level_sets: dict[str, LabelSet] = {}
@@ -240,9 +281,7 @@ class Classifiers:
             level_banks=level_banks,
             defence=plan.defence,
         )
-        if _size(classifier) <= self._max_bytes:
-            self._kept[plan.key] = classifier
-            telemetry.CACHE_BYTES.labels("classifiers").set(self._kept.currsize)
+        self._keep(plan.key, classifier)
         return classifier
 
     async def _bank(self, served: ServedEncoder, label_set: LabelSet, defence: Defence) -> TextBank:
@@ -296,4 +335,6 @@ def _from_bank(bank: TextBank) -> Arrays:
 
 def _size(classifier: Classifier) -> int:
     banks = [classifier.bank, *classifier.level_banks.values()]
-    return 4096 + sum(int(getattr(bank, name).nbytes) for bank in banks for name in _BANK_SCHEMA)
+    return (
+        4096 + classifier.state_bytes + sum(int(getattr(bank, name).nbytes) for bank in banks for name in _BANK_SCHEMA)
+    )

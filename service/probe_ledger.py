@@ -25,6 +25,7 @@ from service.redis_link import RedisLink, RedisUnavailable
 _POLL = 0.25  # between looks at Redis, seconds
 _CALL = 1.0  # for one call to Redis, seconds; nobody's classification waits for it
 _MOST_EVENTS = 5_000
+_LAST_TRIES = 20  # to write how a probe ended
 
 
 class Ledger:
@@ -139,13 +140,14 @@ class Ledger:
             return bool((await pipe.execute())[-1])
 
         # The first entry says that there is such a probe, before it has begun.
-        ended = False
+        ended, tries = False, 0
         events: list[Event] = [("queued", {})]
         while True:
             with contextlib.suppress(RedisUnavailable):  # it goes on here; the others will know less
                 job.cancelled |= await link.call(write, timeout=_CALL)
                 number += len([kind for kind, _ in events if kind != "queued"])
-            if ended:
+            tries += ended
+            if ended and (number >= len(job.events) or tries > _LAST_TRIES):
                 return
             await asyncio.sleep(_POLL)
             ended, events = job.ended, job.events[number:]

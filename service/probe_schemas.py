@@ -26,7 +26,7 @@ class ProbeFields(Options):
         default="label", description="`embedding` attacks the vector itself, and needs no labels."
     )
     cosine_below: float | None = Field(
-        default=None, ge=-1, le=1, description="The vector counts as broken below this cosine with itself; 0.5."
+        default=None, ge=-1, le=0.999, description="The vector counts as broken below this cosine with itself; 0.5."
     )
     gallery: list[list[float]] | None = Field(
         default=None, description="Vectors; if given, the embedding counts as broken when its `top_k` nearest change."

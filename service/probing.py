@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
 import threading
 import time
 import uuid
@@ -74,11 +75,17 @@ class Job:
         self.error: IronclipError | None = None
         self.probe: Probe | None = None
         self.started = 0.0
+        self.deadline = math.inf  # of whoever waits, by the monotonic clock
         self._loop = loop
         self._changed = asyncio.Event()
         self._told: dict[float, tuple[str, float]] = {}
         self._best: float | None = None
         self._last = 0.0
+
+    @property
+    def overdue(self) -> bool:
+        """Whether its time is up."""
+        return time.monotonic() > min(self.started + self.seconds, self.deadline)
 
     @property
     def ended(self) -> bool:
@@ -169,6 +176,10 @@ class Job:
         self.error = error
         self.emit("failed", {"error": form})
 
+    def release(self) -> None:
+        """Let go of pictures, attacks and Classifier: what is remembered of an ended probe is its events."""
+        self.probe, self.build = None, _released
+
     def _pictures(self) -> dict[str, Any]:
         assert self.probe is not None
         found = adversarial(self.probe)
@@ -183,7 +194,7 @@ class Job:
 class _Round:
     """What is left to do until every probe has the answers it asked for."""
 
-    pieces: deque[Piece] = field(default_factory=deque)
+    pieces: deque[tuple[Piece, list[Job]]] = field(default_factory=deque)
     takes: deque[tuple[Job, list[tuple[Lane, Ask]]]] = field(default_factory=deque)
 
 
@@ -219,7 +230,8 @@ class Prober:
     @property
     def running(self) -> int:
         """Probes that run or wait."""
-        return len(self._waiting) + self._beginning + len(self._active)
+        waiting = sum(not job.cancelled for job in list(self._waiting))
+        return waiting + self._beginning + len(self._active)
 
     @property
     def backlog_seconds(self) -> float:
@@ -236,6 +248,9 @@ class Prober:
         with self._lock:
             if self._stopping:
                 raise NotReady("The service is stopping.")
+            for gone in [one for one in self._waiting if one.cancelled]:
+                self._waiting.remove(gone)
+                gone.emit("cancelled", {})
             if self.running >= self.most:
                 raise Overloaded(
                     f"{self.running} probes run and wait, at most {self.most} may (IRONCLIP_MAX_PROBES).",
@@ -260,86 +275,110 @@ class Prober:
             self._log.exception("a round of probes failed")
             jobs, self._active, self._round = self._active, [], _Round()
             for job in jobs:
-                self._fail(job, InternalError("Something went wrong in the service; its log has it."))
+                self._fail(job, _fault())
 
     def _step(self) -> None:
         work = self._round
         if self._stopping:
             self._end_all()
         elif work.pieces:
-            piece = work.pieces.popleft()
-            run(piece)
-            telemetry.PROBE_STEPS.inc(len(piece.asks))
+            piece, jobs = work.pieces.popleft()
+            # Nobody waits for it any more, or the time is up: its answers would be thrown away.
+            if not all(job.cancelled or job.overdue for job in jobs):
+                run(piece)
+                telemetry.PROBE_STEPS.inc(len(piece.asks))
         elif work.takes:
             job, answered = work.takes.popleft()
-            self._take(job, answered)
+            self._guarded(job, lambda: self._take(job, answered))
         elif self._waiting and len(self._active) < _ACTIVE:
             self._admit()
         else:
             self._begin_round()
+
+    def _guarded(self, job: Job, work: Callable[[], bool]) -> bool:
+        """Whether the probe goes on after this; one that fails is told so, alone."""
+        try:
+            going = work()
+        except IronclipError as error:
+            self._fail(job, error)
+            going = False
+        except Exception:
+            self._log.exception("a probe failed")
+            self._fail(job, _fault())
+            going = False
+        if not going:
+            if job in self._active:
+                self._active.remove(job)
+            job.release()
+        return going
 
     def _admit(self) -> None:
         with self._lock:
             job = self._waiting.popleft()
             self._beginning = 1  # it counts all the time
         try:
-            if job.cancelled:
-                job.emit("cancelled", {})
-            elif self._begun(job):
+            if self._guarded(job, lambda: self._begin(job)):
                 self._active.append(job)
         finally:
             self._beginning = 0
 
-    def _begun(self, job: Job) -> bool:
-        """Begin a probe; whether it goes on."""
-        try:
-            job.begin()
-        except IronclipError as error:
-            self._fail(job, error)
+    def _begin(self, job: Job) -> bool:
+        if job.cancelled:
+            job.emit("cancelled", {})
             return False
-        except Exception:
-            self._log.exception("a probe cannot be begun")
-            self._fail(job, InternalError("Something went wrong in the service; its log has it."))
-            return False
+        job.begin()
         assert job.probe is not None
         if job.probe.done:
             job.finish()
         return not job.probe.done
 
     def _begin_round(self) -> None:
-        for job in [job for job in self._active if job.cancelled]:
-            self._active.remove(job)
-            job.emit("cancelled", {})
-        asked = []
-        for job in self._active:
+        owners: dict[int, Job] = {}
+        asked: list[Ask] = []
+
+        def ask(job: Job) -> bool:
             assert job.probe is not None
             asks = job.probe.asks()
             self._round.takes.append((job, asks))
-            asked += [ask for _, ask in asks]
-        self._round.pieces.extend(pieces(asked, self.rows))
+            for _, one in asks:
+                owners[id(one)] = job
+                asked.append(one)
+            return True
 
-    def _take(self, job: Job, answered: list[tuple[Lane, Ask]]) -> None:
-        if job.cancelled:
-            return  # the next round drops it
+        for job in list(self._active):
+            self._guarded(job, lambda job=job: ask(job))  # type: ignore[misc]
+        for piece in pieces(asked, self.rows):
+            self._round.pieces.append((piece, [owners[id(one)] for one in piece.asks]))
+
+    def _take(self, job: Job, answered: list[tuple[Lane, Ask]]) -> bool:
         probe = job.probe
         assert probe is not None
-        probe.take(answered)
-        if not probe.done and time.monotonic() - job.started > job.seconds:
+        if job.cancelled:
+            job.emit("cancelled", {})
+            return False
+        if job.overdue:  # some of its pieces may have been left out
             probe.stop("seconds")
+        else:
+            probe.take(answered)
         if probe.done:
-            self._active.remove(job)
             job.finish()
         else:
             job.tell()
+        return not probe.done
 
     def _end_all(self) -> None:
-        jobs, self._active, self._round = self._active, [], _Round()
+        jobs, self._round = list(self._active), _Round()
         with self._lock:
             waiting, self._waiting = list(self._waiting), deque()
-        for job in jobs:
+
+        def end(job: Job) -> bool:
             assert job.probe is not None
             job.probe.stop("cancelled")
             job.finish()
+            return False
+
+        for job in jobs:
+            self._guarded(job, lambda job=job: end(job))  # type: ignore[misc]
         for job in waiting:
             self._fail(job, NotReady("The service is stopping."))
 
@@ -371,6 +410,14 @@ def _timed(encoder: Encoder, size: int) -> float:
         if pixels.is_cuda:
             torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+def _fault() -> InternalError:
+    return InternalError("Something went wrong in the service; its log has it.")
+
+
+def _released() -> Probe:
+    raise RuntimeError("the probe has ended")
 
 
 def _uri(picture: Tensor) -> str:

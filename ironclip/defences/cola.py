@@ -133,10 +133,10 @@ class Cola:
         """N forwards; what comes after them is small beside them."""
         return self.views
 
-    def comparisons(self, texts: int) -> int:
-        """Views times texts, for every look at the costs."""
+    def comparisons(self, labels: int, longest: int) -> int:
+        """Views times texts, for every look at the costs; labels with few texts cost as much as the one with most."""
         looks = {"sinkhorn": self.iterations, "product": 1, "exact": 2000}[self.coupling]
-        return self.views * texts * looks
+        return self.views * labels * min(longest, self.texts) * looks
 
     def options(self) -> dict[str, Any]:
         """All options."""
@@ -174,7 +174,7 @@ class Cola:
                 # Every text of every label counts once (a text of two labels twice), as Z of equation 3 has them.
                 counts = torch.bincount(used, minlength=len(texts))
                 basis = subspace(texts * counts.sqrt()[:, None], self.rank or texts.shape[1] // 2)
-            if mask.numel() * texts.shape[1] <= _LAID_OUT:
+            if mask.numel() <= min(2 * len(used), _LAID_OUT // texts.shape[1]):
                 # A text of two labels twice, and zeros where there is none: a product is quicker than a gathering.
                 texts, laid_out = pad(texts, (0, 0, 0, 1))[columns.flatten()], True
             projected = texts if basis is None else texts @ basis

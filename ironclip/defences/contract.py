@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
@@ -66,9 +65,9 @@ class Defence(Hashable, Protocol):
     def cost(self) -> int:
         """Work for one picture in forwards of the image tower (a backward counts two): what it is charged for."""
 
-    def comparisons(self, texts: int) -> int:
-        """Work of deciding one picture beside the forwards, against a bank of so many texts, in products of a view with
-        a text (about a nanosecond each on one core); 0 where it is not worth counting."""
+    def comparisons(self, labels: int, longest: int) -> int:
+        """Work of deciding one picture beside the forwards, in products of a view with a text (about a nanosecond each
+        on one core), against so many labels with at most so many texts each; 0 where it is not worth counting."""
 
     def options(self) -> dict[str, Any]:
         """All options with their values, for answers and cache keys."""
@@ -91,11 +90,13 @@ class Defence(Hashable, Protocol):
 
 def check_number(name: str, value: object, low: float, high: float, *, whole: bool = False) -> None:
     """Raise OptionError unless an option is a number (a whole one) in [low, high]."""
-    right = isinstance(value, int) if whole else isinstance(value, (int, float)) and math.isfinite(value)
-    if not right or isinstance(value, bool) or not low <= value <= high:  # type: ignore[operator]
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    # NaN is in no range; and an integer may have more digits than a float, or than can be printed.
+    if not number or not low <= value <= high:  # type: ignore[operator]
         kind = "a whole number" if whole else "a number"
+        shown = "one of very many digits" if isinstance(value, int) and abs(value) > 1 << 128 else repr(value)[:40]
         raise OptionError(
-            f"{name} is {kind} in {low:g} to {high:g}, not {str(value)[:40]!r}.", pointer=f"/defence/{name}", limit=high
+            f"{name} is {kind} in {low:g} to {high:g}, not {shown}.", pointer=f"/defence/{name}", limit=high
         )
 
 

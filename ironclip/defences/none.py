@@ -26,7 +26,7 @@ class NoDefence:
     view_count: ClassVar[int] = 1
     cost: ClassVar[int] = 1
 
-    def comparisons(self, texts: int) -> int:
+    def comparisons(self, labels: int, longest: int) -> int:
         """Not worth counting."""
         return 0
 

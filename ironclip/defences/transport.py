@@ -2,7 +2,8 @@
 
 Three couplings: `sinkhorn` (entropic, Cuturi 2013), `product` (no transport at all), `exact` (a linear program each, by
 POT). All three are differentiated by the envelope theorem: the gradient of an optimal value is the optimal plan with
-respect to the costs, and the potentials with respect to the weights (Danskin 1967); no iteration is unrolled.
+respect to the costs, and the potentials with respect to the weights (Danskin 1967); no iteration is unrolled. That is
+exact at the optimum: ten iterations come near enough for costs of cosines at epsilon 0.1, one or two do not.
 """
 
 from __future__ import annotations

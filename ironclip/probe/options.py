@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -59,7 +58,8 @@ class ProbeOptions:
         effort: how hard each radius is attacked.
         attack: a name of ATTACKS in place of the effort's own attacks.
         seconds: of work at most; what is known then is the answer.
-        gradients: gradient steps at most, a draw counting as one; 0 takes the effort's.
+        gradients: after so many gradient steps (a draw counting as one) no further round of queries is begun; 0 takes
+            the effort's.
         draws: what is attacked of a defence that draws: `fixed`, the very draws that are served; or `fresh`, a decision
             that draws anew each time, which counts as broken where most of some unseen draws are fooled.
         seed: of the attacks.
@@ -91,7 +91,8 @@ class ProbeOptions:
             )
         for i, eps in enumerate(self.eps):
             _between(f"eps/{i}", eps, 0, most, unit=self.unit)
-        _between("max_eps", self.max_eps, 0, most, unit=self.unit)
+        if self.max_eps:
+            _between("max_eps", self.max_eps, 1 if self.norm == "linf" else 0.01, most, unit=self.unit)
         _between("seconds", self.seconds, 0.01, 86_400)
         _between("gradients", self.gradients, 0, 10**9)
         _between("seed", self.seed, 0, 2**53)
@@ -166,11 +167,12 @@ def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _between(name: str, value: object, low: float, high: float, unit: str = "") -> None:
-    right = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not right or not low <= value <= high:  # type: ignore[operator]
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value <= high:  # type: ignore[operator]
         said = f" (in {unit})" if unit else ""
+        shown = "one of very many digits" if isinstance(value, int) and abs(value) > 1 << 128 else repr(value)[:40]
         raise OptionError(
-            f"{name.partition('/')[0]} lies in {low:g} to {high:g}{said}, not {str(value)[:40]!r}.",
+            f"{name.partition('/')[0]} lies in {low:g} to {high:g}{said}, not {shown}.",
             pointer=f"/{name}",
             limit=high,
         )

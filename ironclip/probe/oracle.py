@@ -61,8 +61,17 @@ class Ask:
         seeds: Sequence[int | None] = UNSEEN if self.seeds else (None,)
         answers = [self.target.answers(self.picture, seed) for seed in seeds]
         self.served = torch.stack(answers).mean(0)
-        votes = torch.stack([self.problem.fooled(one, self.query.items) for one in answers])
+        votes = torch.stack([self.problem.fooled(one, self.query.items) & self._says_so(one) for one in answers])
         return votes.float().mean() > 0.5
+
+    def _says_so(self, outputs: Tensor) -> Tensor:
+        """Whether the label that is answered is another one (or the target): a tie is no break if it goes well."""
+        said = outputs.argmax(1)
+        if self.problem.targets is not None:
+            return said == self.problem.targets
+        if self.problem.labels is not None:
+            return said != self.problem.labels
+        return torch.ones_like(said, dtype=torch.bool)
 
 
 def rounded(pixels: Tensor, original: Tensor, threat: ThreatModel) -> Tensor:
@@ -129,7 +138,7 @@ def pieces(asks: Sequence[Ask], rows: Rows | None = None) -> Iterator[Piece]:
         groups.setdefault(key, []).append(ask)
     for (_, defence, gradient, seeds), members in groups.items():
         fitting = rows or rows_for(members[0].target.attacked.encoder.device)
-        size = max(1, (fitting.gradient if gradient else fitting.forward) // defence.view_count)
+        size = max(1, (fitting.gradient if gradient else fitting.forward) // defence.cost)
         for start in range(0, len(members), size):
             part = tuple(members[start : start + size])
             for seed in seeds or (None,):

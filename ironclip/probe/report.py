@@ -58,7 +58,7 @@ def clean(probe: Probe, *, most: int = 5) -> dict[str, Any]:
         "label": names[order[0]],
         "score": _short(float(scores[order[0]])),
         "margin": margin,
-        "correct": not probe.wrong_as_it_is,
+        "correct": probe.said == label,
         "score_of_label": _short(float(scores[label])),
         "predictions": [{"label": names[k], "score": _short(float(scores[k]))} for k in order],
     }

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ironclip.attacks import Answer, Attack, Run, ThreatModel
+from ironclip.errors import OptionError
 from ironclip.probe.options import ProbeOptions
 from ironclip.probe.oracle import Ask
 from ironclip.probe.target import Aim, Target, VectorTarget
@@ -47,6 +48,7 @@ class Lane:
         steps, gradients: queries, and those with a gradient (a draw counting as one).
         blind: gradients that were zero everywhere.
         found_by: name of the attack that broke it.
+        decided: its attacks have once run to their end and failed.
     """
 
     eps: float
@@ -61,6 +63,7 @@ class Lane:
     gradients: int = 0
     blind: int = 0
     found_by: str = ""
+    decided: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,13 @@ class Probe:
     ) -> None:
         self.target, self.picture, self.options = target, picture, options
         self.fresh = options.draws == "fresh" and target.attacked.defence.random
+        if 0 < len(target.names) < 2:
+            raise OptionError(
+                "There is only one answer to choose from, so nothing can change: give two labels at least.",
+                pointer="/level" if target.level else "/labels",
+            )
+        if target_label is not None and target_label == label:
+            raise OptionError("The target is the true label itself: leave one of them out.", pointer="/target")
         self._attacks = options.attacks(targeted=target_label is not None, vector=target.free)
         self.clean = Clean(target.answers(picture)[0].cpu())
         self.said = int(self.clean.outputs.argmax()) if target.names else None
@@ -168,7 +178,7 @@ class Probe:
         self.exhausted = why
         for lane in self.lanes.values():
             if lane.state in ("waiting", "running"):
-                lane.state, lane.run = "unknown", None
+                lane.state, lane.run = "held" if lane.decided else "unknown", None
 
     def _advance(self, lane: Lane, ask: Ask, answer: Answer) -> None:
         run = lane.run
@@ -216,7 +226,7 @@ class Probe:
             if not lane.run.done:
                 lane.state = "running"
                 return
-        lane.state, lane.run = "held", None
+        lane.state, lane.run, lane.decided = "held", None, True
 
     def _retire(self) -> None:
         """A picture of one radius lies in every larger ball: what it does, they do."""

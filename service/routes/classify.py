@@ -29,6 +29,8 @@ _MAX_PREDICTIONS = 200_000
 _MAX_SCORES = 20_000_000
 # What deciding through a defence may cost beside the forwards: some 20 seconds of one core.
 _MAX_COMPARISONS = 20_000_000_000
+# Views times labels times the most texts of any: what is held for one picture, four bytes each and a few times over.
+_MAX_COSTS = 50_000_000
 # Writing this many predictions is left to a thread, so that it does not hold up other requests; a score that is only
 # sorted counts as a fiftieth of one that is written.
 _THREAD_PREDICTIONS = 2000
@@ -78,7 +80,7 @@ def predictions_of(plan: Plan, top_k: int) -> int:
     return min(top_k, len(plan.label_set)) + sum(min(top_k, len(nodes)) for nodes in plan.level_nodes.values())
 
 
-def check_size(plan: Plan, images: int, top_k: int) -> None:
+def check_size(plan: Plan, images: int, top_k: int, most_comparisons: int = _MAX_COMPARISONS) -> None:
     """Refuse what would take too much memory to decide or to answer.
 
     Raises:
@@ -91,13 +93,21 @@ def check_size(plan: Plan, images: int, top_k: int) -> None:
             f"{scores} scores of labels and levels over all images, at most {_MAX_SCORES} are made in one request.",
             limit=_MAX_SCORES,
         )
-    if images * plan.comparisons > _MAX_COMPARISONS:
+    labels, longest = plan.table
+    if plan.comparisons and plan.defence.view_count * labels * longest > _MAX_COSTS:
+        raise InputTooLarge(
+            f"{labels} labels with up to {longest} texts each, seen in {plan.defence.view_count} views, are more than "
+            f"{_MAX_COSTS:.2g} costs: send fewer labels, or fewer texts of the label that has most.",
+            pointer="/defence",
+            limit=_MAX_COSTS,
+        )
+    if images * plan.comparisons > most_comparisons:
         raise InputTooLarge(
             f"The defence would make {images * plan.comparisons:.2g} comparisons of views and texts, at most "
-            f"{_MAX_COMPARISONS:.2g} are made in one request: send fewer images, or ask for fewer views or texts, or "
+            f"{most_comparisons:.2g} are made in one request: send fewer images, or ask for fewer views or texts, or "
             "for the product coupling.",
             pointer="/defence",
-            limit=_MAX_COMPARISONS,
+            limit=most_comparisons,
         )
     predictions = images * predictions_of(plan, top_k)
     if predictions > _MAX_PREDICTIONS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from ironclip.classifier import Classifier
-from ironclip.errors import InputTooLarge, NotReady, OptionError
+from ironclip.errors import NotReady, OptionError
 from ironclip.probe import Probe, ProbeOptions, Target, VectorTarget, estimate, position
 from service.answers import Item
 from service.decisions import Plan
@@ -24,6 +25,7 @@ from service.probe_schemas import ProbeFields, ProbeRequest
 from service.probing import ENDS, Event, Job, Prober
 from service.routes.classify import check_size
 from service.routes.common import Deadline, json_response, service_of, stages_of
+from service.runtime import ServedEncoder
 from service.schemas import Options
 from service.settings import Settings
 
@@ -34,6 +36,8 @@ _LAST_SECONDS = 0.5
 _HEARTBEAT = 15.0
 # A probe of a vector without a label set needs some label for its Classifier; nothing is chosen.
 _NO_LABELS = ["picture"]
+# What one decision through the defence may cost beside the forwards: a probe makes thousands, each in one piece.
+_MAX_COMPARISONS = 100_000_000
 
 
 @router.post("/attack-probe", operation_id="attackProbe", summary="Attack a decision")
@@ -56,8 +60,8 @@ async def attack_probe(request: Request) -> Response:
     async def prepare() -> tuple[Prober, Job | None, dict[str, Any]]:
         if ask.pictures[0].error is not None:
             raise ask.pictures[0].error
-        plan = await service.plan(_decision(fields), ask.size)
-        check_size(plan, 1, 1)
+        plan = await service.plan(_decision(fields, service.encoder(fields.encoder)), ask.size)
+        check_size(plan, 1, 1, _MAX_COMPARISONS)
         prober = plan.served.prober
         if prober is None:
             raise NotReady("This encoder is not probed.")
@@ -66,8 +70,8 @@ async def attack_probe(request: Request) -> Response:
             return prober, None, estimate(options, plan.defence.cost)
         item = await service.answers.pixels(plan.served, ask.pictures[0], stages)
         with stages.time("labels"):
-            classifier = await service.answers.classifiers.get(plan)
-            build, about = await asyncio.to_thread(_attacked, plan, classifier, item, fields, options)
+            both = await service.answers.classifiers.attacked(plan)
+            build, about = await asyncio.to_thread(_attacked, plan, *both, item, fields, options)
         job = Job(
             build,
             asyncio.get_running_loop(),
@@ -83,10 +87,10 @@ async def attack_probe(request: Request) -> Response:
         return json_response({"dry_run": cost}, stages)
     later = "respond-async" in request.headers.get("prefer", "").lower()
     if not later:
-        job.seconds = min(job.seconds, max(0.01, deadline.seconds_left - _LAST_SECONDS))
+        job.deadline = time.monotonic() + max(0.01, deadline.seconds_left - _LAST_SECONDS)
     prober.submit(job)
-    service.probes.add(job)
     if later:
+        service.probes.add(job)
         where = f"/probes/{job.id}"
         return json_response(
             {"id": job.id, "status": job.status, "events": f"{where}/events"},
@@ -203,7 +207,7 @@ def probe_options(fields: ProbeFields, settings: Settings) -> ProbeOptions:
     return options
 
 
-def _decision(fields: ProbeFields) -> Options:
+def _decision(fields: ProbeFields, served: ServedEncoder) -> Options:
     """The classification that is attacked."""
     given = fields.model_dump(include=set(Options.model_fields) - {"top_k"}, exclude_none=True)
     if fields.objective == "embedding":
@@ -211,6 +215,8 @@ def _decision(fields: ProbeFields) -> Options:
             raise RequestInvalid("With objective embedding nothing is chosen: leave label, target and level out.")
         if "labels" not in given and "label_set" not in given:
             given["labels"] = _NO_LABELS
+            if fields.defence is None and served.defence.reads_labels:
+                given["defence"] = "none"  # as /embed has it
     elif fields.cosine_below is not None or fields.gallery is not None or fields.top_k is not None:
         raise RequestInvalid("cosine_below, gallery and top_k belong to objective embedding.")
     registered = fields.level is not None and fields.label_set is not None
@@ -220,7 +226,12 @@ def _decision(fields: ProbeFields) -> Options:
 
 
 def _attacked(
-    plan: Plan, served: Classifier, item: Item, fields: ProbeFields, options: ProbeOptions
+    plan: Plan,
+    served: Classifier,
+    attacked: Classifier,
+    item: Item,
+    fields: ProbeFields,
+    options: ProbeOptions,
 ) -> tuple[Callable[[], Probe], dict[str, Any]]:
     """What makes the probe in the worker's thread, and what its answer says beside; all is checked here.
 
@@ -228,17 +239,6 @@ def _attacked(
         IronclipError: a label, level, gallery or vector that cannot be.
     """
     encoder = plan.served.attacked
-    attacked = served
-    if encoder is not served.encoder:
-        attacked = Classifier(
-            encoder,
-            plan.label_set,
-            served.bank,
-            tree=plan.tree,
-            levels=plan.levels,
-            level_banks=served.level_banks,
-            defence=plan.defence,
-        )
     if fields.objective == "embedding":
         target: Target = VectorTarget(
             attacked,
@@ -276,16 +276,15 @@ def _gallery(fields: ProbeFields, dim: int) -> torch.Tensor | None:
     """The gallery as unit vectors [G, dim].
 
     Raises:
-        OptionError: vectors of another length, or without one; or top_k of more than there are.
-        InputTooLarge: too many.
+        OptionError: vectors of another length, or without one; or no more of them than top_k.
     """
     if fields.gallery is None:
         if fields.top_k is not None:
             raise RequestInvalid("top_k is of a gallery: give one.")
         return None
     rows = fields.gallery
-    if len(rows) > 10_000:
-        raise InputTooLarge(f"A gallery of {len(rows)} vectors; at most 10000 fit.", pointer="/gallery", limit=10_000)
+    if len(rows) <= (fields.top_k or 1):
+        raise OptionError("The gallery needs more vectors than top_k, or nothing can change.", pointer="/gallery")
     for i, row in enumerate(rows):
         if len(row) != dim:
             raise OptionError(f"A vector of {len(row)} numbers; this encoder's have {dim}.", pointer=f"/gallery/{i}")
@@ -293,7 +292,5 @@ def _gallery(fields: ProbeFields, dim: int) -> torch.Tensor | None:
     lengths = vectors.norm(dim=1, keepdim=True)
     if not bool((lengths.isfinite() & (lengths > 0)).all()):
         raise OptionError("A vector of the gallery has no direction.", pointer="/gallery")
-    if len(rows) <= (fields.top_k or 1):
-        raise OptionError("The gallery needs more vectors than top_k, or nothing can change.", pointer="/top_k")
     unit: torch.Tensor = vectors / lengths
     return unit

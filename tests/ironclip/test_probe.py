@@ -291,9 +291,40 @@ def test_explicit_radii_are_all_answered(tiny: Encoder) -> None:
     assert any(warning["code"] == "below-one-step" for warning in found["warnings"])
 
 
+def test_a_tie_that_goes_well_is_no_break(demo: Encoder) -> None:
+    """Two labels of the same prompt always tie, and the first is answered: nothing is broken by that."""
+    twins = [{"name": name, "prompts": ["an emoji of carrot"]} for name in ("a", "b")]
+    classifier = Classifier(demo, LabelSet.parse([*twins, "rocket"]))
+    found = probe(classifier, sample(demo, "carrot"), ProbeOptions(eps=(1,)))
+    assert found["clean"]["label"] == "a"
+    assert found["broken_at"] is None
+    adversarial = probe(classifier, sample(demo, "carrot"), ProbeOptions(max_eps=64, seconds=60))
+    assert answer(classifier, adversarial["artefacts"]["adversarial"]) != "a"
+
+
+def test_equal_neighbours_are_no_change(tiny: Encoder) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(NAMES))
+    gallery = normalize(torch.ones(17, tiny.dim), dim=-1)
+    found = probe(VectorTarget(classifier, gallery=gallery), pictures(1)[0], ProbeOptions(eps=(1, 8)))
+    assert found["broken_at"] is None
+
+
+def test_where_nothing_can_change_nothing_is_attacked(tiny: Encoder) -> None:
+    with pytest.raises(OptionError, match="two labels"):
+        probe(Classifier(tiny, LabelSet.parse(["dog"])), pictures(1)[0])
+    classifier = Classifier(tiny, LabelSet.parse(NAMES))
+    said = answer(classifier, pictures(1)[0])
+    with pytest.raises(OptionError, match="true label itself") as caught:
+        probe(classifier, pictures(1)[0], label=said, target_label=said)
+    assert caught.value.pointer == "/target"
+
+
 @pytest.mark.parametrize(
     ("options", "pointer"),
     [
+        ({"max_eps": 0.5}, "/max_eps"),
+        ({"gradients": 10**400}, "/gradients"),
+        ({"eps": (float("inf"),)}, "/eps/0"),
         ({"eps": (-1.0,)}, "/eps/0"),
         ({"eps": (1.0, float("nan"))}, "/eps/1"),
         ({"eps": tuple(range(65))}, "/eps"),

@@ -223,3 +223,18 @@ def test_a_defence_that_does_not_serve_the_head_is_refused(tmp_path: Path) -> No
         assert "poincare" in answer.json()["detail"]
         vectors = small.post("/embed", json={"images": [as_base64(picture(1))], "defence": "ttc"})
         assert vectors.status_code == 200
+
+
+def test_uneven_label_sets_are_charged_for_what_they_hold(guarded: TestClient, encoder: Encoder) -> None:
+    """One label with many texts makes as wide a table as if all had so many."""
+    from service.decisions import _size
+
+    uneven = [{"name": "busy", "prompts": [f"prompt {i}" for i in range(150)]}, *(f"label {i}" for i in range(300))]
+    classifier = Classifier(encoder, LabelSet.parse(uneven), defence=make_defence("cola", {"texts": 1000}))
+    held = classifier.state_bytes + sum(getattr(classifier.bank, name).nbytes for name in ("texts", "weights"))
+    assert _size(classifier) >= held
+    assert classifier.state_bytes < 20 * classifier.bank.texts.nbytes  # not laid out, since most of it would be empty
+    wide = [{"name": "busy", "prompts": [f"prompt {i}" for i in range(190)]}, *(f"label {i}" for i in range(990))]
+    ask = {"images": [as_base64(picture(seed)) for seed in range(20)], "labels": wide}
+    defence = {"name": "cola", "texts": 1000, "views": 8, "iterations": 1000}
+    assert guarded.post("/classify", json={**ask, "defence": defence}).status_code == 413
