@@ -352,6 +352,10 @@ def test_a_store_that_is_away(tiny_artifact: Path, tmp_path: Path) -> None:
         assert client.get("/label-sets/emoji-groups").status_code == 200
 
 
+def test_a_probe_that_is_not_known_is_not_found(small: TestClient) -> None:
+    check(small.get("/probes/nowhere"), 404, "probe-not-found")
+
+
 def test_every_code_can_be_looked_up(small: TestClient) -> None:
     for code, known in problem_types().items():
         assert small.get(f"/problems/{code}").json() == known

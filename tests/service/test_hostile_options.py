@@ -235,7 +235,7 @@ def where_planned(app: TestClient, monkeypatch: pytest.MonkeyPatch, entry: Regis
         return make(value)
 
     monkeypatch.setattr(plans, "parse_defence", parse_defence)
-    options = Options(label_set="x") if entry is not None else Options(labels=LABELS)
+    options = Options(label_set="x", defence="none") if entry is not None else Options(labels=LABELS, defence="none")
     plan = asyncio.run(plans.Plans(service.label_limits, 16).get(service.encoder("tiny"), None, options, entry, size))
     assert "key" in vars(plan)  # its digests too were not left for the loop
     return threads == [threading.get_ident()]

@@ -212,6 +212,7 @@ def test_classifications_and_probes_leave_each_other_room(client: httpx.Client) 
     # A cosine is never below -1: this one goes on until it is cancelled.
     identity = start(client, 54, objective="embedding", cosine_below=-1, effort="thorough", seconds=60)
     wait_until(lambda: client.get(f"/probes/{identity}").json()["status"] == "running")
+    wait_until(lambda: "progress" in client.get(f"/probes/{identity}").json())
     stop, answered = threading.Event(), []
 
     def classify(first: int) -> None:
