@@ -13,6 +13,8 @@ from ironclip.classifier import Classifier
 from ironclip.errors import OptionError
 from ironclip.preprocessing import to_float
 
+# Cosines nearer than this are equal: float32 sums in another order.
+_EQUAL = 1e-6
 # Draws that nobody has seen, by which a break under fresh draws is judged.
 UNSEEN = tuple(range(900_000_001, 900_000_006))
 
@@ -145,6 +147,6 @@ class VectorTarget(Target):
             return loss
 
         def broken(vectors: Tensor, items: Tensor) -> Tensor:
-            return raised(vectors, items) > 0  # of equal neighbours either may be the nearest
+            return raised(vectors, items) > _EQUAL  # of equal neighbours either may be the nearest
 
         return raised, broken
