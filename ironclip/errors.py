@@ -232,3 +232,8 @@ class DeadlineExceeded(Unavailable):
 
     code = "deadline-exceeded"
     title = "The deadline has passed"
+
+
+def shown(value: object) -> str:
+    """A value that was given, short enough for a message; an integer may have more digits than can be printed."""
+    return "one of very many digits" if isinstance(value, int) and abs(value) > 1 << 128 else repr(value)[:40]

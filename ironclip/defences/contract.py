@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ironclip.errors import OptionError
+from ironclip.errors import OptionError, shown
 from ironclip.textbank import TextBank
 
 # Pixels [n, 3, R, R] in [0, 1] -> features [n, dim], not normalised; differentiable.
@@ -94,9 +94,8 @@ def check_number(name: str, value: object, low: float, high: float, *, whole: bo
     # NaN is in no range; and an integer may have more digits than a float, or than can be printed.
     if not number or not low <= value <= high:  # type: ignore[operator]
         kind = "a whole number" if whole else "a number"
-        shown = "one of very many digits" if isinstance(value, int) and abs(value) > 1 << 128 else repr(value)[:40]
         raise OptionError(
-            f"{name} is {kind} in {low:g} to {high:g}, not {shown}.", pointer=f"/defence/{name}", limit=high
+            f"{name} is {kind} in {low:g} to {high:g}, not {shown(value)}.", pointer=f"/defence/{name}", limit=high
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ironclip.attacks import APGD, ATTACKS, NORMS, Attack, AutoAttack, Norm, Square, make_attack
-from ironclip.errors import OptionError
+from ironclip.errors import OptionError, shown
 
 EffortName = Literal["quick", "standard", "thorough"]
 Draws = Literal["fixed", "fresh"]
@@ -170,9 +170,8 @@ def _between(name: str, value: object, low: float, high: float, unit: str = "") 
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not low <= value <= high:  # type: ignore[operator]
         said = f" (in {unit})" if unit else ""
-        shown = "one of very many digits" if isinstance(value, int) and abs(value) > 1 << 128 else repr(value)[:40]
         raise OptionError(
-            f"{name.partition('/')[0]} lies in {low:g} to {high:g}{said}, not {shown}.",
+            f"{name.partition('/')[0]} lies in {low:g} to {high:g}{said}, not {shown(value)}.",
             pointer=f"/{name}",
             limit=high,
         )
