@@ -82,7 +82,7 @@ def cola_verdict() -> str:
         _sentence("When the attack goes through it and knows its draws", seen),
         _sentence("Where every decision draws anew and the attack averages over draws (by most draws)", anew),
         _sentence("Before any attack", kept),
-        f"It costs {ladder.defence(ROW).cost} forwards a picture.",
+        f"It costs {ladder.config.defence(ROW).cost} forwards a picture.",
         _advice(blind, seen, anew),
     ]
     return "**What COLA is good for and what not.** " + " ".join(part for part in parts if part) + "\n"

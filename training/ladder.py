@@ -23,7 +23,7 @@ import torch
 
 from ironclip.attacks import ThreatModel
 from ironclip.classifier import Classifier
-from ironclip.defences import make_defence
+from ironclip.defences import Defence, make_defence
 from ironclip.defences.cola import Cola
 from ironclip.errors import OptionError
 from ironclip.labels import Label, LabelSet
@@ -65,6 +65,7 @@ class LadderConfig:
         eps: L-inf radii in 1/255.
         rungs: in this order.
         only: rung -> rows that it is measured for; all rows if not named.
+        radii: rung -> those of `eps` that it is measured at; all if not named.
         data: folder of the built emoji data.
         dtype: that encoders are measured in, in the form that is served.
     """
@@ -76,22 +77,40 @@ class LadderConfig:
     eps: tuple[float, ...] = (2.0,)
     rungs: tuple[str, ...] = RUNGS
     only: dict[str, list[str]] = field(default_factory=dict)
+    radii: dict[str, list[float]] = field(default_factory=dict)
     data: str = "data/demo"
     dtype: str = "float32"
+
+    def planned(self, row: str, rung: str, eps: float) -> bool:
+        """Whether a row is measured on a rung at a radius; a rung of fresh draws has rows that draw alone."""
+        return (
+            rung in self.rungs
+            and row in self.only.get(rung, self.defences)
+            and eps in self.radii.get(rung, self.eps)
+            and (rung != "fresh" or self.defence(row).random)
+        )
+
+    def defence(self, row: str) -> Defence:
+        """The defence of a row."""
+        options = self.defences[row]
+        return make_defence(options["name"], {key: value for key, value in options.items() if key != "name"})
 
 
 def load_ladder(name: str) -> LadderConfig:
     """A ladder by name (a file in ``training/configs/defences``) or path.
 
     Raises:
-        OptionError: a rung, row or defence that does not exist.
+        OptionError: a rung, row, defence or radius that does not exist.
     """
     config = from_mapping(LadderConfig, read_config(name, "defences"))
-    _known((*config.rungs, *config.only), RUNGS, f"{name}: there is no rung")
+    _known((*config.rungs, *config.only, *config.radii), RUNGS, f"{name}: there is no rung")
     for rung, rows in config.only.items():
         if not isinstance(rows, list):
             raise OptionError(f"{name}: only.{rung} is a list of rows, not {rows!r}")
         _known(rows, config.defences, f"{name}: only.{rung}: there is no row")
+    for rung, radii in config.radii.items():
+        if not isinstance(radii, list) or not set(radii) <= set(config.eps):
+            raise OptionError(f"{name}: radii.{rung} is a list of radii of eps, {list(config.eps)}, not {radii!r}")
     for row, defence in config.defences.items():
         if not isinstance(defence, Mapping):
             raise OptionError(f"{name}: defences.{row} is a table with a name, not {defence!r}")
@@ -150,16 +169,14 @@ def climb(
         encoder = load_encoder(spec, device=device).served(getattr(torch, config.dtype))
         sample = emoji_sample(encoder, Path(config.data), config.vendor, config.count)
         decisions: dict[str, Classifier] = {}
-        for row, options in config.defences.items():
-            defence = make_defence(options["name"], {key: value for key, value in options.items() if key != "name"})
+        for row in config.defences:
+            defence = config.defence(row)
             banks = [one.bank for one in decisions.values() if one.bank.descriptions or not defence.reads_descriptions]
             decisions[row] = Classifier(encoder, label_set, banks[0] if banks else None, defence=defence)
         for rung in rungs or config.rungs:
             for eps in config.eps:
                 for row, classifier in decisions.items():
-                    if (rows and row not in rows) or row not in config.only.get(rung, config.defences):
-                        continue
-                    if rung == "fresh" and not classifier.defence.random:
+                    if (rows and row not in rows) or not config.planned(row, rung, eps):
                         continue
                     path = results / folder_of(spec) / row / f"{rung}-{eps:g}.json"
                     say(f"{spec}, {row}, {rung} at {eps:g}/255")

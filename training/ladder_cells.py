@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ironclip.defences import Defence, make_defence
 from ironclip.errors import OptionError
 from training.claims import paired
 from training.gates import worst_case
@@ -78,16 +77,6 @@ class Ladder:
         """Those of ``rungs`` that are there, in their order."""
         found = {rung: self.cell(encoder, row, rung, eps) for rung in rungs}
         return {rung: cell for rung, cell in found.items() if cell is not None}
-
-    def defence(self, row: str) -> Defence:
-        """The defence of a row."""
-        options = self.config.defences[row]
-        return make_defence(options["name"], {key: value for key, value in options.items() if key != "name"})
-
-    def planned(self, row: str, rung: str) -> bool:
-        """Whether the config measures a row on a rung."""
-        drawn = rung != "fresh" or self.defence(row).random
-        return rung in self.config.rungs and drawn and row in self.config.only.get(rung, self.config.defences)
 
     @property
     def undefended(self) -> str:

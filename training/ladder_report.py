@@ -60,7 +60,7 @@ def waiting(ladder: Ladder, encoder: str, eps: float) -> list[str]:
     """Cells that the config asks for and that are not there, in words, a rung each."""
     lines = []
     for rung in ladder.config.rungs:
-        rows = [row for row in ladder.config.defences if ladder.planned(row, rung)]
+        rows = [row for row in ladder.config.defences if ladder.config.planned(row, rung, eps)]
         left = [row for row in rows if ladder.cell(encoder, row, rung, eps) is None]
         if left:
             every = "all rows" if left == rows else ", ".join(f"`{row}`" for row in left)

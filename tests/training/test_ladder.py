@@ -137,6 +137,9 @@ def test_it_climbs_goes_on_and_reports(
         ('only = { gray-box = ["none"] }', "no rung 'gray-box'"),
         ('only = { fresh = ["colla"] }', "only.fresh: there is no row 'colla'; there are: none"),
         ('only = { fresh = "none" }', "only.fresh is a list of rows, not 'none'"),
+        ("radii = { gray-box = [2.0] }", "no rung 'gray-box'"),
+        ("radii = { fresh = [3.0] }", "radii.fresh is a list of radii of eps, [2.0], not [3.0]"),
+        ("radii = { fresh = 2.0 }", "radii.fresh is a list of radii of eps, [2.0], not 2.0"),
         ('defences.cola.name = "colla"', "no defence 'colla'; there are: none, cola"),
         ("defences.cola.views = 3", "no defence 'None'"),
         ('defences.cola = { name = "cola", vieuws = 3 }', "vieuws"),
@@ -160,6 +163,27 @@ def random_decision(tiny_encoder: Encoder) -> tuple[Classifier, Sample]:
     labels = predict(classifier, pixels).logits.argmax(1)
     labels[0] = (labels[0] + 1) % len(NAMES)
     return classifier, Sample("noise", pixels, labels)
+
+
+def test_what_is_dear_is_planned_for_some_rows_and_radii(tmp_path: Path) -> None:
+    config = LadderConfig(
+        ("demo",),
+        {"none": {"name": "none"}, "cola": {"name": "cola"}},
+        eps=(1.0, 2.0),
+        only={"ensemble": ["cola"]},
+        radii={"ensemble": [2.0], "fresh": [1.0]},
+    )
+    cells = [
+        (rung, row, eps)
+        for rung in ("white-box", "ensemble", "fresh")
+        for row in config.defences
+        for eps in config.eps
+        if config.planned(row, rung, eps)
+    ]
+    white = [("white-box", row, eps) for row in ("none", "cola") for eps in (1.0, 2.0)]
+    assert cells == [*white, ("ensemble", "cola", 2.0), ("fresh", "cola", 1.0)]  # `none` draws nothing
+    left = waiting(Ladder(config, {}), "demo", 1.0)
+    assert not [line for line in left if line.startswith("APGD ensemble")]
 
 
 def test_fresh_draws_are_judged_by_draws_that_nobody_has_seen(
