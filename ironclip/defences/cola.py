@@ -22,11 +22,13 @@ from ironclip.errors import OptionError
 from ironclip.textbank import TextBank
 
 # Elements of one cost tensor at most while deciding without gradients, on a CPU and elsewhere: a CPU's cache holds few.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 19
 # The exact coupling is one linear program a label and picture, half a millisecond each.
 _MOST_EXACT = 2000
 _LEAST_EPSILON = 0.05
 _GPU_CHUNK = 1 << 26
+# Pictures decided together at most without gradients.
+_MOST_PICTURES = 64
 _MOST_RAISED = 80.0
 # Elements of the texts laid out label by label at most; beyond, the distinct texts are kept and gathered.
 _LAID_OUT = 1 << 26
@@ -54,6 +56,20 @@ class Bank:
     mask: Tensor
     full: bool
     centres: Tensor
+
+    def block(self, start: int, stop: int) -> Bank:
+        """The labels from ``start`` to ``stop`` alone, of texts that are laid out label by label."""
+        if start <= 0 and stop >= len(self.mask):
+            return self
+        width = self.mask.shape[1]
+        rows, labels = slice(start * width, stop * width), slice(start, stop)
+        return replace(
+            self,
+            texts=self.texts[rows],
+            projected=self.projected[rows],
+            mask=self.mask[labels],
+            centres=self.centres[labels],
+        )
 
     def by_label(self, values: Tensor) -> Tensor:
         """[..., T] -> [..., K, M]; 0 where a label has no such text."""
@@ -182,32 +198,47 @@ class Cola:
 
     def logits(self, features: Tensor, bank: TextBank, state: Bank, head: HeadRule) -> Tensor:
         """[N, views, dim] -> [N, K]: tau (1 - d), d the transport cost of equation 7."""
-        chunk = _CHUNK if features.device.type == "cpu" else _GPU_CHUNK
-        size = max(1, chunk // (self.views * state.mask.numel()))
-        if torch.is_grad_enabled() and features.requires_grad:
-            size = len(features)
-        scale = head.scale
-        return torch.cat([self._logits(part, state, scale) for part in torch.split(features, max(size, 1))])
+        size = len(features)
+        if not (torch.is_grad_enabled() and features.requires_grad):
+            size = _MOST_PICTURES
+            if state.columns is not None:
+                # Distinct texts are multiplied at once, so pictures are what can be cut.
+                size = max(1, _chunk(features.device) // (self.views * state.mask.numel()))
+        return torch.cat([self._logits(part, state, head.scale) for part in torch.split(features, max(size, 1))])
 
     def _logits(self, features: Tensor, state: Bank, scale: Tensor) -> Tensor:
         views = normalize(features, dim=-1)
         near = scale * (views @ state.centres.T)
-        a, b = self._view_weights(near), self._text_weights(views[:, 0], near[:, 0], state, scale)
+        a = self._view_weights(near)
         projected = views if state.basis is None else views @ state.basis
         lengths = projected.norm(dim=-1)
         directions = projected / lengths.clamp_min(1e-12)[..., None]
-        if self.coupling == "product":
-            # By bilinearity one mean view does for all: N times less work than the costs.
-            mean = (a[..., None] * directions).sum(1)
-            distance = 1 - torch.linalg.vecdot(state.by_label(mean @ state.projected.T), b)
-        elif self.coupling == "sinkhorn" and state.columns is None and not torch.is_grad_enabled():
-            distance = kernel_cost(self._kernel(directions, state), a, b, self.epsilon, self.iterations)
-        else:
-            cost = 1 - state.by_label(directions @ state.projected.T)
-            distance = transport_cost(cost, a, b, self.coupling, epsilon=self.epsilon, iterations=self.iterations)
+        labels, texts = state.mask.shape
+        step = labels
+        if state.columns is None and not torch.is_grad_enabled():
+            # Labels in blocks that fit into the cache: the texts are read from memory once for all pictures.
+            step = max(1, _chunk(features.device) // (len(features) * self.views * texts))
+        distances = []
+        for start in range(0, labels, step):
+            block, ours = state.block(start, start + step), slice(start, start + step)
+            b = self._text_weights(views[:, 0], near[:, 0], block, ours, scale)
+            distances.append(self._distance(directions, a, b, block))
+        distance = distances[0] if len(distances) == 1 else torch.cat(distances, 1)
         factor = scale * (a * lengths).sum(1, keepdim=True) if self.calibrated else scale
         logits: Tensor = factor * (1 - distance)
         return logits
+
+    def _distance(self, directions: Tensor, a: Tensor, b: Tensor, state: Bank) -> Tensor:
+        """Transport cost [B, K] from unit views [B, N, C] to the labels' texts."""
+        if self.coupling == "product":
+            # By bilinearity one mean view does for all: N times less work than the costs.
+            mean = (a[..., None] * directions).sum(1)
+            near: Tensor = torch.linalg.vecdot(state.by_label(mean @ state.projected.T), b)
+            return 1 - near
+        if self.coupling == "sinkhorn" and state.columns is None and not torch.is_grad_enabled():
+            return kernel_cost(self._kernel(directions, state), a, b, self.epsilon, self.iterations)
+        cost = 1 - state.by_label(directions @ state.projected.T)
+        return transport_cost(cost, a, b, self.coupling, epsilon=self.epsilon, iterations=self.iterations)
 
     def _kernel(self, directions: Tensor, state: Bank) -> Tensor:
         """Sinkhorn's kernel right out of the product of views and texts, [B, N, K, M]: the costs are never written."""
@@ -228,16 +259,20 @@ class Cola:
         logs = near.log_softmax(-1)
         return ((logs.exp() * logs).sum(-1) / self.temperature).softmax(-1)
 
-    def _text_weights(self, first: Tensor, near: Tensor, state: Bank, scale: Tensor) -> Tensor:
+    def _text_weights(self, first: Tensor, near: Tensor, state: Bank, labels: slice, scale: Tensor) -> Tensor:
         """b of equation 6 ("computed analogously"), [B, K, M]: a text weighs more, the surer it makes the picture."""
         if self.weights == "uniform":
             share: Tensor = state.mask / state.mask.sum(-1, keepdim=True)
             return share.expand(len(first), -1, -1)
         own = state.by_label((scale * first) @ state.texts.T)
-        heights = replaced_entropies(near, own) * (-1 / self.temperature)
+        heights = replaced_entropies(near, own, labels).mul_(-1 / self.temperature)
         if not state.full:
             heights = heights.masked_fill(~state.mask, -torch.inf)
         return heights.softmax(-1)
+
+
+def _chunk(device: torch.device) -> int:
+    return _CHUNK if device.type == "cpu" else _GPU_CHUNK
 
 
 def subspace(texts: Tensor, rank: int) -> Tensor:
@@ -258,15 +293,16 @@ def subspace(texts: Tensor, rank: int) -> Tensor:
     return leading.to(texts.dtype).contiguous()
 
 
-def replaced_entropies(near: Tensor, own: Tensor) -> Tensor:
+def replaced_entropies(near: Tensor, own: Tensor, labels: slice = slice(None)) -> Tensor:
     """Entropy of the labels' softmax when one label's logit is that of one of its texts instead.
 
     Args:
         near: [B, K], logits of the labels' centres.
-        own: [B, K, M], logits of the labels' texts.
+        own: [B, k, M], logits of the texts of some labels.
+        labels: which of the K those are; all if not given.
 
     Returns:
-        [B, K, M]. Each is an update of rank one, O(KM) in all instead of O(K^2 M).
+        [B, k, M]. Each is an update of rank one, O(KM) in all instead of O(K^2 M).
     """
     top, best = near.max(-1, keepdim=True)
     shifted = near - top
@@ -275,11 +311,12 @@ def replaced_entropies(near: Tensor, own: Tensor) -> Tensor:
     # The best label's own weight is 1 of the sum: what is left must not be had by a subtraction.
     others = others.scatter(-1, best, weights.scatter(-1, best, 0.0).sum(-1, keepdim=True))
     moments = (weights * shifted).sum(-1, keepdim=True) - weights * shifted
+    others, moments = others.clamp_min(0)[:, labels, None], moments[:, labels, None]
     # A text nearer than the best label's centre by more than this is as sure as can be, and e^80 is still a float32.
     raised = (own - top[..., None]).clamp_max(_MOST_RAISED)
     weight = raised.exp()
-    total = weight + others.clamp_min(0)[..., None]
-    return total.log() - torch.addcmul(moments[..., None], weight, raised) / total
+    total = weight + others
+    return total.log() - torch.addcmul(moments, weight, raised) / total
 
 
 def _columns(bank: TextBank, most: int) -> tuple[Tensor, Tensor]:
