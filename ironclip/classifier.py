@@ -116,10 +116,7 @@ class Classifier(nn.Module):
     def state_bytes(self) -> int:
         """Memory of what the defence keeps beside the text banks."""
         states = [self._state, *self._level_states.values()]
-        kept = [
-            value for state in states for value in (vars(state).values() if hasattr(state, "__dict__") else [state])
-        ]
-        return sum(value.nbytes for value in kept if isinstance(value, Tensor))
+        return sum(getattr(state, "nbytes", 0) for state in states)
 
     def reseeded(self, seed: int) -> Classifier:
         """The same decision with other draws of the defence; shares everything with this one."""

@@ -8,12 +8,13 @@ here attacks go through it, since all of it is differentiable.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 
 from ironclip.defences.contract import Encode, HeadRule, check_choice, check_number
 from ironclip.defences.crops import crops
@@ -30,8 +31,37 @@ _GPU_CHUNK = 1 << 26
 # Pictures decided together at most without gradients.
 _MOST_PICTURES = 64
 _MOST_RAISED = 80.0
-# Elements of the texts laid out label by label at most; beyond, the distinct texts are kept and gathered.
-_LAID_OUT = 1 << 26
+# Labels whose numbers of texts differ by less than this share are laid out together, the shorter filled up.
+_ALIKE = 1.25
+
+
+@dataclass(frozen=True)
+class Group:
+    """Labels with about as many texts, laid out label by label, M texts each.
+
+    Attributes:
+        labels: int64 [k], which they are.
+        texts: unit features of the texts, float32 [k M, dim]; zeros where a label has fewer.
+        projected: the same in the subspace's basis, [k M, C]; `texts` itself without a projection.
+        mask: bool [k, M], which are there.
+        full: whether all are.
+    """
+
+    labels: Tensor
+    texts: Tensor
+    projected: Tensor
+    mask: Tensor
+    full: bool
+
+    def block(self, start: int, stop: int) -> Group:
+        """Those of its labels from ``start`` to ``stop``, the same memory."""
+        width = self.mask.shape[1]
+        rows, some = slice(start * width, stop * width), slice(start, stop)
+        return Group(self.labels[some], self.texts[rows], self.projected[rows], self.mask[some], self.full)
+
+    def by_label(self, values: Tensor) -> Tensor:
+        """[..., k M] -> [..., k, M]."""
+        return values.reshape(*values.shape[:-1], *self.mask.shape)
 
 
 @dataclass(frozen=True)
@@ -39,44 +69,27 @@ class Bank:
     """What COLA keeps of a text bank.
 
     Attributes:
-        texts: unit features of the texts, float32 [T, dim].
-        projected: the same in the subspace's basis, [T, C]; `texts` itself without a projection.
+        groups: all labels' texts, labels with as many together.
+        order: int64 [K], where each label stands in the groups one after the other; None where all are in order.
         basis: U_C of equation 3, [dim, C]; None without a projection.
-        columns: int64 [K, M], each label's texts; T where a label has fewer. None where the texts are laid out label by
-            label, T = K M.
-        mask: bool [K, M], which are there.
-        full: whether all are.
         centres: mean of each label's texts, [K, dim] (z-bar of equation 6).
     """
 
-    texts: Tensor
-    projected: Tensor
+    groups: tuple[Group, ...]
+    order: Tensor | None
     basis: Tensor | None
-    columns: Tensor | None
-    mask: Tensor
-    full: bool
     centres: Tensor
 
-    def block(self, start: int, stop: int) -> Bank:
-        """The labels from ``start`` to ``stop`` alone, of texts that are laid out label by label."""
-        if start <= 0 and stop >= len(self.mask):
-            return self
-        width = self.mask.shape[1]
-        rows, labels = slice(start * width, stop * width), slice(start, stop)
-        return replace(
-            self,
-            texts=self.texts[rows],
-            projected=self.projected[rows],
-            mask=self.mask[labels],
-            centres=self.centres[labels],
-        )
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        kept = {value.data_ptr(): value.nbytes for one in self.groups for value in (one.texts, one.projected, one.mask)}
+        return sum(kept.values()) + self.centres.nbytes + (0 if self.basis is None else self.basis.nbytes)
 
-    def by_label(self, values: Tensor) -> Tensor:
-        """[..., T] -> [..., K, M]; 0 where a label has no such text."""
-        if self.columns is None:
-            return values.reshape(*values.shape[:-1], *self.mask.shape)
-        gathered: Tensor = pad(values, (0, 1))[..., self.columns]
-        return gathered
+    def in_order(self, parts: Sequence[Tensor]) -> Tensor:
+        """What was found for the groups' labels, [B, k] each, as [B, K]."""
+        whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+        return whole if self.order is None else whole.index_select(1, self.order)
 
 
 @dataclass(frozen=True)
@@ -180,31 +193,27 @@ class Cola:
                 limit=_MOST_EXACT,
             )
         with torch.inference_mode(False), torch.no_grad():
-            columns, mask = _columns(bank, self.texts)
-            texts, used = bank.texts, columns[mask]
-            label = torch.arange(len(mask), device=texts.device)[:, None].expand_as(mask)[mask]
-            centres = texts.new_zeros(len(mask), texts.shape[1]).index_add_(0, label, texts[used])
-            centres /= mask.sum(1, keepdim=True)
-            basis, laid_out = None, False
+            lengths = bank.counts.sum(1).clamp_max(self.texts)
+            used, label = _used(bank, lengths)
+            texts, whole = bank.texts, len(lengths)
+            centres = texts.new_zeros(whole, texts.shape[1]).index_add_(0, label, texts[used])
+            centres /= lengths[:, None]
+            basis = None
             if self.projection == "subspace":
                 # Every text of every label counts once (a text of two labels twice), as Z of equation 3 has them.
                 counts = torch.bincount(used, minlength=len(texts))
                 basis = subspace(texts * counts.sqrt()[:, None], self.rank or texts.shape[1] // 2)
-            if mask.numel() <= min(2 * len(used), _LAID_OUT // texts.shape[1]):
-                # A text of two labels twice, and zeros where there is none: a product is quicker than a gathering.
-                texts, laid_out = pad(texts, (0, 0, 0, 1))[columns.flatten()], True
-            projected = texts if basis is None else texts @ basis
-        return Bank(texts, projected, basis, None if laid_out else columns, mask, bool(mask.all()), centres)
+            groups = tuple(_group(bank, lengths, labels, basis) for labels in _alike(lengths))
+            places = torch.cat([group.labels for group in groups])
+            order = None if torch.equal(places, torch.arange(whole, device=places.device)) else places.argsort()
+        return Bank(groups, order, basis, centres)
 
     def logits(self, features: Tensor, bank: TextBank, state: Bank, head: HeadRule) -> Tensor:
         """[N, views, dim] -> [N, K]: tau (1 - d), d the transport cost of equation 7."""
-        size = len(features)
-        if not (torch.is_grad_enabled() and features.requires_grad):
-            size = _MOST_PICTURES
-            if state.columns is not None:
-                # Distinct texts are multiplied at once, so pictures are what can be cut.
-                size = max(1, _chunk(features.device) // (self.views * state.mask.numel()))
-        return torch.cat([self._logits(part, state, head.scale) for part in torch.split(features, max(size, 1))])
+        size = _MOST_PICTURES
+        if torch.is_grad_enabled() and features.requires_grad:
+            size = max(1, len(features))
+        return torch.cat([self._logits(part, state, head.scale) for part in torch.split(features, size)])
 
     def _logits(self, features: Tensor, state: Bank, scale: Tensor) -> Tensor:
         views = normalize(features, dim=-1)
@@ -213,38 +222,40 @@ class Cola:
         projected = views if state.basis is None else views @ state.basis
         lengths = projected.norm(dim=-1)
         directions = projected / lengths.clamp_min(1e-12)[..., None]
-        labels, texts = state.mask.shape
-        step = labels
-        if state.columns is None and not torch.is_grad_enabled():
-            # Labels in blocks that fit into the cache: the texts are read from memory once for all pictures.
-            step = max(1, _chunk(features.device) // (len(features) * self.views * texts))
         distances = []
-        for start in range(0, labels, step):
-            block, ours = state.block(start, start + step), slice(start, start + step)
-            b = self._text_weights(views[:, 0], near[:, 0], block, ours, scale)
-            distances.append(self._distance(directions, a, b, block))
-        distance = distances[0] if len(distances) == 1 else torch.cat(distances, 1)
+        for group in self._blocks(state, features):
+            b = self._text_weights(views[:, 0], near[:, 0], group, scale)
+            distances.append(self._distance(directions, a, b, group))
         factor = scale * (a * lengths).sum(1, keepdim=True) if self.calibrated else scale
-        logits: Tensor = factor * (1 - distance)
+        logits: Tensor = factor * (1 - state.in_order(distances))
         return logits
 
-    def _distance(self, directions: Tensor, a: Tensor, b: Tensor, state: Bank) -> Tensor:
+    def _blocks(self, state: Bank, features: Tensor) -> Iterator[Group]:
+        """The groups, cut so that what is made of a part fits into the cache: texts are read once for all pictures."""
+        chunk = _CHUNK if features.device.type == "cpu" else _GPU_CHUNK
+        for group in state.groups:
+            labels, texts = group.mask.shape
+            step = max(1, chunk // (len(features) * self.views * texts))
+            for start in range(0, labels, step):
+                yield group if step >= labels else group.block(start, start + step)
+
+    def _distance(self, directions: Tensor, a: Tensor, b: Tensor, group: Group) -> Tensor:
         """Transport cost [B, K] from unit views [B, N, C] to the labels' texts."""
         if self.coupling == "product":
             # By bilinearity one mean view does for all: N times less work than the costs.
             mean = (a[..., None] * directions).sum(1)
-            near: Tensor = torch.linalg.vecdot(state.by_label(mean @ state.projected.T), b)
+            near: Tensor = torch.linalg.vecdot(group.by_label(mean @ group.projected.T), b)
             return 1 - near
-        if self.coupling == "sinkhorn" and state.columns is None and not torch.is_grad_enabled():
-            return kernel_cost(self._kernel(directions, state), a, b, self.epsilon, self.iterations)
-        cost = 1 - state.by_label(directions @ state.projected.T)
+        if self.coupling == "sinkhorn" and not torch.is_grad_enabled():
+            return kernel_cost(self._kernel(directions, group), a, b, self.epsilon, self.iterations)
+        cost = 1 - group.by_label(directions @ group.projected.T)
         return transport_cost(cost, a, b, self.coupling, epsilon=self.epsilon, iterations=self.iterations)
 
-    def _kernel(self, directions: Tensor, state: Bank) -> Tensor:
+    def _kernel(self, directions: Tensor, group: Group) -> Tensor:
         """Sinkhorn's kernel right out of the product of views and texts, [B, N, K, M]: the costs are never written."""
         offset = directions.new_full((1,), (MIDDLE - 1) / self.epsilon)
-        logs = torch.addmm(offset, directions.flatten(0, 1), state.projected.T, alpha=1 / self.epsilon)
-        return state.by_label(logs.exp_().view(*directions.shape[:2], -1))
+        logs = torch.addmm(offset, directions.flatten(0, 1), group.projected.T, alpha=1 / self.epsilon)
+        return group.by_label(logs.exp_().view(*directions.shape[:2], -1))
 
     def vector(self, features: Tensor, bank: TextBank | None, state: Bank, head: HeadRule) -> Tensor:
         """[N, views, dim] -> [N, dim]: the weighted mean of the projected views, at length 1."""
@@ -259,20 +270,16 @@ class Cola:
         logs = near.log_softmax(-1)
         return ((logs.exp() * logs).sum(-1) / self.temperature).softmax(-1)
 
-    def _text_weights(self, first: Tensor, near: Tensor, state: Bank, labels: slice, scale: Tensor) -> Tensor:
+    def _text_weights(self, first: Tensor, near: Tensor, group: Group, scale: Tensor) -> Tensor:
         """b of equation 6 ("computed analogously"), [B, K, M]: a text weighs more, the surer it makes the picture."""
         if self.weights == "uniform":
-            share: Tensor = state.mask / state.mask.sum(-1, keepdim=True)
+            share: Tensor = group.mask / group.mask.sum(-1, keepdim=True)
             return share.expand(len(first), -1, -1)
-        own = state.by_label((scale * first) @ state.texts.T)
-        heights = replaced_entropies(near, own, labels).mul_(-1 / self.temperature)
-        if not state.full:
-            heights = heights.masked_fill(~state.mask, -torch.inf)
+        own = group.by_label((scale * first) @ group.texts.T)
+        heights = replaced_entropies(near, own, group.labels).mul_(-1 / self.temperature)
+        if not group.full:
+            heights = heights.masked_fill(~group.mask, -torch.inf)
         return heights.softmax(-1)
-
-
-def _chunk(device: torch.device) -> int:
-    return _CHUNK if device.type == "cpu" else _GPU_CHUNK
 
 
 def subspace(texts: Tensor, rank: int) -> Tensor:
@@ -293,13 +300,13 @@ def subspace(texts: Tensor, rank: int) -> Tensor:
     return leading.to(texts.dtype).contiguous()
 
 
-def replaced_entropies(near: Tensor, own: Tensor, labels: slice = slice(None)) -> Tensor:
+def replaced_entropies(near: Tensor, own: Tensor, labels: Tensor | None = None) -> Tensor:
     """Entropy of the labels' softmax when one label's logit is that of one of its texts instead.
 
     Args:
         near: [B, K], logits of the labels' centres.
         own: [B, k, M], logits of the texts of some labels.
-        labels: which of the K those are; all if not given.
+        labels: int64 [k], which of the K those are; all if not given.
 
     Returns:
         [B, k, M]. Each is an update of rank one, O(KM) in all instead of O(K^2 M).
@@ -311,7 +318,9 @@ def replaced_entropies(near: Tensor, own: Tensor, labels: slice = slice(None)) -
     # The best label's own weight is 1 of the sum: what is left must not be had by a subtraction.
     others = others.scatter(-1, best, weights.scatter(-1, best, 0.0).sum(-1, keepdim=True))
     moments = (weights * shifted).sum(-1, keepdim=True) - weights * shifted
-    others, moments = others.clamp_min(0)[:, labels, None], moments[:, labels, None]
+    if labels is not None:
+        others, moments = others[:, labels], moments[:, labels]
+    others, moments = others.clamp_min(0)[..., None], moments[..., None]
     # A text nearer than the best label's centre by more than this is as sure as can be, and e^80 is still a float32.
     raised = (own - top[..., None]).clamp_max(_MOST_RAISED)
     weight = raised.exp()
@@ -319,12 +328,32 @@ def replaced_entropies(near: Tensor, own: Tensor, labels: slice = slice(None)) -
     return total.log() - torch.addcmul(moments, weight, raised) / total
 
 
-def _columns(bank: TextBank, most: int) -> tuple[Tensor, Tensor]:
-    """Each label's first texts as positions in the bank's, [K, M], the rest behind the end; and which are there."""
-    lengths = bank.counts.sum(1)
-    starts = lengths.cumsum(0) - lengths
-    width = min(int(lengths.max()), most)
-    place = torch.arange(width, device=lengths.device)
-    mask = place < lengths[:, None]
-    positions = (starts[:, None] + place).clamp_max(len(bank.rows) - 1)
-    return torch.where(mask, bank.rows[positions], len(bank.texts)), mask
+def _used(bank: TextBank, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The first ``lengths`` texts of all labels, as positions in the bank's, and whose they are: int64 [T] each."""
+    counts = bank.counts.sum(1)
+    label = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    place = torch.arange(len(label), device=counts.device) - (counts.cumsum(0) - counts)[label]
+    first = place < lengths[label]
+    return bank.rows[first], label[first]
+
+
+def _alike(lengths: Tensor) -> list[Tensor]:
+    """Labels with about as many texts together, each group in order: int64 [k] each."""
+    known, groups = lengths.tolist(), []
+    bound = 0.0
+    for width in sorted(set(known)):
+        if width > bound:
+            groups.append([width, width])
+            bound = width * _ALIKE
+        groups[-1][1] = width
+    return [((lengths >= low) & (lengths <= high)).nonzero()[:, 0] for low, high in groups]
+
+
+def _group(bank: TextBank, lengths: Tensor, labels: Tensor, basis: Tensor | None) -> Group:
+    counts = bank.counts.sum(1)
+    starts = counts.cumsum(0) - counts
+    place = torch.arange(int(lengths[labels].max()), device=labels.device)
+    mask = place < lengths[labels][:, None]
+    rows = bank.rows[(starts[labels][:, None] + place).clamp_max(len(bank.rows) - 1)]
+    texts = torch.where(mask[..., None], bank.texts[rows], 0.0).flatten(0, 1)
+    return Group(labels, texts, texts if basis is None else texts @ basis, mask, bool(mask.all()))

@@ -136,14 +136,25 @@ def test_a_picture_is_decided_the_same_in_every_batch(encoder: Encoder) -> None:
     torch.testing.assert_close(together[2:3], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_large_sets_are_decided_in_parts(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    classifier = Classifier(encoder, label_set(30, 3), defence=Cola())
-    whole = predict(classifier, pictures(6)).logits
+@pytest.mark.parametrize("coupling", ["sinkhorn", "product"])
+def test_large_sets_are_decided_in_parts(encoder: Encoder, coupling: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = [tuple(f"it is thing {j}" for j in range(i * 5 % 8)) for i in range(30)]
+    uneven = LabelSet(tuple(Label(f"label {i}", (), texts) for i, texts in enumerate(more)), ("a photo of a {}.",))
+    classifier = Classifier(encoder, uneven, defence=Cola(coupling=coupling))
+
+    def decided() -> tuple[Tensor, Tensor]:
+        images = pictures(6).requires_grad_()
+        logits = classifier(images)
+        (gradient,) = torch.autograd.grad(logits.logsumexp(1).sum(), images)
+        return predict(classifier, pictures(6)).logits, gradient
+
+    whole = decided()
     monkeypatch.setattr("ironclip.defences.cola._CHUNK", 1000)
-    torch.testing.assert_close(predict(classifier, pictures(6)).logits, whole, atol=1e-4, rtol=1e-4)
-    monkeypatch.setattr("ironclip.defences.cola._LAID_OUT", 1000)
-    sparing = Classifier(encoder, label_set(30, 3), defence=Cola())
-    torch.testing.assert_close(predict(sparing, pictures(6)).logits, whole, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr("ironclip.defences.cola._MOST_PICTURES", 4)
+    torch.testing.assert_close(decided(), whole, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr("ironclip.defences.cola._ALIKE", 100.0)
+    together = Classifier(encoder, uneven, classifier.bank, defence=classifier.defence)
+    torch.testing.assert_close(predict(together, pictures(6)).logits, whole[0], atol=1e-4, rtol=1e-4)
 
 
 def test_view_zero_is_the_picture_and_crops_belong_to_the_seed() -> None:
