@@ -87,6 +87,7 @@ class Classifier(nn.Module):
             )
         self.bank = self._own(bank, self.label_set)
         self.level_mode: LevelMode = levels
+        self.tree = tree
         self.levels = bind_levels(tree, self.label_set) if tree is not None else {}
         self.level_banks: dict[str, TextBank] = {}
         if levels == "prompts":
@@ -124,6 +125,23 @@ class Classifier(nn.Module):
         other.defence = self.defence.reseeded(seed)
         return other
 
+    def over(self, encoder: Encoder) -> Classifier:
+        """The same decision over another form of its encoder (another dtype); text banks and trees are shared.
+
+        Raises:
+            ValueError: another encoder.
+        """
+        banks = self.level_banks
+        return Classifier(
+            encoder,
+            self.label_set,
+            self.bank,
+            tree=self.tree,
+            levels=self.level_mode,
+            level_banks=banks,
+            defence=self.defence,
+        )
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Features of every view: [N, 3, R, R] in [0,1] -> float32 [N, views, dim], not normalised."""
         views = self.defence.make_views(pixels, self.encoder.encode_image)
@@ -143,15 +161,14 @@ class Classifier(nn.Module):
 
     def level_logits(self, features: Tensor, logits: Tensor) -> dict[str, Tensor]:
         """Logits of every level of the tree(s), the leaf level included: name -> [N, nodes]."""
-        features = _with_views(features)
-        result = {}
-        for name, level in self.levels.items():
-            if name in self.level_banks:
-                bank, state = self.level_banks[name], self._level_states[name]
-                result[name] = self.defence.logits(features, bank, state, self._rule)
-            else:
-                result[name] = level.rollup(logits)
-        return result
+        return {name: self.level_of(features, name, logits) for name in self.levels}
+
+    def level_of(self, features: Tensor, name: str, logits: Tensor | None = None) -> Tensor:
+        """Logits of one level of the tree(s), [N, nodes]; ``logits`` of the labels where they are known already."""
+        if name in self.level_banks:
+            bank, state = self.level_banks[name], self._level_states[name]
+            return self.defence.logits(_with_views(features), bank, state, self._rule)
+        return self.levels[name].rollup(self.decide(features) if logits is None else logits)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels [N, 3, R, R] in [0,1] -> logits [N, K]."""

@@ -243,16 +243,7 @@ class Classifiers:
         key = b"attacked " + plan.key
         kept = self._kept.get(key)
         if kept is None:
-            kept = await asyncio.to_thread(
-                Classifier,
-                encoder,
-                plan.label_set,
-                served.bank,
-                tree=plan.tree,
-                levels=plan.levels,
-                level_banks=served.level_banks,
-                defence=plan.defence,
-            )
+            kept = await asyncio.to_thread(served.over, encoder)
             self._keep(key, kept)
         return served, kept
 

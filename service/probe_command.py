@@ -90,19 +90,7 @@ def _probed(arguments: argparse.Namespace) -> dict[str, Any]:
     pixels, warned = encoder.preprocessing(image)
     serving = encoder.served(getattr(torch, arguments.dtype))
     served = Classifier(serving, label_set, tree=tree, levels=arguments.levels, defence=defence)
-    gradients = serving if serving.dtype == torch.float32 else encoder.served(torch.float32)
-    attacked = served
-    if gradients is not serving:
-        banks = served.level_banks
-        attacked = Classifier(
-            gradients,
-            label_set,
-            served.bank,
-            tree=tree,
-            levels=arguments.levels,
-            level_banks=banks,
-            defence=defence,
-        )
+    attacked = served if serving.dtype == torch.float32 else served.over(encoder.served(torch.float32))
     target: Target = Target(attacked, served, level=arguments.level)
     if arguments.embedding:
         target = VectorTarget(attacked, served, cosine_below=arguments.cosine_below)

@@ -1,7 +1,7 @@
 """Where probes can be asked for: those of this process, and through Redis those of the other replicas.
 
-A probe's events are its state. With a Redis they are written to a stream as they come, so that any replica can tell
-them again; a wish to cancel goes the other way, as a key that the probe's own replica looks for.
+A probe's events are its state. With a Redis the last about each thing is written to a hash as it comes, so that any
+replica can tell them again; a wish to cancel goes the other way, as a key that the probe's own replica looks for.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 from redis.asyncio import Redis
 
 from service.errors import ProbeNotFound
-from service.probing import ENDS, Event, Job
+from service.probe_job import ENDS, Event, Job
 from service.redis_link import RedisLink, RedisUnavailable
 
 _POLL = 0.25  # between looks at Redis, seconds
 _CALL = 1.0  # for one call to Redis, seconds; nobody's classification waits for it
-_MOST_EVENTS = 5_000
 _LAST_TRIES = 20  # to write how a probe ended
+_QUEUED = Event(-1, "queued", {})
 
 
 class Ledger:
@@ -46,15 +46,24 @@ class Ledger:
 
     def add(self, job: Job) -> None:
         """Remember a probe of this process, and let the other replicas know of it."""
-        now = time.monotonic()
-        for known, (old, since) in list(self._jobs.items()):
-            if old.ended and (now - since > self._ttl or len(self._jobs) >= self._most):
-                del self._jobs[known]
-        self._jobs[job.id] = (job, now)
+        self._forget()
+        self._jobs[job.id] = (job, time.monotonic())
         if self._link is not None:
             task = asyncio.create_task(self._mirror(self._link, job))
             self._mirrors.add(task)
             task.add_done_callback(self._mirrors.discard)
+
+    def _forget(self) -> None:
+        """Let go of what ended long ago, and of the oldest ended ones if there are too many."""
+        now = time.monotonic()
+        for known, (old, since) in list(self._jobs.items()):
+            if old.ended and (now - since > self._ttl + old.seconds or len(self._jobs) >= self._most):
+                del self._jobs[known]
+
+    def _own(self, identity: str) -> Job | None:
+        """A probe of this process."""
+        self._forget()
+        return self._jobs[identity][0] if identity in self._jobs else None
 
     async def close(self) -> None:
         """Write what is still to be written."""
@@ -64,14 +73,14 @@ class Ledger:
             task.cancel()
 
     async def events(self, identity: str) -> list[Event]:
-        """All events of a probe until now.
+        """The last events of a probe about each thing until now, in order.
 
         Raises:
             ProbeNotFound: it is not known.
         """
-        if identity in self._jobs:
-            return list(self._jobs[identity][0].events)
-        found, _ = await self._read(identity, "-")
+        if (job := self._own(identity)) is not None:
+            return list(job.events)
+        found = await self._read(identity)
         if found is None:
             raise ProbeNotFound(
                 f"No probe of this id is known. Probes are forgotten {self._ttl} seconds after their end "
@@ -85,26 +94,20 @@ class Ledger:
         Raises:
             ProbeNotFound: it is not known.
         """
-        if identity in self._jobs:
-            async for event in self._jobs[identity][0].follow(after):
+        if (job := self._own(identity)) is not None:
+            async for event in job.follow(after):
                 yield event
             return
-        known, position = await self._read(identity, "-")
-        if known is None:
-            await self.events(identity)  # says that it is not known
-            return
-        last = 0
-        while True:
+        known: list[Event] | None = await self.events(identity)
+        while known is not None:  # else it was forgotten, or Redis is gone
             for event in known:
-                if last >= after:
+                if event.number >= after:
                     yield event
-                last += 1
-                if event[0] in ENDS:
+                    after = event.number + 1
+                if event.kind in ENDS:
                     return
             await asyncio.sleep(_POLL)
-            known, position = await self._read(identity, position)
-            if known is None:
-                return  # forgotten, or Redis is gone
+            known = await self._read(identity)
 
     async def cancel(self, identity: str) -> None:
         """End a probe, wherever it runs; one that has ended stays as it is.
@@ -112,8 +115,8 @@ class Ledger:
         Raises:
             ProbeNotFound: it is not known.
         """
-        if identity in self._jobs:
-            self._jobs[identity][0].cancelled = True
+        if (job := self._own(identity)) is not None:
+            job.cancelled = True
             return
         await self.events(identity)
         key = f"{self._prefix}{identity}:cancel"
@@ -127,61 +130,61 @@ class Ledger:
 
     async def _mirror(self, link: RedisLink, job: Job) -> None:
         """Write a probe's events to Redis as they come, and look whether somebody wants it cancelled."""
-        key, number = self._prefix + job.id, 0
+        key, after = self._prefix + job.id, 0
 
         async def write(redis: Redis) -> bool:
             pipe = redis.pipeline(transaction=False)
-            for kind, data in events:
-                text = json.dumps(data).encode()
-                fields = {"type": kind, "data": text, "mac": self._sign(job.id, kind, text)}
-                pipe.xadd(key, fields, maxlen=_MOST_EVENTS)  # type: ignore[arg-type]
+            pipe.hset(key, mapping={event.about: self._signed(job.id, event) for event in events})
             pipe.expire(key, self._ttl + round(job.seconds))
             pipe.exists(f"{key}:cancel")
             return bool((await pipe.execute())[-1])
 
         # The first entry says that there is such a probe, before it has begun.
         ended, tries = False, 0
-        events: list[Event] = [("queued", {})]
+        events = [_QUEUED]
         while True:
             with contextlib.suppress(RedisUnavailable):  # it goes on here; the others will know less
                 job.cancelled |= await link.call(write, timeout=_CALL)
-                number += len([kind for kind, _ in events if kind != "queued"])
+                after = events[-1].number + 1
             tries += ended
-            if ended and (number >= len(job.events) or tries > _LAST_TRIES):
+            if ended and (after > job.events[-1].number or tries > _LAST_TRIES):
                 return
             await asyncio.sleep(_POLL)
-            ended, events = job.ended, job.events[number:]
+            ended, events = job.ended, [event for event in job.events if event.number >= after] or [_QUEUED]
 
-    async def _read(self, identity: str, after: str) -> tuple[list[Event] | None, str]:
-        """Events after a position of the stream, and the new position; None where there is no such stream."""
+    async def _read(self, identity: str) -> list[Event] | None:
+        """What Redis knows of a probe, in order; None where it does not know it."""
         link = self._link
         if link is None or not identity.isalnum() or len(identity) > 64:
-            return None, after
+            return None
 
-        async def read(redis: Redis) -> list[tuple[bytes, dict[bytes, bytes]]]:
-            found: Any = await redis.xrange(self._prefix + identity, min=after if after == "-" else f"({after}")
-            if not found and not await redis.exists(self._prefix + identity):
-                raise RedisUnavailable("no such stream")
-            return list(found)
+        async def read(redis: Redis) -> dict[bytes, bytes]:
+            found: Any = await redis.hgetall(self._prefix + identity)
+            return dict(found)
 
         try:
             rows = await link.call(read, timeout=_CALL)
         except RedisUnavailable:
-            return None, after
-        events: list[Event] = []
-        for position, row in rows:
-            after = position.decode()
-            kind, text = row.get(b"type", b"").decode(errors="replace"), row.get(b"data", b"")
-            if kind == "queued":
-                continue
-            if self._secret and not hmac.compare_digest(row.get(b"mac", b""), self._sign(identity, kind, text)):
-                continue  # not written by us
-            with contextlib.suppress(ValueError, RecursionError):
-                data = json.loads(text)
-                if isinstance(data, dict):
-                    events.append((kind, data))
-        return events, after
+            return None
+        if not rows:
+            return None
+        found = [self._event(identity, row) for row in rows.values()]
+        return sorted((event for event in found if event is not None and event.number >= 0), key=lambda one: one.number)
 
-    def _sign(self, identity: str, kind: str, text: bytes) -> bytes:
-        signed = b"\0".join([identity.encode(), kind.encode(), text])
-        return hmac.new(self._secret, signed, hashlib.sha256).hexdigest().encode()
+    def _signed(self, identity: str, event: Event) -> bytes:
+        text = json.dumps(event).encode()
+        return self._mac(identity, text) + b" " + text
+
+    def _event(self, identity: str, row: bytes) -> Event | None:
+        """An entry as it was written; None if it was not written by us."""
+        mac, _, text = row.partition(b" ")
+        if self._secret and not hmac.compare_digest(mac, self._mac(identity, text)):
+            return None
+        with contextlib.suppress(ValueError, RecursionError, TypeError):
+            number, kind, data = json.loads(text)
+            if type(number) is int and isinstance(kind, str) and isinstance(data, dict):
+                return Event(number, kind, data)
+        return None
+
+    def _mac(self, identity: str, text: bytes) -> bytes:
+        return hmac.new(self._secret, identity.encode() + b"\0" + text, hashlib.sha256).hexdigest().encode()

@@ -1,200 +1,40 @@
 """Probes in progress: many at once, in pieces that fit between the batches of classifications.
 
 A `Prober` belongs to one encoder and works in the thread of its image tower. Each of its steps is one forward and
-backward of fixed size, or what one probe makes of its answers; between two of them a classification may go ahead, and a
-probe that nobody waits for any more is dropped.
+backward of fixed size, one question to the served decision, or what one probe makes of its answers; between two of them
+a classification may go ahead, and a probe that nobody waits for any more is dropped.
 """
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import math
 import threading
 import time
-import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ironclip.encoder import Encoder
 from ironclip.errors import IronclipError, NotReady, Overloaded
-from ironclip.probe import Ask, Lane, Probe, Rows, adversarial, amplified, pieces, png, point, result, rows_for, run
-from ironclip.probe.oracle import Piece
-from ironclip.probe.report import clean
+from ironclip.probe import Ask, Lane, Rows, pieces, rows_for, steps
 from service import telemetry
 from service.errors import InternalError
+from service.probe_job import Job
 
-Status = Literal["queued", "running", "done", "failed", "cancelled"]
-ENDS = ("done", "failed", "cancelled")
-# (type, data): one event of a probe.
-Event = tuple[str, dict[str, Any]]
 # Probes that advance side by side in one encoder; more wait.
 _ACTIVE = 16
-# Between two events about the same probe at least so long, unless something broke.
-_PAUSE = 0.05
-# A point is told anew when its score has fallen by so much.
-_WORTH_TELLING = 0.002
-
-
-class Job:
-    """One probe from its request to its end; its events are all there is to know of it.
-
-    Args:
-        build: makes the probe, in the worker's thread.
-        loop: where its events are read.
-        seconds: wall clock that it may take once it runs.
-        artefacts: which of `adversarial` and `perturbation` are wanted.
-        about: what the answer says of encoder, label set, defence and preprocessing.
-        resized: whether the picture was not of the encoder's size.
-    """
-
-    def __init__(
-        self,
-        build: Callable[[], Probe],
-        loop: asyncio.AbstractEventLoop,
-        *,
-        seconds: float,
-        artefacts: tuple[str, ...] = (),
-        about: dict[str, Any] | None = None,
-        resized: bool = False,
-    ) -> None:
-        self.id = uuid.uuid4().hex
-        self.build = build
-        self.seconds = seconds
-        self.artefacts = artefacts
-        self.about = about or {}
-        self.resized = resized
-        self.cancelled = False
-        self.status: Status = "queued"
-        self.events: list[Event] = []
-        self.error: IronclipError | None = None
-        self.probe: Probe | None = None
-        self.started = 0.0
-        self.deadline = math.inf  # of whoever waits, by the monotonic clock
-        self._loop = loop
-        self._changed = asyncio.Event()
-        self._told: dict[float, tuple[str, float]] = {}
-        self._best: float | None = None
-        self._last = 0.0
-
-    @property
-    def overdue(self) -> bool:
-        """Whether its time is up."""
-        return time.monotonic() > min(self.started + self.seconds, self.deadline)
-
-    @property
-    def ended(self) -> bool:
-        """Whether its last event has come."""
-        return self.status in ENDS
-
-    async def wait(self) -> None:
-        """Return when it has ended."""
-        async for _ in self.follow():
-            pass
-
-    async def follow(self, after: int = 0) -> AsyncIterator[Event]:
-        """Its events from number ``after`` on, to the last."""
-        while True:
-            changed = self._changed
-            while after < len(self.events):
-                yield self.events[after]
-                after += 1
-            if self.ended:
-                return
-            await changed.wait()
-
-    def emit(self, kind: str, data: dict[str, Any]) -> None:
-        """Add an event, from any thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._publish, kind, data)
-        except RuntimeError:  # the loop is closed: nobody listens
-            return
-
-    def _publish(self, kind: str, data: dict[str, Any]) -> None:
-        if self.ended:
-            return
-        self.events.append((kind, data))
-        if kind in ENDS:
-            self.status = kind  # type: ignore[assignment]
-            telemetry.PROBES.labels(kind).inc()
-        elif kind == "started":
-            self.status = "running"
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
-
-    # What follows is called in the worker's thread.
-
-    def begin(self) -> None:
-        """Build the probe: one forward of the clean picture."""
-        self.started = time.monotonic()
-        self.probe = probe = self.build()
-        top = max(probe.options.eps) if probe.options.eps else probe.options.top
-        names, label = probe.target.names, probe.aim.label
-        told = {"clean": clean(probe), "unit": probe.options.unit, "max_eps": top}
-        self.emit("started", {**told, "label": names[label] if names and label is not None else None})
-
-    def tell(self) -> None:
-        """Say what is new."""
-        probe = self.probe
-        assert probe is not None
-        now, broken = time.monotonic(), probe.broken_at
-        news = broken is not None and broken != self._best
-        if now - self._last < _PAUSE and not news and not probe.done:
-            return
-        self._last = now
-        for eps, lane in sorted(probe.lanes.items()):
-            state, score = self._told.get(eps, ("", 2.0))
-            if lane.state != state or lane.lowest < score - _WORTH_TELLING:
-                self._told[eps] = (lane.state, lane.lowest)
-                self.emit("point", point(probe, lane))
-        elapsed = round(now - self.started, 3)
-        known = {"robust_to": probe.robust_to, "broken_at": broken}
-        self.emit("progress", {"gradients": probe.gradients, "elapsed": elapsed, **known})
-        if news:
-            self._best = broken
-            if found := self._pictures():
-                self.emit("artefacts", found)
-
-    def finish(self) -> None:
-        """Say everything."""
-        probe = self.probe
-        assert probe is not None
-        self.tell()
-        answer = {**result(probe, resized=self.resized), **self.about}
-        answer["cost"]["seconds"] = round(time.monotonic() - self.started, 3)
-        if found := self._pictures():
-            answer["artefacts"] = found
-        self.emit("done", answer)
-
-    def fail(self, error: IronclipError, form: dict[str, Any]) -> None:
-        """End it with an error, as a problem."""
-        self.error = error
-        self.emit("failed", {"error": form})
-
-    def release(self) -> None:
-        """Let go of pictures, attacks and Classifier: what is remembered of an ended probe is its events."""
-        self.probe, self.build = None, _released
-
-    def _pictures(self) -> dict[str, Any]:
-        assert self.probe is not None
-        found = adversarial(self.probe)
-        if found is None or not self.artefacts:
-            return {}
-        eps, picture = found
-        shown = {"adversarial": picture, "perturbation": amplified(picture, self.probe.picture)}
-        return {"eps": eps, **{name: _uri(shown[name]) for name in self.artefacts}}
+# A piece alone takes at most this share of the quantum: on a busy machine it takes longer.
+_SHARE = 0.6
+_END = object()
 
 
 @dataclass
 class _Round:
     """What is left to do until every probe has the answers it asked for."""
 
-    pieces: deque[tuple[Piece, list[Job]]] = field(default_factory=deque)
+    steps: deque[tuple[Iterator[None], list[Job]]] = field(default_factory=deque)
     takes: deque[tuple[Job, list[tuple[Lane, Ask]]]] = field(default_factory=deque)
 
 
@@ -281,12 +121,12 @@ class Prober:
         work = self._round
         if self._stopping:
             self._end_all()
-        elif work.pieces:
-            piece, jobs = work.pieces.popleft()
+        elif work.steps:
+            going, jobs = work.steps[0]
             # Nobody waits for it any more, or the time is up: its answers would be thrown away.
-            if not all(job.cancelled or job.overdue for job in jobs):
-                run(piece)
-                telemetry.PROBE_STEPS.inc(len(piece.asks))
+            unwanted = all(job.cancelled or job.overdue for job in jobs)
+            if unwanted or next(going, _END) is _END:
+                work.steps.popleft()
         elif work.takes:
             job, answered = work.takes.popleft()
             self._guarded(job, lambda: self._take(job, answered))
@@ -348,7 +188,9 @@ class Prober:
         for job in list(self._active):
             self._guarded(job, lambda job=job: ask(job))  # type: ignore[misc]
         for piece in pieces(asked, self.rows):
-            self._round.pieces.append((piece, [owners[id(one)] for one in piece.asks]))
+            self._round.steps.append((steps(piece), [owners[id(one)] for one in piece.asks]))
+            telemetry.PROBE_STEPS.inc(len(piece.asks))
+        self._round.steps.extend((one.confirm(), [owners[id(one)]]) for one in asked)
 
     def _take(self, job: Job, answered: list[tuple[Lane, Ask]]) -> bool:
         probe = job.probe
@@ -387,7 +229,7 @@ class Prober:
 
 
 def measured_rows(encoder: Encoder, quantum: float) -> tuple[Rows, float]:
-    """The largest batch whose forward and backward stay within the quantum (one row if none does), and their seconds.
+    """The largest batch whose forward and backward stay well within the quantum (else one row), and their seconds.
 
     Args:
         encoder: that gradients are taken of.
@@ -396,7 +238,7 @@ def measured_rows(encoder: Encoder, quantum: float) -> tuple[Rows, float]:
     best = rows_for(encoder.device)
     for size in [size for size in (32, 16, 8, 4, 2, 1) if size <= best.gradient]:
         seconds = min(_timed(encoder, size) for _ in range(3))
-        if seconds <= quantum or size == 1:
+        if seconds <= _SHARE * quantum or size == 1:
             break
     return Rows(size, min(best.forward, size)), seconds
 
@@ -414,11 +256,3 @@ def _timed(encoder: Encoder, size: int) -> float:
 
 def _fault() -> InternalError:
     return InternalError("Something went wrong in the service; its log has it.")
-
-
-def _released() -> Probe:
-    raise RuntimeError("the probe has ended")
-
-
-def _uri(picture: Tensor) -> str:
-    return "data:image/png;base64," + base64.b64encode(png(picture)).decode("ascii")

@@ -100,7 +100,10 @@ class Settings(BaseSettings):
         default=60.0, gt=0, le=86_400, description="Wall clock that one probe may ask for, in seconds."
     )
     probe_max_gradients: int = Field(
-        default=200_000, ge=1, le=1_000_000_000, description="Gradient steps that one probe may ask for."
+        default=200_000,
+        ge=1,
+        le=1_000_000_000,
+        description="Gradient steps that one probe may ask for; one through N views counts N.",
     )
     probe_quantum_ms: float = Field(
         default=0.0,

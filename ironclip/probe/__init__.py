@@ -1,7 +1,7 @@
 """How easily is one decision fooled? A curve over radii, and the bracket of the smallest that breaks it.
 
 `probe` runs one to its end. A service advances many at once: `Probe` says what it wants to know (`asks`), `pieces` and
-`run` answer that in batches, `take` goes on.
+`steps` answer that in batches, `take` goes on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ironclip.classifier import Classifier
 from ironclip.errors import OptionError
 from ironclip.probe.options import EFFORTS, ProbeOptions
-from ironclip.probe.oracle import Ask, Rows, pieces, rows_for, run
+from ironclip.probe.oracle import Ask, Rows, pieces, rows_for, run, steps
 from ironclip.probe.report import adversarial, amplified, estimate, png, point, result
 from ironclip.probe.search import Lane, Probe
 from ironclip.probe.target import Target, VectorTarget
@@ -40,6 +40,7 @@ __all__ = [
     "result",
     "rows_for",
     "run",
+    "steps",
 ]
 
 

@@ -161,6 +161,14 @@ class ProbeOptions:
         return EFFORTS[self.effort].draws
 
 
+def steps_of(attack: Attack) -> int:
+    """Queries that an attack makes about one picture at most, but for a few at its start."""
+    if isinstance(attack, AutoAttack):
+        return sum(steps_of(part) for part in attack.parts)
+    each: int = getattr(attack, "queries", 0) or getattr(attack, "iterations", 1)
+    return each * int(getattr(attack, "restarts", 1)) * int(getattr(attack, "classes", 1))
+
+
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise OptionError(f"{name} is one of {', '.join(choices)}, not {str(value)[:40]!r}.", pointer=f"/{name}")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ironclip.probe.options import EFFORTS
+from ironclip.attacks import Attack
+from ironclip.probe.options import EFFORTS, ProbeOptions, steps_of
 from ironclip.probe.search import Lane, Probe
 
 STATEMENT = (
@@ -130,13 +132,20 @@ def result(probe: Probe, *, resized: bool | None = None) -> dict[str, Any]:
             "draws": "fresh" if probe.fresh else "fixed",
             "seed": options.seed,
         },
-        "cost": {"gradients": probe.gradients, "forwards": probe.forwards, "views": attacked.defence.view_count},
+        "cost": {
+            "gradients": probe.gradients,
+            "forwards": probe.forwards,
+            "confirmations": probe.confirmations,
+            "views": attacked.defence.view_count,
+            # A backward is worth two forwards, and gradients have a forward each, which is counted.
+            "tower_passes": attacked.defence.cost * (2 * probe.gradients + probe.forwards + probe.confirmations),
+        },
         "warnings": warnings(probe, resized=resized),
     }
     return form
 
 
-def estimate(probe_options: Any, defence_cost: int) -> dict[str, Any]:
+def estimate(probe_options: ProbeOptions, defence_cost: int, attacks: Sequence[tuple[Attack, str]]) -> dict[str, Any]:
     """What a probe may cost at most, before it is begun."""
     effort = EFFORTS[probe_options.effort]
     return {
@@ -144,7 +153,7 @@ def estimate(probe_options: Any, defence_cost: int) -> dict[str, Any]:
         "seconds_at_most": probe_options.seconds,
         "tower_passes_per_gradient": 3 * defence_cost,
         "draws_a_step": effort.draws if probe_options.draws == "fresh" else 1,
-        "iterations_a_radius": effort.iterations,
+        "steps_a_radius_at_most": sum(steps_of(attack) for attack, _ in attacks),
     }
 
 

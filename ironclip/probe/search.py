@@ -115,6 +115,7 @@ class Probe:
         self.aim = Aim(self.said if label is None else label, target_label)
         self.lanes: dict[float, Lane] = {}
         self.gradients = self.forwards = 0
+        self.confirmations = 1  # the clean picture
         self.exhausted = ""
         self.black_box_won = False
         self._plan = self._stages()
@@ -186,6 +187,7 @@ class Probe:
         draws = max(1, len(ask.seeds))
         lane.steps += 1
         self.forwards += draws
+        self.confirmations += ask.confirmations
         if answer.gradient is not None:
             lane.gradients += draws
             self.gradients += draws

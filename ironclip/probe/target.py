@@ -54,7 +54,7 @@ class Target:
         """Features of the views [n, views, dim] -> logits [n, K]."""
         if not self.level:
             return classifier.decide(features)
-        return classifier.level_logits(features, classifier.decide(features))[self.level]
+        return classifier.level_of(features, self.level)
 
     def answers(self, picture: Tensor, seed: int | None = None) -> Tensor:
         """What is served for one picture, alone in its batch: uint8 [3, R, R] -> [1, ...]; ``seed`` for other draws."""

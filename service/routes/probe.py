@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from service.answers import Item
 from service.decisions import Plan
 from service.errors import RequestInvalid
 from service.forms import read_ask
+from service.probe_job import ENDS, Event, Job
 from service.probe_schemas import ProbeFields, ProbeRequest
-from service.probing import ENDS, Event, Job, Prober
+from service.probing import Prober
 from service.routes.classify import check_size
 from service.routes.common import Deadline, json_response, service_of, stages_of
 from service.runtime import ServedEncoder
@@ -53,7 +55,7 @@ async def attack_probe(request: Request) -> Response:
     with deadline.receiving():
         ask = await read_ask(request, ProbeRequest, ProbeFields, service.image_limits, 1)
     fields = ask.options
-    options = probe_options(fields, service.settings)
+    asked = probe_options(fields, service.settings)
     if len(ask.pictures) != 1:
         raise RequestInvalid("Give one image: a probe is about one decision.")
 
@@ -65,9 +67,10 @@ async def attack_probe(request: Request) -> Response:
         prober = plan.served.prober
         if prober is None:
             raise NotReady("This encoder is not probed.")
-        options.attacks(targeted=fields.target is not None, vector=fields.objective == "embedding")
+        options = within_views(asked, fields, plan.defence.cost, service.settings)
+        attacks = options.attacks(targeted=fields.target is not None, vector=fields.objective == "embedding")
         if fields.dry_run:
-            return prober, None, estimate(options, plan.defence.cost)
+            return prober, None, estimate(options, plan.defence.cost, attacks)
         item = await service.answers.pixels(plan.served, ask.pictures[0], stages)
         with stages.time("labels"):
             both = await service.answers.classifiers.attacked(plan)
@@ -75,7 +78,7 @@ async def attack_probe(request: Request) -> Response:
         job = Job(
             build,
             asyncio.get_running_loop(),
-            seconds=options.seconds,
+            seconds=asked.seconds,
             artefacts=tuple(fields.artefacts),
             about=about,
             resized=item.resized,
@@ -104,7 +107,7 @@ async def attack_probe(request: Request) -> Response:
         job.cancelled = True  # nobody waits for it any more; one that has ended stays as it is
     if job.error is not None:
         raise job.error
-    return json_response(dict(job.events)["done"], stages)
+    return json_response(job.events[-1].data, stages)
 
 
 @router.get("/probes/{id}", operation_id="getProbe", summary="How a probe stands")
@@ -127,17 +130,17 @@ async def cancel_probe(request: Request, id: str) -> Response:
 async def follow_probe(request: Request, id: str) -> Response:
     """Server-sent events `started`, `point`, `progress`, `artefacts`, and in the end `done`, `failed` or `cancelled`.
 
-    Whoever comes late gets all that came before; `Last-Event-ID` goes on behind that one.
+    Whoever comes late gets the last that was said of each thing; `Last-Event-ID` goes on behind that one.
     """
     probes = service_of(request).probes
     await probes.events(id)  # an unknown one is a 404, not an empty stream
     last = request.headers.get("last-event-id", "")
     after = int(last) + 1 if last.isascii() and last.isdigit() and len(last) < 9 else 0
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_stream(probes.follow(id, after), after), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(_stream(probes.follow(id, after)), media_type="text/event-stream", headers=headers)
 
 
-async def _stream(events: AsyncIterator[Event], number: int) -> AsyncIterator[str]:
+async def _stream(events: AsyncIterator[Event]) -> AsyncIterator[str]:
     """Events in the form of the HTML standard, with comments in long pauses, so that proxies keep the line open."""
     waiting: asyncio.Future[Event] | None = None
     try:
@@ -148,12 +151,11 @@ async def _stream(events: AsyncIterator[Event], number: int) -> AsyncIterator[st
                 yield ": still here\n\n"
                 continue
             try:
-                kind, data = waiting.result()
+                event = waiting.result()
             except StopAsyncIteration:
                 return
             waiting = None
-            yield f"id: {number}\nevent: {kind}\ndata: {json.dumps(data)}\n\n"
-            number += 1
+            yield f"id: {event.number}\nevent: {event.kind}\ndata: {json.dumps(event.data)}\n\n"
     finally:
         if waiting is not None:
             waiting.cancel()
@@ -165,7 +167,7 @@ def standing(identity: str, events: list[Event]) -> dict[str, Any]:
     """What a probe's events come to."""
     form: dict[str, Any] = {"id": identity, "status": "queued", "points": [], "result": None, "error": None}
     points: dict[float, dict[str, Any]] = {}
-    for kind, data in events:
+    for _, kind, data in events:
         if kind in ENDS:
             form["status"] = kind
             form["result"] = data if kind == "done" else None
@@ -205,6 +207,25 @@ def probe_options(fields: ProbeFields, settings: Settings) -> ProbeOptions:
                 limit=limit,
             )
     return options
+
+
+def within_views(options: ProbeOptions, fields: ProbeFields, cost: int, settings: Settings) -> ProbeOptions:
+    """The same where a gradient goes through ``cost`` views: each counts against the server's limit.
+
+    Raises:
+        OptionError: the caller asks for more; an effort's own budget is made smaller instead.
+    """
+    limit = settings.probe_max_gradients
+    if options.budget * cost <= limit:
+        return options
+    if fields.gradients:
+        raise OptionError(
+            f"{fields.gradients} gradients of {cost} forwards each are asked for, at most {limit} together are allowed "
+            "here (IRONCLIP_PROBE_MAX_GRADIENTS).",
+            pointer="/gradients",
+            limit=limit // cost,
+        )
+    return replace(options, gradients=max(1, limit // cost))
 
 
 def _decision(fields: ProbeFields, served: ServedEncoder) -> Options:

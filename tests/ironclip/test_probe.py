@@ -24,7 +24,7 @@ from ironclip.hierarchy import LabelTree
 from ironclip.labels import LabelSet
 from ironclip.loading import DEMO_FOLDER, load_encoder
 from ironclip.preprocessing import load_image, to_float
-from ironclip.probe import Probe, ProbeOptions, Rows, Target, VectorTarget, pieces, png, probe, run
+from ironclip.probe import Ask, Probe, ProbeOptions, Rows, Target, VectorTarget, pieces, png, probe, run, steps
 from ironclip.probe.oracle import rounded
 from tests.conftest import make_tiny_encoder
 
@@ -120,6 +120,31 @@ def test_batches_are_shared_and_always_full(tiny: Encoder) -> None:
         run(piece)
     hook.remove()
     assert seen == [8, 8]
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_pictures_of_many_views_go_in_parts_and_come_to_the_same(tiny: Encoder, gradient: bool) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(NAMES), defence=make_defence("cola", {"views": 7}))
+
+    def asked(rows: Rows) -> tuple[list[int], Ask]:
+        one = Probe(Target(classifier), pictures(1)[0], ProbeOptions(eps=(4,)))
+        ((_, ask),) = one.asks()
+        ask.query = replace(ask.query, gradient=gradient)
+        seen: list[int] = []
+        hook = tiny.model.visual.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+        for piece in pieces([ask], rows):
+            for _ in steps(piece):
+                assert not torch.is_inference_mode_enabled()
+                assert torch.is_grad_enabled()  # as it is outside
+        hook.remove()
+        return seen, ask
+
+    (cut, parts), (whole, ask) = asked(Rows(3, 1)), asked(Rows(7, 7))
+    assert (cut, whole) == ([3, 3, 1], [7])
+    torch.testing.assert_close(parts.losses, ask.losses, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(parts.outputs, ask.outputs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(parts.gradients, ask.gradients, atol=1e-5, rtol=1e-3)
+    assert len(ask.gradients) == gradient
 
 
 @pytest.mark.parametrize("name", ["none", "cola", "ttc", "clipure"])

@@ -164,7 +164,9 @@ def test_a_stream_tells_everything_and_may_be_taken_up_again(client: httpx.Clien
     assert kinds[0] == "started"
     assert kinds[-1] == "done"
     assert {"point", "progress", "artefacts"} <= set(kinds)
-    assert [number for number, _, _ in told] == list(range(len(told)))
+    numbers = [number for number, _, _ in told]
+    assert numbers == sorted(set(numbers))
+    assert numbers[0] == 0
     answer = told[-1][2]
     last: dict[float, dict[str, Any]] = {data["eps"]: data for _, kind, data in told if kind == "point"}
     for point in answer["points"]:
@@ -172,9 +174,12 @@ def test_a_stream_tells_everything_and_may_be_taken_up_again(client: httpx.Clien
     radii = [data["eps"] for _, kind, data in told if kind == "artefacts"]
     assert radii == sorted(radii, reverse=True)
     assert radii[-1] == answer["broken_at"]
-    # Late, and from the middle.
-    assert events(client, identity) == told
-    assert events(client, identity, **{"Last-Event-ID": "3"}) == told[4:]
+    # Late, and from the middle: the last of each thing.
+    kept = {(kind, data.get("eps") if kind == "point" else None): (number, kind, data) for number, kind, data in told}
+    assert events(client, identity) == sorted(kept.values(), key=lambda one: one[0])
+    middle = numbers[len(numbers) // 2]
+    later = [one for one in sorted(kept.values(), key=lambda one: one[0]) if one[0] > middle]
+    assert events(client, identity, **{"Last-Event-ID": str(middle)}) == later
     form = client.get(f"/probes/{identity}").json()
     assert form["status"] == "done"
     assert form["result"] == answer
@@ -287,9 +292,9 @@ def test_numbers_of_any_length_are_answered(small: TestClient) -> None:
 
 
 def test_a_probe_that_fails_fails_alone(small: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    from service import probing
+    from service import probe_job
 
-    true = probing.result
+    true = probe_job.result
     broken: list[str] = []
 
     def sometimes(probe: Any, **options: Any) -> dict[str, Any]:
@@ -298,7 +303,7 @@ def test_a_probe_that_fails_fails_alone(small: TestClient, monkeypatch: pytest.M
             raise ZeroDivisionError("on purpose")
         return true(probe, **options)
 
-    monkeypatch.setattr(probing, "result", sometimes)
+    monkeypatch.setattr(probe_job, "result", sometimes)
     bad = {"image": as_base64(picture(55)), "labels": LABELS, "seed": 666, "eps": [1]}
     identity = small.post("/attack-probe", json=bad, headers={"Prefer": "respond-async"}).json()["id"]
     assert ask(small, 56, eps=[1]).status_code == 200
@@ -328,6 +333,13 @@ def test_a_dry_run_says_the_cost_and_costs_nothing(client: httpx.Client) -> None
     assert cost["gradients_at_most"] == 2000
     assert cost["tower_passes_per_gradient"] == 12
     assert cost["draws_a_step"] == 3
+    assert cost["steps_a_radius_at_most"] == 40  # APGD-CE and APGD-DLR of 20 steps
+    # A gradient through many views counts as many against the server's limit.
+    dear = {"dry_run": True, "defence": {"name": "cola", "views": 16}}
+    assert ask(client, 56, effort="thorough", **dear).json()["dry_run"]["gradients_at_most"] == 200_000 // 16
+    refused = ask(client, 56, gradients=20_000, **dear).json()
+    assert refused["errors"][0]["pointer"] == "/gradients"
+    assert "IRONCLIP_PROBE_MAX_GRADIENTS" in refused["detail"]
     assert metric(url, "ironclip_probe_steps_total") == steps
 
 
@@ -476,9 +488,9 @@ def test_any_replica_tells_of_a_probe_and_cancels_it(replicas: list[ServiceProce
         wait_until(lambda: there.get(f"/probes/{long}").json().get("status") == "running")
         assert there.delete(f"/probes/{long}").status_code == 204
         assert ended(here, long, 5)["status"] == "cancelled"
-        # What somebody else writes into the stream is not told.
+        # What somebody else writes there is not told.
         other = redis_client.Redis(port=redis_server.port)
-        other.xadd(f"ironclip:probe:{identity}", {"type": "failed", "data": '{"error": {}}', "mac": "0"})
+        other.hset(f"ironclip:probe:{identity}", "failed", '0 [1000, "failed", {"error": {}}]')
         assert there.get(f"/probes/{identity}").json()["status"] == "done"
         # Without Redis a probe is still told of where it runs.
         redis_server.kill()

@@ -1,0 +1,201 @@
+"""One probe from its request to its end, and the events that tell of it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from ironclip.errors import IronclipError
+from ironclip.probe import Probe, adversarial, amplified, png, point, result
+from ironclip.probe.report import clean
+from service import telemetry
+
+Status = Literal["queued", "running", "done", "failed", "cancelled"]
+ENDS = ("done", "failed", "cancelled")
+# Between two events about the same probe at least so long, unless something broke.
+_PAUSE = 0.05
+# A point is told anew when its score has fallen by so much.
+_WORTH_TELLING = 0.002
+
+
+class Event(NamedTuple):
+    """One event: its number in order, type, and data."""
+
+    number: int
+    kind: str
+    data: dict[str, Any]
+
+    @property
+    def about(self) -> str:
+        """What it speaks of: a later event about the same takes its place."""
+        return f"point {self.data.get('eps')}" if self.kind == "point" else self.kind
+
+
+class Job:
+    """One probe from its request to its end; its events are all there is to know of it.
+
+    Kept are the last events about each thing, so that a long probe takes no more memory than a short one; numbers go
+    on, and whoever follows it as it goes gets every event.
+
+    Args:
+        build: makes the probe, in the worker's thread.
+        loop: where its events are read.
+        seconds: wall clock that it may take once it runs.
+        artefacts: which of `adversarial` and `perturbation` are wanted.
+        about: what the answer says of encoder, label set, defence and preprocessing.
+        resized: whether the picture was not of the encoder's size.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], Probe],
+        loop: asyncio.AbstractEventLoop,
+        *,
+        seconds: float,
+        artefacts: tuple[str, ...] = (),
+        about: dict[str, Any] | None = None,
+        resized: bool = False,
+    ) -> None:
+        self.id = uuid.uuid4().hex
+        self.build = build
+        self.seconds = seconds
+        self.artefacts = artefacts
+        self.about = about or {}
+        self.resized = resized
+        self.cancelled = False
+        self.status: Status = "queued"
+        self.events: list[Event] = []
+        self.error: IronclipError | None = None
+        self.probe: Probe | None = None
+        self.started = 0.0
+        self.deadline = math.inf  # of whoever waits, by the monotonic clock
+        self._loop = loop
+        self._changed = asyncio.Event()
+        self._count = 0
+        self._told: dict[float, tuple[str, float]] = {}
+        self._best: float | None = None
+        self._last = 0.0
+
+    @property
+    def overdue(self) -> bool:
+        """Whether its time is up."""
+        return time.monotonic() > min(self.started + self.seconds, self.deadline)
+
+    @property
+    def ended(self) -> bool:
+        """Whether its last event has come."""
+        return self.status in ENDS
+
+    async def wait(self) -> None:
+        """Return when it has ended."""
+        async for _ in self.follow():
+            pass
+
+    async def follow(self, after: int = 0) -> AsyncIterator[Event]:
+        """Its events from number ``after`` on, to the last."""
+        while True:
+            changed = self._changed
+            for event in [one for one in self.events if one.number >= after]:
+                yield event
+                after = event.number + 1
+            if self.ended:
+                return
+            await changed.wait()
+
+    def emit(self, kind: str, data: dict[str, Any]) -> None:
+        """Add an event, from any thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._publish, kind, data)
+        except RuntimeError:  # the loop is closed: nobody listens
+            return
+
+    def _publish(self, kind: str, data: dict[str, Any]) -> None:
+        if self.ended:
+            return
+        event = Event(self._count, kind, data)
+        self._count += 1
+        self.events = [one for one in self.events if one.about != event.about] + [event]
+        if kind in ENDS:
+            self.status = kind  # type: ignore[assignment]
+            telemetry.PROBES.labels(kind).inc()
+        elif kind == "started":
+            self.status = "running"
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    # What follows is called in the worker's thread.
+
+    def begin(self) -> None:
+        """Build the probe: one forward of the clean picture."""
+        self.started = time.monotonic()
+        self.probe = probe = self.build()
+        top = max(probe.options.eps) if probe.options.eps else probe.options.top
+        names, label = probe.target.names, probe.aim.label
+        told = {"clean": clean(probe), "unit": probe.options.unit, "max_eps": top}
+        self.emit("started", {**told, "label": names[label] if names and label is not None else None})
+
+    def tell(self) -> None:
+        """Say what is new."""
+        probe = self.probe
+        assert probe is not None
+        now, broken = time.monotonic(), probe.broken_at
+        news = broken is not None and broken != self._best
+        if now - self._last < _PAUSE and not news and not probe.done:
+            return
+        self._last = now
+        for eps, lane in sorted(probe.lanes.items()):
+            state, score = self._told.get(eps, ("", 2.0))
+            if lane.state != state or lane.lowest < score - _WORTH_TELLING:
+                self._told[eps] = (lane.state, lane.lowest)
+                self.emit("point", point(probe, lane))
+        elapsed = round(now - self.started, 3)
+        known = {"robust_to": probe.robust_to, "broken_at": broken}
+        self.emit("progress", {"gradients": probe.gradients, "elapsed": elapsed, **known})
+        if news:
+            self._best = broken
+            if found := self._pictures():
+                self.emit("artefacts", found)
+
+    def finish(self) -> None:
+        """Say everything."""
+        probe = self.probe
+        assert probe is not None
+        self.tell()
+        answer = {**result(probe, resized=self.resized), **self.about}
+        answer["cost"]["seconds"] = round(time.monotonic() - self.started, 3)
+        if found := self._pictures():
+            answer["artefacts"] = found
+        self.emit("done", answer)
+
+    def fail(self, error: IronclipError, form: dict[str, Any]) -> None:
+        """End it with an error, as a problem."""
+        self.error = error
+        self.emit("failed", {"error": form})
+
+    def release(self) -> None:
+        """Let go of pictures, attacks and Classifier: what is remembered of an ended probe is its events."""
+        self.probe, self.build = None, _released
+
+    def _pictures(self) -> dict[str, Any]:
+        assert self.probe is not None
+        found = adversarial(self.probe)
+        if found is None or not self.artefacts:
+            return {}
+        eps, picture = found
+        shown = {"adversarial": picture, "perturbation": amplified(picture, self.probe.picture)}
+        return {"eps": eps, **{name: _uri(shown[name]) for name in self.artefacts}}
+
+
+def _released() -> Probe:
+    raise RuntimeError("the probe has ended")
+
+
+def _uri(picture: Tensor) -> str:
+    return "data:image/png;base64," + base64.b64encode(png(picture)).decode("ascii")
