@@ -30,6 +30,7 @@ _LOG = logging.getLogger("ironclip.service.batching")
 _PATIENCE = 10  # the longest wait of an idle worker, in units of the wait for one item
 _CORE_PATIENCE = 0.5  # the longest wait on shared cores, in units of the time that a full batch takes
 _GAP_SHARE = 20  # while items wait, a gap is made after so many times what the last one took
+_LOOK = 0.002  # seconds between looks whether what was expected has come
 _MEMORY = 0.8  # weight of the past in the running mean of seconds per item
 
 
@@ -51,8 +52,8 @@ class _Entry(Generic[Item]):
 class Gaps(Protocol):
     """Work that is done between batches.
 
-    A piece is short, since whoever comes meanwhile waits for its end. While items wait all the time, one piece in a
-    while is run all the same, so that this work does not starve.
+    A piece is short, since whoever comes meanwhile waits for its end. While items wait, or are about to come
+    (`more_expected`), one piece in a while is run all the same, so that this work does not starve.
     """
 
     @property
@@ -108,6 +109,7 @@ class Batcher(Generic[Item, Result]):
         self._run = run
         self._idle_wait = idle_wait_ms / 1000
         self._more_expected = more_expected or (lambda: True)
+        self._gaps_yield = more_expected or (lambda: False)
         self._shares_cores = shares_cores
         self._last_cost = 0  # of the last batch
         self._on_batch = on_batch
@@ -264,7 +266,7 @@ class Batcher(Generic[Item, Result]):
         if gaps is None or not gaps.pending:
             return False
         began = time.monotonic()
-        if self._waiting and began < self._gap_due:
+        if (self._waiting or self._gaps_yield()) and began < self._gap_due:
             return False
         gaps.step()
         self.last_progress = now = time.monotonic()
@@ -281,8 +283,11 @@ class Batcher(Generic[Item, Result]):
             if self._stopping:
                 return False
             if self._gaps is not None and self._gaps.pending:
-                return True
-            self._changed.wait()
+                if not self._gaps_yield() or time.monotonic() >= self._gap_due:
+                    return True
+                self._changed.wait(_LOOK)  # an item is about to come, or fails, which wakes nobody
+            else:
+                self._changed.wait()
         if self._idle_wait and (idle or self._shares_cores):
             self._await_company()
         return True

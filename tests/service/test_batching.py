@@ -396,3 +396,34 @@ def test_items_are_weighed_in_batches_and_in_the_queue() -> None:
         assert model.batches == [[1], [2, 2], [3], [5]]  # one that costs more than a batch goes alone
 
     asyncio.run(scenario())
+
+
+class Beside:
+    """Endless work between batches, in pieces of twenty milliseconds."""
+
+    def __init__(self) -> None:
+        self.pieces = 0
+        self.pending = True
+
+    def step(self) -> None:
+        self.pieces += 1
+        time.sleep(0.02)
+
+
+def test_work_between_batches_waits_for_what_is_about_to_come() -> None:
+    beside, coming = Beside(), True
+    with running(Model(), gaps=beside, more_expected=lambda: coming) as batcher:
+
+        async def ask() -> tuple[int, int]:
+            await asyncio.sleep(0.2)
+            before = beside.pieces
+            return before, await batcher.submit(3)
+
+        before, answer = asyncio.run(ask())
+        assert (before, answer) == (1, 9)  # one piece in a while is run all the same
+        coming = False
+        deadline = time.monotonic() + 5
+        while beside.pieces < 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        beside.pending = False
