@@ -229,18 +229,18 @@ class Prober:
 
 
 def measured_rows(encoder: Encoder, quantum: float) -> tuple[Rows, float]:
-    """The largest batch whose forward and backward stay well within the quantum (else one row), and their seconds.
+    """The largest batches whose forward and backward stay well within the quantum (else one row), and their seconds.
 
     Args:
         encoder: that gradients are taken of.
         quantum: seconds.
     """
     best = rows_for(encoder.device)
-    for size in [size for size in (32, 16, 8, 4, 2, 1) if size <= best.gradient]:
+    for size in [size for size in (32, 16, 8, 4, 2, 1) if size <= max(best.gradient, best.views)]:
         seconds = min(_timed(encoder, size) for _ in range(3))
         if seconds <= _SHARE * quantum or size == 1:
             break
-    return Rows(size, min(best.forward, size)), seconds
+    return Rows(min(best.gradient, size), min(best.forward, size), min(best.views, size)), seconds
 
 
 def _timed(encoder: Encoder, size: int) -> float:

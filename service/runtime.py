@@ -172,6 +172,7 @@ class ServedEncoder:
         self.probe_report = {
             "quantum_ms": round(1000 * quantum, 2),
             "rows": rows.gradient,
+            "views": rows.views,
             "piece_ms": round(1000 * seconds, 2),
         }
 

@@ -134,15 +134,21 @@ class Piece:
 
 @dataclass(frozen=True)
 class Rows:
-    """Views in one batch: of queries with a gradient, and of those without. Always filled up to it."""
+    """Sizes of batches, which are always filled up.
+
+    Attributes:
+        gradient, forward: views in one batch of queries with a gradient, and of those without.
+        views: of one picture that go through the tower together at most.
+    """
 
     gradient: int
     forward: int
+    views: int
 
 
 def rows_for(device: torch.device) -> Rows:
     """What suits a device: a GPU is hardly slower with many, a CPU loses what it fills up."""
-    return Rows(4, 1) if device.type == "cpu" else Rows(32, 32)
+    return Rows(1, 1, 4) if device.type == "cpu" else Rows(32, 32, 32)
 
 
 def pieces(asks: Sequence[Ask], rows: Rows | None = None) -> Iterator[Piece]:
@@ -160,7 +166,7 @@ def pieces(asks: Sequence[Ask], rows: Rows | None = None) -> Iterator[Piece]:
     for (_, defence, gradient, seeds), members in groups.items():
         fitting = rows or rows_for(members[0].target.attacked.encoder.device)
         size = max(1, (fitting.gradient if gradient else fitting.forward) // defence.cost)
-        most = max(fitting.gradient, fitting.forward)
+        most = max(size, fitting.views)
         for start in range(0, len(members), size):
             part = tuple(members[start : start + size])
             for seed in seeds or (None,):

@@ -1,8 +1,8 @@
-"""One probe in progress: radii side by side as lanes, a bracket that narrows, and what is known at any time.
+"""One probe in progress: radii as lanes, a bracket that narrows, and what is known at any time.
 
-All lanes of a probe advance together, a query each, so that what it finds does not depend on what else the machine
-does. A lane ends when it is broken, when its attack has ended, or when a lane with a smaller radius broke: that picture
-lies in its ball too.
+A search tries radii side by side where that costs nothing (a GPU), else one after the other. Lanes that run advance
+together, a query each, so that what a probe finds does not depend on what else the machine does. A lane ends when it is
+broken, when its attack has ended, or when a lane with a smaller radius broke: that picture lies in its ball too.
 """
 
 from __future__ import annotations
@@ -22,8 +22,13 @@ from ironclip.probe.options import ProbeOptions
 from ironclip.probe.oracle import Ask
 from ironclip.probe.target import Aim, Target, VectorTarget
 
-# Radii attacked at the same time.
-LANES = 8
+# Radii of a given list that are attacked at the same time.
+LISTED = 8
+# Where one is tried after the other, the next lies so far up the bracket: what breaks does so in a few steps, what
+# holds costs them all.
+_UP = 0.7
+# L2 radii below this hold no other picture of 8 bits.
+_LEAST_L2 = 1 / 255
 # A bracket of L2 radii is narrow enough at this ratio; L-inf ones are whole steps.
 _NARROW = 1.05
 # The attack's draws begin here for each radius in turn, far from those that judge.
@@ -66,6 +71,11 @@ class Lane:
     decided: bool = False
 
 
+def lanes_for(device: torch.device) -> int:
+    """Radii that a search tries at the same time: a GPU does many as quickly as one, a CPU does not."""
+    return 1 if device.type == "cpu" else 8
+
+
 @dataclass(frozen=True)
 class Clean:
     """The decision about the picture as it is, by what is served: outputs [K] or a vector [dim]."""
@@ -86,6 +96,7 @@ class Probe:
         options: how.
         label: position of the true label; the clean answer if None.
         target_label: position that must be reached; any other than the label if None.
+        lanes: radii that a search tries at the same time; `lanes_for` the encoder's device if None.
 
     Raises:
         OptionError: an attack that cannot do this.
@@ -99,8 +110,10 @@ class Probe:
         *,
         label: int | None = None,
         target_label: int | None = None,
+        lanes: int | None = None,
     ) -> None:
         self.target, self.picture, self.options = target, picture, options
+        self._lanes = lanes or lanes_for(target.attacked.encoder.device)
         self.fresh = options.draws == "fresh" and target.attacked.defence.random
         if 0 < len(target.names) < 2:
             raise OptionError(
@@ -259,45 +272,49 @@ class Probe:
             return
         given = sorted(set(self.options.eps))
         search = not given
-        for start in range(0, len(given), LANES):
+        for start in range(0, len(given), LISTED):
             if self.broken_at is None:
-                yield [(eps, self._attacks) for eps in given[start : start + LANES]]
+                yield [(eps, self._attacks) for eps in given[start : start + LISTED]]
             else:
                 # They hold the broken picture; the curve says so.
-                yield [(eps, []) for eps in given[start : start + LANES]]
+                yield [(eps, []) for eps in given[start : start + LISTED]]
                 self._retire()
         if search:
-            yield [(eps, self._attacks) for eps in self._spread(0.0, self.options.top, first=True)]
-            while radii := self._between():
+            while radii := self._next_radii():
                 yield [(eps, self._attacks) for eps in radii]
         square = self.options.black_box
         if square is not None and not self.target.free and self.aim.target is None and self.robust_to:
             eps = self.robust_to
             yield [(eps, [(square, "ce")])]
             self.black_box_won = self.lanes[eps].state == "broken"
-            while search and self.black_box_won and (radii := self._between()):
+            while search and self.black_box_won and (radii := self._next_radii()):
                 yield [(eps, self._attacks) for eps in radii]
 
-    def _between(self) -> list[float]:
-        """Radii inside the bracket that are still to be tried; none when it is narrow enough."""
-        top = self.broken_at
+    def _next_radii(self) -> list[float]:
+        """Radii inside the bracket that are to be tried next; none when it is narrow enough."""
+        low, top = self.robust_to, self.broken_at
         if top is None:
-            return []
-        low = self.robust_to
+            # Nothing broke yet: the upper end is to be tried too.
+            if low >= self.options.top:
+                return []
+            return self._spread(low, self.options.top, closed=True)
         return [eps for eps in self._spread(low, top) if low < eps < top]
 
-    def _spread(self, low: float, top: float, *, first: bool = False) -> list[float]:
-        """At most LANES radii over (low, top], or over the open interval; whole steps for L-inf."""
+    def _spread(self, low: float, top: float, *, closed: bool = False) -> list[float]:
+        """Radii over the open interval (low, top), or over (low, top] if ``closed``; whole steps for L-inf."""
         if self.options.norm == "linf":
-            whole = [float(eps) for eps in range(math.floor(low) + 1, math.ceil(top) + (1 if first else 0))]
-            whole = [eps for eps in whole if eps <= top]
-            if len(whole) <= LANES:
+            whole = [float(eps) for eps in range(math.floor(low) + 1, math.ceil(top) + closed) if eps <= top]
+            if not whole or len(whole) <= self._lanes:
                 return whole
+            if self._lanes == 1:
+                return [whole[int(_UP * len(whole))]]
             start = whole[0]
-            shares = torch.logspace(0, math.log10(whole[-1] / start), LANES).tolist()
+            shares = torch.logspace(0, math.log10(whole[-1] / start), self._lanes).tolist()
             return sorted({float(round(start * share)) for share in shares})
-        if not first and low > 0 and top / low <= _NARROW:
+        if (low > 0 and top / low <= _NARROW and not closed) or top < _LEAST_L2:
             return []
+        if self._lanes == 1:
+            return [top if closed else top / 3 if low == 0 else low * (top / low) ** _UP]
         start = low if low > 0 else top / 256
-        steps = LANES if first else LANES + 1
-        return [start * (top / start) ** (i / steps) for i in range(1, steps + (1 if first else 0))]
+        steps = self._lanes if closed else self._lanes + 1
+        return [start * (top / start) ** (i / steps) for i in range(1, steps + closed)]
