@@ -60,6 +60,10 @@ class Gaps(Protocol):
     def pending(self) -> bool:
         """Whether there is a piece to run; any thread may ask."""
 
+    @property
+    def urgent(self) -> bool:
+        """Whether the next piece takes next to nothing and is not to wait; the worker's thread asks."""
+
     def step(self) -> None:
         """Run one piece, in the worker's thread; must not raise."""
 
@@ -266,11 +270,11 @@ class Batcher(Generic[Item, Result]):
         if gaps is None or not gaps.pending:
             return False
         began = time.monotonic()
-        if (self._waiting or self._gaps_yield()) and began < self._gap_due:
+        if (self._waiting or self._gaps_yield()) and began < self._gap_due and not gaps.urgent:
             return False
         gaps.step()
         self.last_progress = now = time.monotonic()
-        self._gap_due = now + _GAP_SHARE * (now - began)
+        self._gap_due = max(self._gap_due, now + _GAP_SHARE * (now - began))
         return True
 
     def _await_items(self, idle: bool) -> bool:
@@ -283,7 +287,7 @@ class Batcher(Generic[Item, Result]):
             if self._stopping:
                 return False
             if self._gaps is not None and self._gaps.pending:
-                if not self._gaps_yield() or time.monotonic() >= self._gap_due:
+                if not self._gaps_yield() or self._gaps.urgent or time.monotonic() >= self._gap_due:
                     return True
                 self._changed.wait(_LOOK)  # an item is about to come, or fails, which wakes nobody
             else:

@@ -102,9 +102,13 @@ class Job:
         """Its events from number ``after`` on, to the last."""
         while True:
             changed = self._changed
-            for event in [one for one in self.events if one.number >= after]:
+            newer = [one for one in self.events if one.number >= after]
+            for event in newer:
                 yield event
                 after = event.number + 1
+            # While one was told, another may have come: the last look finds nothing.
+            if newer:
+                continue
             if self.ended:
                 return
             await changed.wait()

@@ -144,8 +144,9 @@ class Ledger:
         events = [_QUEUED]
         while True:
             with contextlib.suppress(RedisUnavailable):  # it goes on here; the others will know less
-                job.cancelled |= await link.call(write, timeout=_CALL)
-                after = events[-1].number + 1
+                if await link.call(write, timeout=_CALL):
+                    job.cancelled = True
+                after = max(after, events[-1].number + 1)
             tries += ended
             if ended and (after > job.events[-1].number or tries > _LAST_TRIES):
                 return

@@ -37,6 +37,12 @@ class _Round:
     steps: deque[tuple[Iterator[None], list[Job]]] = field(default_factory=deque)
     takes: deque[tuple[Job, list[tuple[Lane, Ask]]]] = field(default_factory=deque)
 
+    def drop(self, job: Job) -> None:
+        """Leave out what is of this probe alone."""
+        left = [(going, [one for one in jobs if one is not job]) for going, jobs in self.steps]
+        self.steps = deque((going, jobs) for going, jobs in left if jobs)
+        self.takes = deque((one, asks) for one, asks in self.takes if one is not job)
+
 
 class Prober:
     """Runs the probes of one encoder; `Gaps` of its image batcher.
@@ -66,6 +72,11 @@ class Prober:
     def pending(self) -> bool:
         """Whether any probe runs or waits."""
         return bool(self._waiting or self._active)
+
+    @property
+    def urgent(self) -> bool:
+        """Whether a probe is to end at once, which costs next to nothing."""
+        return self._stopping or any(job.cancelled or job.overdue for job in self._active)
 
     @property
     def running(self) -> int:
@@ -116,16 +127,22 @@ class Prober:
             jobs, self._active, self._round = self._active, [], _Round()
             for job in jobs:
                 self._fail(job, _fault())
+                job.release()
 
     def _step(self) -> None:
         work = self._round
         if self._stopping:
             self._end_all()
+        elif over := [job for job in self._active if job.cancelled or job.overdue]:
+            for job in over:
+                self._guarded(job, lambda job=job: self._end(job))  # type: ignore[misc]
         elif work.steps:
             going, jobs = work.steps[0]
-            # Nobody waits for it any more, or the time is up: its answers would be thrown away.
-            unwanted = all(job.cancelled or job.overdue for job in jobs)
-            if unwanted or next(going, _END) is _END:
+            if len(jobs) > 1:
+                on = next(going, _END) is not _END
+            else:
+                on = jobs[0] in self._active and self._advance(going, jobs[0])
+            if not on and work.steps and work.steps[0][0] is going:
                 work.steps.popleft()
         elif work.takes:
             job, answered = work.takes.popleft()
@@ -134,6 +151,27 @@ class Prober:
             self._admit()
         else:
             self._begin_round()
+
+    def _advance(self, going: Iterator[None], job: Job) -> bool:
+        """Do a step of one probe's own; whether there are more."""
+        on = False
+
+        def step() -> bool:
+            nonlocal on
+            on = next(going, _END) is not _END
+            return True
+
+        self._guarded(job, step)
+        return on
+
+    def _end(self, job: Job) -> bool:
+        """End a probe that nobody waits for, or whose time is up, with what is known."""
+        if job.cancelled:
+            job.emit("cancelled", {})
+        elif job.probe is not None:
+            job.probe.stop("seconds")
+            job.finish()
+        return False
 
     def _guarded(self, job: Job, work: Callable[[], bool]) -> bool:
         """Whether the probe goes on after this; one that fails is told so, alone."""
@@ -149,6 +187,7 @@ class Prober:
         if not going:
             if job in self._active:
                 self._active.remove(job)
+            self._round.drop(job)
             job.release()
         return going
 
@@ -188,20 +227,14 @@ class Prober:
         for job in list(self._active):
             self._guarded(job, lambda job=job: ask(job))  # type: ignore[misc]
         for piece in pieces(asked, self.rows):
-            self._round.steps.append((steps(piece), [owners[id(one)] for one in piece.asks]))
+            self._round.steps.append((steps(piece), list(dict.fromkeys(owners[id(one)] for one in piece.asks))))
             telemetry.PROBE_STEPS.inc(len(piece.asks))
         self._round.steps.extend((one.confirm(), [owners[id(one)]]) for one in asked)
 
     def _take(self, job: Job, answered: list[tuple[Lane, Ask]]) -> bool:
         probe = job.probe
         assert probe is not None
-        if job.cancelled:
-            job.emit("cancelled", {})
-            return False
-        if job.overdue:  # some of its pieces may have been left out
-            probe.stop("seconds")
-        else:
-            probe.take(answered)
+        probe.take(answered)
         if probe.done:
             job.finish()
         else:

@@ -140,6 +140,11 @@ class ServedEncoder:
         """Whether a probe wants a gap between batches."""
         return self.prober is not None and self.prober.pending
 
+    @property
+    def urgent(self) -> bool:
+        """Whether a probe is to end at once."""
+        return self.prober is not None and self.prober.urgent
+
     def step(self) -> None:
         """Run a piece of a probe."""
         if self.prober is not None:

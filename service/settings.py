@@ -103,7 +103,7 @@ class Settings(BaseSettings):
         default=200_000,
         ge=1,
         le=1_000_000_000,
-        description="Gradient steps that one probe may ask for; one through N views counts N.",
+        description="Gradient steps that one probe may take; one through a defence that costs N forwards counts N.",
     )
     probe_quantum_ms: float = Field(
         default=0.0,

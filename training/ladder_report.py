@@ -68,6 +68,16 @@ def waiting(ladder: Ladder, encoder: str, eps: float) -> list[str]:
     return lines
 
 
+def left_out(ladder: Ladder, eps: float) -> list[str]:
+    """Rungs that the config measures at other radii alone, in words."""
+    lines = []
+    for rung in ladder.config.rungs:
+        radii = ladder.config.radii.get(rung, ladder.config.eps)
+        if eps not in radii:
+            lines.append(f"{TITLES[rung]}: at {', '.join(f'{one:g}/255' for one in radii)} alone")
+    return lines
+
+
 def legend(ladder: Ladder) -> str:
     """What the rows are, where their names do not say it."""
     parts = []
@@ -202,6 +212,8 @@ def write_report(config: LadderConfig, cells: Path, folder: Path, command: str =
             parts += [f"![{shown.stem}]({shown.name})", ""]
         for eps in config.eps:
             parts += [f"### {encoder} at {eps:g}/255", "", ladder_table(ladder, encoder, eps)]
+            if out := left_out(ladder, eps):
+                parts += [f"Left out here for their cost: {'; '.join(out)}.", ""]
             if left := waiting(ladder, encoder, eps):
                 parts += [f"Not computed yet: {'; '.join(left)}.", ""]
             parts += [f"- {line}" for line in ladder_words(ladder, encoder, eps)]

@@ -222,9 +222,9 @@ class Cola:
         projected = views if state.basis is None else views @ state.basis
         lengths = projected.norm(dim=-1)
         directions = projected / lengths.clamp_min(1e-12)[..., None]
-        distances = []
+        distances, rest = [], Rest.of(near[:, 0]) if self.weights == "entropy" else None
         for group in self._blocks(state, features):
-            b = self._text_weights(views[:, 0], near[:, 0], group, scale)
+            b = self._text_weights(views[:, 0], rest, group, scale)
             distances.append(self._distance(directions, a, b, group))
         factor = scale * (a * lengths).sum(1, keepdim=True) if self.calibrated else scale
         logits: Tensor = factor * (1 - state.in_order(distances))
@@ -270,13 +270,13 @@ class Cola:
         logs = near.log_softmax(-1)
         return ((logs.exp() * logs).sum(-1) / self.temperature).softmax(-1)
 
-    def _text_weights(self, first: Tensor, near: Tensor, group: Group, scale: Tensor) -> Tensor:
+    def _text_weights(self, first: Tensor, rest: Rest | None, group: Group, scale: Tensor) -> Tensor:
         """b of equation 6 ("computed analogously"), [B, K, M]: a text weighs more, the surer it makes the picture."""
-        if self.weights == "uniform":
+        if rest is None:
             share: Tensor = group.mask / group.mask.sum(-1, keepdim=True)
             return share.expand(len(first), -1, -1)
         own = group.by_label((scale * first) @ group.texts.T)
-        heights = replaced_entropies(near, own, group.labels).mul_(-1 / self.temperature)
+        heights = rest.entropies(own, group.labels).mul_(-1 / self.temperature)
         if not group.full:
             heights = heights.masked_fill(~group.mask, -torch.inf)
         return heights.softmax(-1)
@@ -300,32 +300,47 @@ def subspace(texts: Tensor, rank: int) -> Tensor:
     return leading.to(texts.dtype).contiguous()
 
 
-def replaced_entropies(near: Tensor, own: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Entropy of the labels' softmax when one label's logit is that of one of its texts instead.
+@dataclass(frozen=True)
+class Rest:
+    """What the other labels bring to a softmax when one label's logit is replaced.
 
-    Args:
-        near: [B, K], logits of the labels' centres.
-        own: [B, k, M], logits of the texts of some labels.
-        labels: int64 [k], which of the K those are; all if not given.
-
-    Returns:
-        [B, k, M]. Each is an update of rank one, O(KM) in all instead of O(K^2 M).
+    Attributes:
+        top: the largest logit, [B, 1].
+        others: sum of the exponentials of all others, less ``top``, for each label, [B, K].
+        moments: the same, each times its logit less ``top``.
     """
-    top, best = near.max(-1, keepdim=True)
-    shifted = near - top
-    weights = shifted.exp()
-    others = weights.sum(-1, keepdim=True) - weights
-    # The best label's own weight is 1 of the sum: what is left must not be had by a subtraction.
-    others = others.scatter(-1, best, weights.scatter(-1, best, 0.0).sum(-1, keepdim=True))
-    moments = (weights * shifted).sum(-1, keepdim=True) - weights * shifted
-    if labels is not None:
-        others, moments = others[:, labels], moments[:, labels]
-    others, moments = others.clamp_min(0)[..., None], moments[..., None]
-    # A text nearer than the best label's centre by more than this is as sure as can be, and e^80 is still a float32.
-    raised = (own - top[..., None]).clamp_max(_MOST_RAISED)
-    weight = raised.exp()
-    total = weight + others
-    return total.log() - torch.addcmul(moments, weight, raised) / total
+
+    top: Tensor
+    others: Tensor
+    moments: Tensor
+
+    @classmethod
+    def of(cls, near: Tensor) -> Rest:
+        """From the logits of the labels' centres, [B, K]."""
+        top, best = near.max(-1, keepdim=True)
+        shifted = near - top
+        weights = shifted.exp()
+        others = weights.sum(-1, keepdim=True) - weights
+        # The best label's own weight is 1 of the sum: what is left must not be had by a subtraction.
+        others = others.scatter(-1, best, weights.scatter(-1, best, 0.0).sum(-1, keepdim=True))
+        return cls(top, others.clamp_min(0), (weights * shifted).sum(-1, keepdim=True) - weights * shifted)
+
+    def entropies(self, own: Tensor, labels: Tensor) -> Tensor:
+        """Entropy of the labels' softmax when one label's logit is that of one of its texts instead.
+
+        Args:
+            own: [B, k, M], logits of the texts of some labels.
+            labels: int64 [k], which of the K those are.
+
+        Returns:
+            [B, k, M]. Each is an update of rank one, O(KM) in all instead of O(K^2 M).
+        """
+        others, moments = self.others[:, labels, None], self.moments[:, labels, None]
+        # A text nearer than the best label's centre by more than this is as sure as can be, and e^80 is a float32.
+        raised = (own - self.top[..., None]).clamp_max(_MOST_RAISED)
+        weight = raised.exp()
+        total = weight + others
+        return total.log() - torch.addcmul(moments, weight, raised) / total
 
 
 def _used(bank: TextBank, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ironclip.attacks import Attack
+from ironclip.defences import Defence
 from ironclip.probe.options import EFFORTS, ProbeOptions, steps_of
 from ironclip.probe.search import Lane, Probe
 
@@ -137,23 +136,32 @@ def result(probe: Probe, *, resized: bool | None = None) -> dict[str, Any]:
             "forwards": probe.forwards,
             "confirmations": probe.confirmations,
             "views": attacked.defence.view_count,
-            # A backward is worth two forwards, and gradients have a forward each, which is counted.
-            "tower_passes": attacked.defence.cost * (2 * probe.gradients + probe.forwards + probe.confirmations),
+            # A backward through a view is worth two forwards; the forwards that gradients have are counted.
+            "tower_passes": attacked.defence.cost * (probe.forwards + probe.confirmations)
+            + 2 * attacked.defence.view_count * probe.gradients,
         },
         "warnings": warnings(probe, resized=resized),
     }
     return form
 
 
-def estimate(probe_options: ProbeOptions, defence_cost: int, attacks: Sequence[tuple[Attack, str]]) -> dict[str, Any]:
-    """What a probe may cost at most, before it is begun."""
-    effort = EFFORTS[probe_options.effort]
+def estimate(options: ProbeOptions, defence: Defence, *, targeted: bool, vector: bool) -> dict[str, Any]:
+    """What a probe may cost at most, before it is begun.
+
+    Args:
+        options: how.
+        defence: that is attacked through.
+        targeted, vector: as `ProbeOptions.attacks`.
+    """
+    queries = sum(steps_of(attack) for attack, _ in options.attacks(targeted=targeted, vector=vector))
+    square = options.black_box if not (targeted or vector) else None
     return {
-        "gradients_at_most": probe_options.budget,
-        "seconds_at_most": probe_options.seconds,
-        "tower_passes_per_gradient": 3 * defence_cost,
-        "draws_a_step": effort.draws if probe_options.draws == "fresh" else 1,
-        "steps_a_radius_at_most": sum(steps_of(attack) for attack, _ in attacks),
+        "gradients_at_most": options.budget,
+        "seconds_at_most": options.seconds,
+        "tower_passes_per_gradient": defence.cost + 2 * defence.view_count,
+        "draws_a_step": EFFORTS[options.effort].draws if options.draws == "fresh" else 1,
+        "steps_a_radius_at_most": queries,
+        "black_box_queries_at_most": steps_of(square) if square is not None else 0,
     }
 
 

@@ -308,6 +308,9 @@ class Probe:
                 return whole
             if self._lanes == 1:
                 return [whole[int(_UP * len(whole))]]
+            if not closed:
+                inner = range(1, self._lanes + 1)
+                return sorted({whole[i * len(whole) // (self._lanes + 1)] for i in inner})
             start = whole[0]
             shares = torch.logspace(0, math.log10(whole[-1] / start), self._lanes).tolist()
             return sorted({float(round(start * share)) for share in shares})

@@ -67,10 +67,11 @@ async def attack_probe(request: Request) -> Response:
         prober = plan.served.prober
         if prober is None:
             raise NotReady("This encoder is not probed.")
-        options = within_views(asked, fields, plan.defence.cost, service.settings)
-        attacks = options.attacks(targeted=fields.target is not None, vector=fields.objective == "embedding")
+        options = within_limit(asked, fields, plan.defence.cost, service.settings)
+        aim = {"targeted": fields.target is not None, "vector": fields.objective == "embedding"}
+        options.attacks(**aim)
         if fields.dry_run:
-            return prober, None, estimate(options, plan.defence.cost, attacks)
+            return prober, None, estimate(options, plan.defence, **aim)
         item = await service.answers.pixels(plan.served, ask.pictures[0], stages)
         with stages.time("labels"):
             both = await service.answers.classifiers.attacked(plan)
@@ -195,22 +196,19 @@ def probe_options(fields: ProbeFields, settings: Settings) -> ProbeOptions:
         draws=fields.draws,
         seed=fields.seed,
     )
-    for name, value, limit in (
-        ("seconds", options.seconds, settings.probe_max_seconds),
-        ("gradients", options.budget, settings.probe_max_gradients),
-    ):
-        if value > limit:
-            raise OptionError(
-                f"{value:g} {name} are asked for, at most {limit:g} are allowed here "
-                f"(IRONCLIP_PROBE_MAX_{name.upper()}).",
-                pointer=f"/{name}" if name != "gradients" or fields.gradients else "/effort",
-                limit=limit,
-            )
+    limit = settings.probe_max_seconds
+    if options.seconds > limit:
+        raise OptionError(
+            f"{options.seconds:g} seconds are asked for, at most {limit:g} are allowed here "
+            "(IRONCLIP_PROBE_MAX_SECONDS).",
+            pointer="/seconds",
+            limit=limit,
+        )
     return options
 
 
-def within_views(options: ProbeOptions, fields: ProbeFields, cost: int, settings: Settings) -> ProbeOptions:
-    """The same where a gradient goes through ``cost`` views: each counts against the server's limit.
+def within_limit(options: ProbeOptions, fields: ProbeFields, cost: int, settings: Settings) -> ProbeOptions:
+    """The same within the server's limit of gradients, where one through a defence counts ``cost``.
 
     Raises:
         OptionError: the caller asks for more; an effort's own budget is made smaller instead.
@@ -220,8 +218,9 @@ def within_views(options: ProbeOptions, fields: ProbeFields, cost: int, settings
         return options
     if fields.gradients:
         raise OptionError(
-            f"{fields.gradients} gradients of {cost} forwards each are asked for, at most {limit} together are allowed "
-            "here (IRONCLIP_PROBE_MAX_GRADIENTS).",
+            f"{fields.gradients} gradients are asked for, at most {limit // cost} are allowed here"
+            + (f", since each goes through a defence of {cost} forwards" if cost > 1 else "")
+            + f" (IRONCLIP_PROBE_MAX_GRADIENTS={limit}).",
             pointer="/gradients",
             limit=limit // cost,
         )

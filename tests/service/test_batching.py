@@ -401,6 +401,8 @@ def test_items_are_weighed_in_batches_and_in_the_queue() -> None:
 class Beside:
     """Endless work between batches, in pieces of twenty milliseconds."""
 
+    urgent = False
+
     def __init__(self) -> None:
         self.pieces = 0
         self.pending = True

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ironclip.classifier import Classifier, NativeRule, predict
-from ironclip.defences.cola import Cola, replaced_entropies, subspace
+from ironclip.defences.cola import Cola, Rest, subspace
 from ironclip.defences.crops import boxes, crops
 from ironclip.encoder import Encoder
 from ironclip.errors import OptionError
@@ -81,10 +81,12 @@ def test_replaced_entropies_are_those_of_the_replaced_logits() -> None:
             logits[:, k] = own[:, k, m]
             logs = logits.log_softmax(-1)
             expected[:, k, m] = -(logs.exp() * logs).sum(-1)
-    torch.testing.assert_close(replaced_entropies(near, own), expected, atol=1e-12, rtol=1e-9)
-    single = replaced_entropies(near.float(), own.float())
+    torch.testing.assert_close(Rest.of(near).entropies(own, torch.arange(6)), expected, atol=1e-12, rtol=1e-9)
+    single = Rest.of(near.float()).entropies(own.float(), torch.arange(6))
     torch.testing.assert_close(single.double(), expected, atol=2e-5, rtol=1e-4)
-    assert bool((replaced_entropies(near[:, :1], own[:, :1]).abs() < 1e-12).all())  # one label is always sure
+    assert bool(
+        (Rest.of(near[:, :1]).entropies(own[:, :1], torch.tensor([0])).abs() < 1e-12).all()
+    )  # one label is always sure
 
 
 def test_the_surer_view_weighs_more() -> None:

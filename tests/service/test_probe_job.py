@@ -1,0 +1,125 @@
+"""Probes beside each other in one worker: whose fault, whose end, and whose events are whose."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import torch
+
+from ironclip.classifier import Classifier
+from ironclip.encoder import Encoder
+from ironclip.labels import LabelSet
+from ironclip.probe import Probe, ProbeOptions, Target, VectorTarget, rows_for
+from service.probe_job import Job
+from service.probing import Prober
+from tests.conftest import make_tiny_encoder
+
+ENDLESS = ProbeOptions(eps=(8.0,), effort="thorough", seconds=600)
+
+
+class Refusing(Target):
+    """Answers the clean picture, and nothing after."""
+
+    asked = 0
+
+    def answers(self, picture: torch.Tensor, seed: int | None = None) -> torch.Tensor:
+        object.__setattr__(self, "asked", self.asked + 1)
+        if self.asked > 1:
+            raise RuntimeError("no memory for this label set")
+        return super().answers(picture, seed)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Encoder:
+    return make_tiny_encoder().served()
+
+
+def job(target: Target, options: ProbeOptions, loop: asyncio.AbstractEventLoop, seed: int = 0) -> Job:
+    picture = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return Job(lambda: Probe(target, picture, options), loop, seconds=options.seconds)
+
+
+def prober() -> Prober:
+    return Prober(
+        rows_for(torch.device("cpu")), most=8, wake=lambda: None, describe=lambda error: {"detail": str(error)}
+    )
+
+
+async def settle() -> None:
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+def test_a_follower_gets_what_comes_while_it_is_told() -> None:
+    async def follow() -> list[str]:
+        one = Job(lambda: pytest.fail("it is not built"), asyncio.get_running_loop(), seconds=1)
+        one.emit("started", {})
+        await settle()
+        told = []
+        async for event in one.follow():
+            told.append(event.kind)
+            if event.kind == "started":
+                one.emit("progress", {})
+                one.emit("done", {})
+                await settle()  # both have come before the next is asked for
+        return told
+
+    assert asyncio.run(asyncio.wait_for(follow(), 5)) == ["started", "progress", "done"]
+
+
+def test_what_fails_while_it_is_confirmed_fails_alone(tiny: Encoder) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(["dog", "cat", "cow"]))
+
+    async def run() -> list[Job]:
+        loop, worker = asyncio.get_running_loop(), prober()
+        wide = ProbeOptions(eps=(64.0,), seconds=600)  # breaks at once, so it is confirmed at once
+        jobs = [job(Target(classifier), wide, loop, 1), job(Refusing(classifier), wide, loop, 2)]
+        jobs.append(job(Target(classifier), wide, loop, 3))
+        for one in jobs:
+            worker.submit(one)
+        while not all(one.ended for one in jobs):
+            worker.step()
+            await settle()
+        assert not worker.pending
+        return jobs
+
+    jobs = asyncio.run(asyncio.wait_for(run(), 120))
+    assert [one.status for one in jobs] == ["done", "failed", "done"]
+    assert all(one.probe is None for one in jobs)  # let go of
+
+
+@pytest.mark.parametrize("how", ["cancelled", "overdue"])
+def test_one_that_is_to_end_ends_with_the_next_step(tiny: Encoder, how: str) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(["dog", "cat"]))
+
+    async def run() -> tuple[Job, Job, int]:
+        loop, worker = asyncio.get_running_loop(), prober()
+        # A cosine is never below -1: they go on until they are ended.
+        target = VectorTarget(classifier, cosine_below=-1.0)
+        first, other = (job(target, ENDLESS, loop, seed) for seed in (4, 5))
+        worker.submit(first)
+        worker.submit(other)
+        for _ in range(5):
+            worker.step()
+        assert not worker.urgent
+        if how == "cancelled":
+            first.cancelled = True
+        else:
+            first.deadline = 0.0
+        assert worker.urgent
+        worker.step()
+        await settle()
+        ended: Any = first.status
+        for _ in range(12):
+            worker.step()
+        await settle()
+        assert ended == ("cancelled" if how == "cancelled" else "done")
+        return first, other, worker.running
+
+    first, other, running = asyncio.run(asyncio.wait_for(run(), 120))
+    assert running == 1
+    assert other.status == "running"
+    if how == "overdue":
+        assert first.events[-1].data["status"] == "budget_exhausted"
