@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
-import ot
 import torch
 from torch import Tensor
 
@@ -103,6 +102,8 @@ class _Exact(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        import ot  # a second of every start, and needed for this alone
+
         costs, first, second = (t.detach().double().cpu().numpy() for t in (cost, a, b))
         plans, value = np.zeros_like(costs), np.zeros(second.shape[:2])
         f, g = np.zeros((costs.shape[0], costs.shape[2], costs.shape[1])), np.zeros_like(second)
