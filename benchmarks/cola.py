@@ -8,7 +8,6 @@ are timed in turn in one run, and the best round of each counts.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ from ironclip.defences.cola import Cola
 from ironclip.defences.transport import transport_cost
 from ironclip.loading import pick_device
 from ironclip.textbank import TextBank
-from training.provenance import commit, device_name
+from training.jsonfile import write_json
+from training.provenance import made_on
 
 AIMS = {"float32": 0.03, "bfloat16": 0.10}
 GPU_AIM = 0.02
@@ -148,13 +148,10 @@ def main() -> None:
         "model": arguments.model,
         **dict(zip(("labels", "texts", "views"), sizes, strict=True)),
         "iterations": Cola().iterations,
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit(),
+        **made_on(device),
         "batches": found,
     }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.out, result)
     print(f"written: {arguments.out}")
 
 

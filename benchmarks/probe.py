@@ -26,7 +26,8 @@ from ironclip.loading import DEMO_FOLDER, load_encoder
 from ironclip.preprocessing import load_image, to_float
 from ironclip.probe import ProbeOptions, probe
 from ironclip.probe.oracle import rounded
-from training.provenance import commit, device_name
+from training.jsonfile import write_json
+from training.provenance import made_on
 
 MOST, STEPS = 32, 100
 
@@ -102,14 +103,11 @@ def main() -> None:
         )
     result = {
         "attack": f"APGD-CE, {STEPS} steps, radii 1 to {MOST}",
-        "device": device_name(torch.device("cpu")),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **made_on(torch.device("cpu")),
         "torchattacks": _theirs().__version__,
-        "commit": commit(),
         "encoders": found,
     }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.out, result)
     print(f"written: {arguments.out}")
 
 

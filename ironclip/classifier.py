@@ -131,14 +131,13 @@ class Classifier(nn.Module):
         Raises:
             ValueError: another encoder.
         """
-        banks = self.level_banks
         return Classifier(
             encoder,
             self.label_set,
             self.bank,
             tree=self.tree,
             levels=self.level_mode,
-            level_banks=banks,
+            level_banks=self.level_banks,
             defence=self.defence,
         )
 

@@ -269,13 +269,18 @@ class Batcher(Generic[Item, Result]):
         gaps = self._gaps
         if gaps is None or not gaps.pending:
             return False
-        began = time.monotonic()
-        if (self._waiting or self._gaps_yield()) and began < self._gap_due and not gaps.urgent:
+        if not self._gap_may_run(gaps):
             return False
+        began = time.monotonic()
         gaps.step()
         self.last_progress = now = time.monotonic()
         self._gap_due = max(self._gap_due, now + _GAP_SHARE * (now - began))
         return True
+
+    def _gap_may_run(self, gaps: Gaps) -> bool:
+        """Whether a piece may be run now: no item waits or is about to come, or it is due, or costs nothing."""
+        yields = self._waiting or self._gaps_yield()
+        return not yields or gaps.urgent or time.monotonic() >= self._gap_due
 
     def _await_items(self, idle: bool) -> bool:
         """Sleep until there is something to cut, or a gap has work; False when stopping with nothing left.
@@ -287,7 +292,7 @@ class Batcher(Generic[Item, Result]):
             if self._stopping:
                 return False
             if self._gaps is not None and self._gaps.pending:
-                if not self._gaps_yield() or self._gaps.urgent or time.monotonic() >= self._gap_due:
+                if self._gap_may_run(self._gaps):
                     return True
                 self._changed.wait(_LOOK)  # an item is about to come, or fails, which wakes nobody
             else:

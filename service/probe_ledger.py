@@ -46,24 +46,22 @@ class Ledger:
 
     def add(self, job: Job) -> None:
         """Remember a probe of this process, and let the other replicas know of it."""
-        self._forget()
+        for known, (old, since) in list(self._jobs.items()):
+            if self._expired(old, since) or (old.ended and len(self._jobs) >= self._most):
+                del self._jobs[known]
         self._jobs[job.id] = (job, time.monotonic())
         if self._link is not None:
             task = asyncio.create_task(self._mirror(self._link, job))
             self._mirrors.add(task)
             task.add_done_callback(self._mirrors.discard)
 
-    def _forget(self) -> None:
-        """Let go of what ended long ago, and of the oldest ended ones if there are too many."""
-        now = time.monotonic()
-        for known, (old, since) in list(self._jobs.items()):
-            if old.ended and (now - since > self._ttl + old.seconds or len(self._jobs) >= self._most):
-                del self._jobs[known]
+    def _expired(self, job: Job, since: float) -> bool:
+        return job.ended and time.monotonic() - since > self._ttl + job.seconds
 
     def _own(self, identity: str) -> Job | None:
         """A probe of this process."""
-        self._forget()
-        return self._jobs[identity][0] if identity in self._jobs else None
+        job, since = self._jobs.get(identity, (None, 0.0))
+        return None if job is None or self._expired(job, since) else job
 
     async def close(self) -> None:
         """Write what is still to be written."""

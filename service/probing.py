@@ -19,6 +19,7 @@ import torch
 from ironclip.encoder import Encoder
 from ironclip.errors import IronclipError, NotReady, Overloaded
 from ironclip.probe import Ask, Lane, Rows, pieces, rows_for, steps
+from ironclip.probe.oracle import Piece
 from service import telemetry
 from service.errors import InternalError
 from service.probe_job import Job
@@ -135,15 +136,11 @@ class Prober:
             self._end_all()
         elif over := [job for job in self._active if job.cancelled or job.overdue]:
             for job in over:
-                self._guarded(job, lambda job=job: self._end(job))  # type: ignore[misc]
+                self._guarded(job, lambda job=job: self._give_up(job))  # type: ignore[misc]
         elif work.steps:
-            going, jobs = work.steps[0]
-            if len(jobs) > 1:
-                on = next(going, _END) is not _END
-            else:
-                on = jobs[0] in self._active and self._advance(going, jobs[0])
-            if not on and work.steps and work.steps[0][0] is going:
-                work.steps.popleft()
+            going, jobs = work.steps.popleft()
+            if self._advance(going, jobs):
+                work.steps.appendleft((going, jobs))
         elif work.takes:
             job, answered = work.takes.popleft()
             self._guarded(job, lambda: self._take(job, answered))
@@ -152,8 +149,8 @@ class Prober:
         else:
             self._begin_round()
 
-    def _advance(self, going: Iterator[None], job: Job) -> bool:
-        """Do a step of one probe's own; whether there are more."""
+    def _advance(self, going: Iterator[None], jobs: list[Job]) -> bool:
+        """Do a step; whether there are more. What fails of one probe alone fails it alone."""
         on = False
 
         def step() -> bool:
@@ -161,16 +158,24 @@ class Prober:
             on = next(going, _END) is not _END
             return True
 
-        self._guarded(job, step)
+        if len(jobs) > 1:
+            step()
+        else:
+            self._guarded(jobs[0], step)
         return on
 
-    def _end(self, job: Job) -> bool:
-        """End a probe that nobody waits for, or whose time is up, with what is known."""
+    def _give_up(self, job: Job) -> bool:
+        """End a probe that nobody waits for, or whose time is up."""
         if job.cancelled:
             job.emit("cancelled", {})
-        elif job.probe is not None:
-            job.probe.stop("seconds")
-            job.finish()
+            return False
+        return self._end(job, "seconds")
+
+    def _end(self, job: Job, why: str) -> bool:
+        """End a probe with what is known."""
+        assert job.probe is not None
+        job.probe.stop(why)
+        job.finish()
         return False
 
     def _guarded(self, job: Job, work: Callable[[], bool]) -> bool:
@@ -227,8 +232,7 @@ class Prober:
         for job in list(self._active):
             self._guarded(job, lambda job=job: ask(job))  # type: ignore[misc]
         for piece in pieces(asked, self.rows):
-            self._round.steps.append((steps(piece), list(dict.fromkeys(owners[id(one)] for one in piece.asks))))
-            telemetry.PROBE_STEPS.inc(len(piece.asks))
+            self._round.steps.append((_counted(piece), list(dict.fromkeys(owners[id(one)] for one in piece.asks))))
         self._round.steps.extend((one.confirm(), [owners[id(one)]]) for one in asked)
 
     def _take(self, job: Job, answered: list[tuple[Lane, Ask]]) -> bool:
@@ -246,19 +250,18 @@ class Prober:
         with self._lock:
             waiting, self._waiting = list(self._waiting), deque()
 
-        def end(job: Job) -> bool:
-            assert job.probe is not None
-            job.probe.stop("cancelled")
-            job.finish()
-            return False
-
         for job in jobs:
-            self._guarded(job, lambda job=job: end(job))  # type: ignore[misc]
+            self._guarded(job, lambda job=job: self._end(job, "cancelled"))  # type: ignore[misc]
         for job in waiting:
             self._fail(job, NotReady("The service is stopping."))
 
     def _fail(self, job: Job, error: IronclipError) -> None:
         job.fail(error, self._describe(error))
+
+
+def _counted(piece: Piece) -> Iterator[None]:
+    yield from steps(piece)
+    telemetry.PROBE_STEPS.inc(len(piece.asks))
 
 
 def measured_rows(encoder: Encoder, quantum: float) -> tuple[Rows, float]:

@@ -86,14 +86,18 @@ class LadderConfig:
         return (
             rung in self.rungs
             and row in self.only.get(rung, self.defences)
-            and eps in self.radii.get(rung, self.eps)
+            and eps in self.radii_of(rung)
             and (rung != "fresh" or self.defence(row).random)
         )
+
+    def radii_of(self, rung: str) -> Sequence[float]:
+        """The radii that a rung is measured at."""
+        return self.radii.get(rung, self.eps)
 
     def defence(self, row: str) -> Defence:
         """The defence of a row."""
         options = self.defences[row]
-        return make_defence(options["name"], {key: value for key, value in options.items() if key != "name"})
+        return make_defence(options.get("name"), {key: value for key, value in options.items() if key != "name"})
 
 
 def load_ladder(name: str) -> LadderConfig:
@@ -114,7 +118,7 @@ def load_ladder(name: str) -> LadderConfig:
     for row, defence in config.defences.items():
         if not isinstance(defence, Mapping):
             raise OptionError(f"{name}: defences.{row} is a table with a name, not {defence!r}")
-        make_defence(defence.get("name"), {key: value for key, value in defence.items() if key != "name"})
+        config.defence(row)
     return config
 
 

@@ -72,7 +72,7 @@ def left_out(ladder: Ladder, eps: float) -> list[str]:
     """Rungs that the config measures at other radii alone, in words."""
     lines = []
     for rung in ladder.config.rungs:
-        radii = ladder.config.radii.get(rung, ladder.config.eps)
+        radii = ladder.config.radii_of(rung)
         if eps not in radii:
             lines.append(f"{TITLES[rung]}: at {', '.join(f'{one:g}/255' for one in radii)} alone")
     return lines

@@ -136,9 +136,7 @@ def result(probe: Probe, *, resized: bool | None = None) -> dict[str, Any]:
             "forwards": probe.forwards,
             "confirmations": probe.confirmations,
             "views": attacked.defence.view_count,
-            # A backward through a view is worth two forwards; the forwards that gradients have are counted.
-            "tower_passes": attacked.defence.cost * (probe.forwards + probe.confirmations)
-            + 2 * attacked.defence.view_count * probe.gradients,
+            "tower_passes": _passes(attacked.defence, probe.forwards + probe.confirmations, probe.gradients),
         },
         "warnings": warnings(probe, resized=resized),
     }
@@ -158,11 +156,16 @@ def estimate(options: ProbeOptions, defence: Defence, *, targeted: bool, vector:
     return {
         "gradients_at_most": options.budget,
         "seconds_at_most": options.seconds,
-        "tower_passes_per_gradient": defence.cost + 2 * defence.view_count,
+        "tower_passes_per_gradient": _passes(defence, 1, 1),
         "draws_a_step": EFFORTS[options.effort].draws if options.draws == "fresh" else 1,
         "steps_a_radius_at_most": queries,
         "black_box_queries_at_most": steps_of(square) if square is not None else 0,
     }
+
+
+def _passes(defence: Defence, forwards: int, gradients: int) -> int:
+    """Forwards of the tower that decisions are worth: a backward through a view is two; a gradient's forward counts."""
+    return defence.cost * forwards + 2 * defence.view_count * gradients
 
 
 def adversarial(probe: Probe) -> tuple[float, Tensor] | None:

@@ -304,7 +304,7 @@ class Probe:
         """Radii over the open interval (low, top), or over (low, top] if ``closed``; whole steps for L-inf."""
         if self.options.norm == "linf":
             whole = [float(eps) for eps in range(math.floor(low) + 1, math.ceil(top) + closed) if eps <= top]
-            if not whole or len(whole) <= self._lanes:
+            if len(whole) <= self._lanes:
                 return whole
             if self._lanes == 1:
                 return [whole[int(_UP * len(whole))]]
