@@ -4,6 +4,10 @@ In one run, interleaved, on one thread count: the recipe's step; the bare forwar
 (`training.throughput`); and a step written as the published scripts do it: weight gradients computed in the attack, the
 frozen towers' graphs kept, a clean forward for the log; for TeCoA, PMG-AFT and HPT-GPD prompts encoded anew in every
 forward, under float16 autocast where there is a GPU; the others in float32, as their scripts are.
+
+`--noise` runs any config without its weights and data, so that a step of ViT-L/14 can be tried on a GPU at once:
+
+    python -m benchmarks.training_step --config imagenet-vit-l-14 --noise --batch 128 --device cuda --no-plain
 """
 
 from __future__ import annotations
@@ -18,8 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from training.ahead import ahead
@@ -33,6 +39,7 @@ from training.towers import timed
 from training.train import train_step
 
 METHODS = ("simclip", "fare", "tecoa", "pmg_aft", "agft", "hpt_gpd", "hierarchical")
+NOISE_SIDE = 256
 RESULTS = Path(__file__).parent / "results" / "training_step.json"
 
 
@@ -108,10 +115,42 @@ def objective_seconds(run: Run, batch: Batch) -> float:
     return min(timed(work, run.fabric.device) for _ in range(5))
 
 
-def measure_method(config: RobustConfig, rounds: int, plain: bool = True) -> dict[str, Any]:
+def noise_overrides(folder: Path, config: RobustConfig) -> list[str]:
+    """Overrides that give a config pictures of noise, in ten classes with a tree over them, and random weights."""
+    generator = np.random.default_rng(0)
+    names = [f"thing {number}" for number in range(10)]
+    for name in names:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(16):
+            values = generator.integers(0, 256, (NOISE_SIDE, NOISE_SIDE, 3), dtype=np.uint8)
+            Image.fromarray(values).save(folder / name / f"{number}.png")
+    tree = folder / "tree.json"
+    parents = {name: f"group {number % 3}" for number, name in enumerate(names)}
+    tree.write_text(json.dumps({"parents": parents}), encoding="utf-8")
+    found = [
+        f"base={_random(config.base)}",
+        "data.kind=folder",
+        f"data.path={folder}",
+        "data.classes=",
+        "data.workers=0",
+    ]
+    if config.proxy:
+        found.append(f"proxy={_random(config.proxy)}")
+    if config.data.tree:
+        found += [f"data.tree={tree}", f'options.trees=["{tree}"]']
+    return found
+
+
+def _random(spec: str) -> str:
+    """`ViT-L-14/openai` -> `random:ViT-L-14`: the same arithmetic; what is there without a download stays as it is."""
+    tagged = spec.count("/") == 1 and ":" not in spec and not Path(spec).exists()
+    return f"random:{spec.split('/')[0]}" if tagged else spec
+
+
+def measure_method(config: RobustConfig, rounds: int, plain: bool = True, device: str = "auto") -> dict[str, Any]:
     """Seconds of step, floor and plain re-creation: medians over ``rounds``, and the ratios of each round's own."""
     with tempfile.TemporaryDirectory() as folder:
-        fabric = make_fabric()
+        fabric = make_fabric(device)
         run = start(config, Path(folder), fabric)
         made = list(step_batches(run.source, range(rounds + 1), config.batch_size, seed=0, config=config.data))
         batches = ahead(made, fabric.device)
@@ -153,6 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--config", default="demo")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
+    parser.add_argument("--noise", action="store_true", help="pictures of noise and random weights: no downloads")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -164,8 +205,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {
         "config": arguments.config,
         "set": arguments.set,
+        "noise": arguments.noise,
         "batch": arguments.batch,
-        "device": device_name(make_fabric().device),
+        "device": device_name(make_fabric(arguments.device).device),
         "threads": arguments.threads,
         "seed": 0,
         "commit": commit(),
@@ -173,8 +215,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     print(f"{'method':14} {'dtype':9} {'step':>8} {'over floor':>11} {'objectives':>11} {'plain over step':>16}")
     for method in arguments.methods:
-        config = load_recipe(method, arguments.config, [*fixed, "evaluate_count=0", *arguments.set])
-        found = measure_method(config, arguments.rounds, not arguments.no_plain)
+        overrides = [*fixed, "evaluate_count=0", *arguments.set]
+        config = load_recipe(method, arguments.config, overrides)
+        with tempfile.TemporaryDirectory() as folder:
+            if arguments.noise:
+                overrides += noise_overrides(Path(folder), config)
+                config = load_recipe(method, arguments.config, overrides)
+            found = measure_method(config, arguments.rounds, not arguments.no_plain, arguments.device)
         report["methods"][method] = {"iterations": config.attack.iterations, **found}
         print(
             f"{method:14} {found['dtype']:9} {found['seconds']['step']:7.3f}s {found['step_over_floor']:11.2f} "

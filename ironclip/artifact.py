@@ -2,7 +2,8 @@
 
     open_clip_config.json         model_cfg and preprocess_cfg: plain open_clip reads these
     open_clip_model.safetensors   the weights; float16 on disk unless told otherwise
-    ironclip.json                 head, method, config, data, seed, scores, checksums: what it is and how it was made
+    ironclip.json                 head, method, config, data, seed, scores, checksums: what it is and how it was made;
+                                  golden features, so that whoever loads it can tell that it computes the same
 
 A user who drops Ironclip keeps the encoder: `open_clip.create_model("local-dir:FOLDER")`. Never pickle.
 """
@@ -25,6 +26,7 @@ import torch
 import ironclip
 from ironclip.encoder import Encoder, Head
 from ironclip.errors import ArtifactError, ChecksumMismatch
+from ironclip.golden import golden_features
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -80,7 +82,7 @@ def save_artifact(
 
     Raises:
         ArtifactError: `meta` cannot be written as JSON, a weight that is not finite in `dtype`, a text tower that
-            open_clip cannot read back from a folder, or a folder that cannot be written.
+            open_clip cannot read back from a folder, features that are not finite, or a folder that cannot be written.
     """
     if "hf_model_name" in encoder.model_cfg["text_cfg"]:
         raise ArtifactError(
@@ -90,6 +92,7 @@ def save_artifact(
         raise ArtifactError("A served copy only answers; save the encoder that it was made from.")
     content = {"format": FORMAT, **_checked(meta), "head": encoder.head.to_json()}
     state = _state_on_disk(encoder, dtype)
+    content["golden"] = golden_features(encoder, dtype)
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,8 @@ IronclipError
 │   ├── UnknownEncoder         no such model, tag or folder; lists what exists
 │   ├── WeightsUnavailable     the weights cannot be fetched (no network, no such repository)
 │   ├── ChecksumMismatch       the file is not the one that was pinned
-│   └── ArchitectureMismatch   the weights do not fit the architecture
+│   ├── ArchitectureMismatch   the weights do not fit the architecture
+│   └── GoldenMismatch         it does not compute what its maker saw
 ├── ArtifactError              a folder that is not a readable artifact
 └── Unavailable                a right request that cannot be answered now
     ├── Overloaded             the queue is full
@@ -190,6 +191,13 @@ class ArchitectureMismatch(EncoderLoadError):
     title = "The weights do not fit the architecture"
 
 
+class GoldenMismatch(EncoderLoadError):
+    """The encoder's features are not those that were stored with it: it does not compute what was measured."""
+
+    code = "golden-mismatch"
+    title = "The encoder does not compute what was stored with it"
+
+
 class ArtifactError(IronclipError):
     """A folder that is not a readable artifact, or one that cannot be written."""
 
@@ -214,10 +222,28 @@ class Unavailable(IronclipError):
 
 
 class Overloaded(Unavailable):
-    """The queue is full."""
+    """More work is asked for than can be done in time, or held.
+
+    Args:
+        detail: as for IronclipError.
+        limit_name: which limit it was, one of a closed set.
+        retry_after: seconds after which it is worth asking again, if known.
+        limit: its value.
+    """
 
     code = "overloaded"
     title = "The service is overloaded"
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        limit_name: str = "other",
+        retry_after: float | None = None,
+        limit: int | float | None = None,
+    ) -> None:
+        super().__init__(detail, retry_after=retry_after, limit=limit)
+        self.limit_name = limit_name
 
 
 class NotReady(Unavailable):
@@ -225,6 +251,13 @@ class NotReady(Unavailable):
 
     code = "not-ready"
     title = "The service is not ready"
+
+
+class OutOfMemory(Unavailable):
+    """The device has no memory for this item, not even alone."""
+
+    code = "out-of-memory"
+    title = "Not enough memory"
 
 
 class DeadlineExceeded(Unavailable):

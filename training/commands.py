@@ -123,7 +123,8 @@ def pretrain(arguments: argparse.Namespace) -> None:
     from training.pretrain import PretrainConfig, pretrain
 
     config = load_config(PretrainConfig, arguments.config, arguments.overrides)
-    print(pretrain(config, arguments.run or Path("runs") / config.name))
+    folder = arguments.run or Path("runs") / config.name
+    _tell(pretrain(config, folder), folder)
 
 
 def robust(arguments: argparse.Namespace) -> None:
@@ -132,7 +133,19 @@ def robust(arguments: argparse.Namespace) -> None:
     from training.train import train
 
     config = load_recipe(arguments.command, arguments.config, arguments.overrides)
-    print(train(config, arguments.run or Path("runs") / config.name))
+    folder = arguments.run or Path("runs") / config.name
+    _tell(train(config, folder), folder)
+
+
+def _tell(reached: Path, folder: Path) -> None:
+    """Print where a run has got to; one that was asked to stop before its end must not look finished to who started it.
+
+    Raises:
+        KeyboardInterrupt: the run has no artifact yet. A Job of Kubernetes would take status 0 for the end of the work.
+    """
+    print(reached, flush=True)
+    if reached == folder:
+        raise KeyboardInterrupt
 
 
 def export(arguments: argparse.Namespace) -> None:

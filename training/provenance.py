@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from typing import Any
 
@@ -9,9 +10,13 @@ import torch
 
 
 def commit() -> str:
-    """The checkout's commit, or ``unknown``."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    """The checkout's commit; without one, what `SOURCE_COMMIT` says (an image's revision), or ``unknown``."""
+    built_from = os.environ.get("SOURCE_COMMIT") or "unknown"
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:  # an image has no git
+        return built_from
+    return found.stdout.strip() or built_from
 
 
 def made_on(device: torch.device) -> dict[str, Any]:

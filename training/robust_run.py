@@ -17,7 +17,7 @@ from ironclip.classifier import Classifier
 from ironclip.encoder import Encoder
 from ironclip.errors import OptionError
 from ironclip.labels import LabelSet
-from ironclip.loading import load_encoder
+from ironclip.loading import load_encoder, pick_device
 from training.anchors import AnchorCache
 from training.checkpoint import REPORTING, load_checkpoint
 from training.methods.base import Batch, Method, Networks, Phase, Texts, Weights
@@ -121,9 +121,22 @@ class Run:
         }
 
 
-def make_fabric() -> Fabric:
-    """One process, or as many as torchrun started."""
+def make_fabric(device: str = "auto") -> Fabric:
+    """One process, or as many as torchrun started.
+
+    Args:
+        device: ``auto`` takes the best there is; ``cpu``, ``cuda`` or ``cuda:N`` is for one process.
+
+    Raises:
+        OptionError: the device is not there.
+    """
     ranks, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device != "auto":
+        found = pick_device(device)
+        devices: list[int] | int = 1 if found.type == "cpu" else [found.index or 0]
+        fabric = Fabric(accelerator=found.type, devices=devices)
+        fabric.launch()
+        return fabric
     fabric = Fabric(devices=local, num_nodes=ranks // local, strategy="ddp" if ranks > 1 else "auto")
     fabric.launch()
     return fabric

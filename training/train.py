@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ironclip.attacks import Problem, WhiteBox, drive
 from ironclip.classifier import Classifier
+from ironclip.cpus import usable_cpus
 from training.ahead import ahead
 from training.checkpoint import NonFiniteLoss, save_checkpoint
 from training.methods.base import Batch
@@ -161,8 +162,7 @@ def train(config: RobustConfig, folder: Path, fabric: Fabric | None = None) -> P
 
     fabric = fabric or make_fabric()
     folder.mkdir(parents=True, exist_ok=True)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable_cpus()))
     run = start(config, folder, fabric)
     first = fabric.is_global_zero
     log = RunLog(folder, run.step, run.steps, first)

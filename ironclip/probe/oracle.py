@@ -18,6 +18,7 @@ from torch import Tensor
 from ironclip.attacks import Answer, Problem, Query, ThreatModel
 from ironclip.attacks.whitebox import as_found
 from ironclip.classifier import Classifier
+from ironclip.precision import exact_float32
 from ironclip.probe.target import UNSEEN, Target
 
 
@@ -187,7 +188,12 @@ def steps(piece: Piece) -> Iterator[None]:
     """
     work = _Work(piece)
     for part in work.parts():
-        with torch.inference_mode(False), torch.set_grad_enabled(piece.gradient), as_found(work.classifier.encoder):
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(piece.gradient),
+            as_found(work.classifier.encoder),
+            exact_float32(),
+        ):
             part()
         yield
 

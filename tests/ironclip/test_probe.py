@@ -322,10 +322,11 @@ def test_a_tie_that_goes_well_is_no_break(demo: Encoder) -> None:
     classifier = Classifier(demo, LabelSet.parse([*twins, "rocket"]))
     for eps in (1, 16, 64):
         found = probe(classifier, sample(demo, "carrot"), ProbeOptions(eps=(eps,), seconds=60))
-        assert found["clean"]["label"] == "a"
+        clean = found["clean"]["label"]  # which of the twins, rounding decides, and that the number of threads
+        assert clean in ("a", "b")
         if found["broken_at"] is not None:
             said = answer(classifier, found["artefacts"]["adversarial"])
-            assert found["points"][0]["label"] == said != "a"
+            assert found["points"][0]["label"] == said != clean
     assert found["broken_at"] == 64
 
 

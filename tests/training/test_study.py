@@ -75,6 +75,7 @@ options = {{ iterations = 2 }}
     return path
 
 
+@pytest.mark.timeout(900)
 def test_a_study_chooses_trains_measures_and_goes_on(
     study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
