@@ -1,0 +1,115 @@
+{{/* Names, labels and small pieces that several templates share. */}}
+
+{{- define "ironclip.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+
+{{/* 40 characters: the longest suffix, a StatefulSet's pod or a Job's hash, must fit into 63. */}}
+{{- define "ironclip.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := include "ironclip.name" . -}}
+{{- ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Call with (dict "root" $ "component" "service"). */}}
+{{- define "ironclip.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "ironclip.name" .root }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end -}}
+
+{{- define "ironclip.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{ include "ironclip.selectorLabels" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: ironclip
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+{{- with .root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* Call with (dict "image" .Values.image "default" .Chart.AppVersion). */}}
+{{- define "ironclip.image" -}}
+{{- if .image.digest -}}
+{{- printf "%s@%s" .image.repository .image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" .image.repository (.image.tag | default .default) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "ironclip.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "ironclip.fullname" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "ironclip.keysSecret" -}}
+{{- .Values.keys.existingSecret | default (ternary (printf "%s-keys" (include "ironclip.fullname" .)) "" (ne .Values.keys.file "")) -}}
+{{- end -}}
+
+{{- define "ironclip.redisSecret" -}}
+{{- .Values.redis.existingSecret | default (printf "%s-redis" (include "ironclip.fullname" .)) -}}
+{{- end -}}
+
+{{- define "ironclip.redisHost" -}}
+{{- printf "%s-redis" (include "ironclip.fullname" .) -}}
+{{- end -}}
+
+{{/* "yes" where there may be more than one replica. */}}
+{{- define "ironclip.replicated" -}}
+{{- if .Values.autoscaling.enabled -}}
+{{- if gt (int .Values.autoscaling.maxReplicas) 1 }}yes{{ end -}}
+{{- else if gt (int .Values.replicaCount) 1 }}yes{{ end -}}
+{{- end -}}
+
+{{/* How long a pod may take to end: the drain's two parts and a margin, rounded up. */}}
+{{- define "ironclip.gracePeriod" -}}
+{{- int64 (ceil (addf .Values.drain.delaySeconds .Values.drain.seconds .Values.drain.marginSeconds)) -}}
+{{- end -}}
+
+{{/* A setting's value as the environment holds it. Not toString: 64 MiB would become 6.7108864e+07. */}}
+{{- define "ironclip.text" -}}
+{{- if kindIs "string" . }}{{ . }}{{ else }}{{ toJson . }}{{ end -}}
+{{- end -}}
+
+{{/* An object in the order of the list, since the first encoder is the default; toJson of a dict would sort it. */}}
+{{- define "ironclip.encoders" -}}
+{
+{{- range $index, $encoder := .Values.encoders -}}
+{{ if $index }}, {{ end }}{{ toJson $encoder.name }}: {{ toJson $encoder.spec }}
+{{- end -}}
+}
+{{- end -}}
+
+{{/* Names of the encoders whose spec is not in a folder or in the image. */}}
+{{- define "ironclip.fromHub" -}}
+{{- $names := list -}}
+{{- range .Values.encoders -}}
+{{- $local := or (hasPrefix "/" .spec) (hasPrefix "local-dir:" .spec) (hasPrefix "random:" .spec) -}}
+{{- if or (hasPrefix "hf-hub:" .spec) (and (not $local) (contains "/" .spec)) -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- end -}}
+{{- join ", " $names -}}
+{{- end -}}
+
+{{/* Tolerations of a list and of the GPU's own taint. Call with (dict "tolerations" ... "gpu" "nvidia.com/gpu"). */}}
+{{- define "ironclip.tolerations" -}}
+{{- $all := .tolerations -}}
+{{- if .gpu -}}
+{{- $all = append $all (dict "key" .gpu "operator" "Exists" "effect" "NoSchedule") -}}
+{{- end -}}
+{{- with $all -}}
+{{- toYaml . -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "ironclip.metricsMatcher" -}}
+namespace="{{ .Release.Namespace }}",service="{{ include "ironclip.fullname" . }}-metrics"
+{{- end -}}
