@@ -1,0 +1,88 @@
+# syntax=docker/dockerfile:1
+# Training. From the repository's root:
+#   docker build -f docker/training.Dockerfile -t ironclip-training --build-arg VARIANT=cuda .
+# Its first two stages are the service's with another lock, so that the layer of torch is the same.
+# docker/README.md has the arguments, and how to build behind a proxy or a mirror.
+
+# By tag: pin it by digest where a build has to come out the same (docker/README.md).
+ARG BASE_IMAGE=python:3.12-slim-bookworm
+
+# ---- builder: all packages in a virtual environment; pip itself stays behind -------------------------------------
+FROM ${BASE_IMAGE} AS builder
+# cpu: torch without CUDA, from an index of CPU builds. cuda: torch as the package index has it.
+ARG VARIANT=cpu
+ARG PIP_INDEX_URL
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1 PIP_ROOT_USER_ACTION=ignore \
+    PIP_CONFIG_FILE=/run/secrets/pip.conf \
+    SITE="import sysconfig; print(sysconfig.get_path('purelib'))"
+WORKDIR /build
+RUN python3 -m venv /build/tools \
+ && python3 -m venv --without-pip /opt/venv \
+ && python3 -m venv --without-pip /opt/torch
+COPY docker/locks/torch-${VARIANT}.txt torch.txt
+# torch has a tree of its own: it is nearly all of the image, and changes far less often than the rest.
+RUN --mount=type=secret,id=pip.conf,target=/run/secrets/pip.conf \
+    --mount=type=secret,id=ca.crt,target=/run/secrets/ca.crt \
+    [ ! -s /run/secrets/ca.crt ] || export PIP_CERT=/run/secrets/ca.crt; \
+    [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
+    if [ "$VARIANT" = cpu ]; then export PIP_INDEX_URL="$TORCH_INDEX_URL"; else export PIP_REQUIRE_HASHES=1; fi; \
+    tools/bin/pip --python /opt/torch/bin/python install --no-deps --requirement torch.txt
+# A file written for a newer Python does not compile, and is not imported either.
+RUN python3 -m compileall -qq -j 0 --invalidation-mode unchecked-hash /opt/torch/lib || true
+COPY docker/locks/training.txt training.txt
+# pyvips has no wheel: Python alone, over the library that pyvips-binary brings.
+RUN --mount=type=secret,id=pip.conf,target=/run/secrets/pip.conf \
+    --mount=type=secret,id=ca.crt,target=/run/secrets/ca.crt \
+    [ ! -s /run/secrets/ca.crt ] || export PIP_CERT=/run/secrets/ca.crt; \
+    [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
+    tools/bin/pip --python /opt/venv/bin/python install --no-deps --require-hashes --only-binary :all: \
+        --no-binary pyvips --requirement training.txt \
+ && /opt/torch/bin/python -c "$SITE" > "$(/opt/venv/bin/python -c "$SITE")/torch.pth" \
+ && tools/bin/pip --python /opt/venv/bin/python check
+RUN python3 -m compileall -qq -j 0 --invalidation-mode unchecked-hash /opt/venv/lib || true
+
+# ---- source: what changes with every commit, compiled --------------------------------------------------------------
+FROM ${BASE_IMAGE} AS source
+WORKDIR /app
+COPY LICENSE NOTICE ./
+COPY ironclip ironclip
+COPY training training
+RUN python3 -m compileall -q --invalidation-mode unchecked-hash . && chmod -R a+rX .
+
+# ---- the image ------------------------------------------------------------------------------------------------------
+FROM ${BASE_IMAGE}
+# First, and the same in both Dockerfiles: one layer for service and training, whatever changes after it.
+COPY --from=builder /opt/torch /opt/torch
+# Runs, data and hub downloads belong on volumes; these folders give a new volume its owner.
+RUN groupadd --gid 10001 ironclip \
+ && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin ironclip \
+ && install -d -o 10001 -g 10001 /var/cache/ironclip /app/runs /app/data
+COPY --from=builder /opt/venv /opt/venv
+COPY --from=source /app /app
+WORKDIR /app
+# Everything is compiled already, and the root may be read-only.
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    HOME=/tmp \
+    HF_HOME=/var/cache/ironclip \
+    MPLCONFIGDIR=/tmp/matplotlib
+USER 10001:10001
+VOLUME ["/app/runs", "/app/data", "/var/cache/ironclip"]
+STOPSIGNAL SIGTERM
+# It listens on no port: whether a run is well, its log says.
+HEALTHCHECK NONE
+ENTRYPOINT ["/opt/venv/bin/python", "-m", "training"]
+CMD ["--help"]
+# Last: the revision is another with every commit.
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+# Artifacts say which commit they were made by; there is no git here to ask.
+ENV SOURCE_COMMIT=${REVISION}
+LABEL org.opencontainers.image.title="Ironclip training" \
+      org.opencontainers.image.description="The recipes that make CLIP hard to fool, and measure how hard." \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.source="https://github.com/ironclip/ironclip" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
