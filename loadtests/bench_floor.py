@@ -18,9 +18,7 @@ import io
 import json
 import operator
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,31 +27,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import torch
 from PIL import Image
 
-from loadtests.client import Load, Refused, closed_loop, cycle, fetch, post
-from loadtests.machine import describe_commit, describe_machine, resident_mib
+from loadtests.client import Load, closed_loop, cycle, fetch, post
+from loadtests.machine import process_seconds, resident_mib
+from loadtests.pictures import make_pictures
+from loadtests.processes import NotStarted, free_port, ironclip, running
+from loadtests.report import describe_run, write_result
 
-RESULTS = Path(__file__).parent / "results"
 # So small that a cycle through the distinct pictures never meets one that is still cached; the cache still works.
 _CACHE_BYTES = 100_000
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def make_pictures(size: tuple[int, int], count: int, seed: int) -> list[bytes]:
-    """Distinct JPEGs (quality 85) of synthetic texture, about as many bytes a pixel as photographs have."""
-    generator = np.random.default_rng(seed)
-    width, height = size
-    pictures = []
-    for _ in range(count):
-        coarse = generator.integers(0, 256, (max(2, height // 8), max(2, width // 8), 3), dtype=np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=85)
-        pictures.append(buffer.getvalue())
-    return pictures
 
 
 @dataclass(frozen=True)
@@ -129,40 +115,17 @@ def _repeat(work: Callable[[], object], seconds: float) -> Times:
 @contextlib.contextmanager
 def service(model_name: str, options: argparse.Namespace) -> Iterator[tuple[int, int]]:
     """Run a service process; yields its port and process id once it is ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as state:
-        environment = {
-            **os.environ,
-            "IRONCLIP_CACHE_BYTES": str(_CACHE_BYTES),
-            "IRONCLIP_STATE_DIR": state,
-            "IRONCLIP_LOG_LEVEL": "warning",
-            **dict(pair.split("=", 1) for pair in options.set),
-        }
-        command = [sys.executable, "-m", "service", "--port", str(port), "--encoders", f"bench=random:{model_name}"]
-        process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parent.parent)
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        command, environment = ironclip(
+            f"bench=random:{model_name}", port, Path(folder) / "state", cache_bytes=_CACHE_BYTES
+        )
+        environment |= dict(pair.split("=", 1) for pair in options.set)
         try:
-            asyncio.run(_until_ready(port, process))
-            yield port, process.pid
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-async def _until_ready(port: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise SystemExit(f"the service ended with status {process.returncode}")
-        with contextlib.suppress(OSError, Refused, asyncio.IncompleteReadError):
-            await fetch(port, "/readyz")
-            return
-        await asyncio.sleep(0.2)
-    raise SystemExit("the service was not ready within five minutes")
+            with running(command, port, Path(folder) / "log", environment=environment) as server:
+                yield port, server.process.pid
+        except NotStarted as error:
+            raise SystemExit(f"The service {error}") from None
 
 
 def measure_round(
@@ -170,6 +133,8 @@ def measure_round(
 ) -> dict[str, Any]:
     """One round over everything: bare tower, decoding, then each concurrency, the bare tower once more."""
     following = cycle([post("/embed?encoding_format=base64", picture, "image/jpeg") for picture in pictures])
+
+    spent = functools.partial(process_seconds, pid)
 
     def bare() -> Bare:
         third = options.seconds / 3
@@ -179,7 +144,7 @@ def measure_round(
     # machine comes and goes.
     bares, served = [bare()], {}
     for concurrency in options.concurrency:
-        load = asyncio.run(closed_loop(port, following, concurrency, options.seconds, pid))
+        load = asyncio.run(closed_loop(port, following, concurrency, options.seconds, spent))
         bares.append(bare())
         served[str(concurrency)] = compare(load, raw.cores, bares[-2] + bares[-1])
     together = functools.reduce(operator.add, bares)
@@ -238,9 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     torch.manual_seed(options.seed)
     report: dict[str, Any] = {
-        "command": "python -m loadtests.bench_floor " + " ".join(argv if argv is not None else sys.argv[1:]),
-        "machine": describe_machine(),
-        **describe_commit(),
+        **describe_run("bench_floor", argv),
         "seed": options.seed,
         "model": f"{options.model}, random weights",
         "seconds": options.seconds,
@@ -263,11 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(size, "median", medians)
             kib = round(sum(map(len, pictures)) / len(pictures) / 1024, 1)
             report["sizes"][size] = {"kib_per_picture": kib, "median": medians, "rounds": rounds}
-    if options.name:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{options.name}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"written to {path}")
+    write_result(options.name, report)
     return 0
 
 

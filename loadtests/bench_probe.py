@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -20,9 +21,11 @@ from typing import Any
 
 import httpx
 
-from loadtests.bench_floor import RESULTS, make_pictures, service
+from loadtests.bench_floor import service
 from loadtests.client import Load, closed_loop, cycle, post
-from loadtests.machine import describe_commit, describe_machine
+from loadtests.machine import process_seconds
+from loadtests.pictures import make_pictures
+from loadtests.report import describe_run, write_result
 
 LABELS = [f"label {i}" for i in range(20)]
 # Never broken, so that the probes go on until they are cancelled: a cosine is never below -1.
@@ -56,11 +59,11 @@ async def probes_running(url: str, count: int, pictures: Sequence[bytes]) -> Asy
 async def measure(port: int, pid: int, requests: list[bytes], pictures: list[bytes], options: Any) -> dict[str, Any]:
     """One round: alone, then with probes, at each concurrency."""
     found: dict[str, Any] = {}
-    following = cycle(requests)
+    following, spent = cycle(requests), functools.partial(process_seconds, pid)
     for concurrency in options.concurrency:
-        alone = await closed_loop(port, following, concurrency, options.seconds, pid)
+        alone = await closed_loop(port, following, concurrency, options.seconds, spent)
         async with probes_running(f"http://127.0.0.1:{port}", options.probes, pictures) as rates:
-            beside = await closed_loop(port, following, concurrency, options.seconds, pid)
+            beside = await closed_loop(port, following, concurrency, options.seconds, spent)
         found[str(concurrency)] = {
             "alone": _latency(alone),
             "probed": {**_latency(beside), "gradients_per_second": round(sum(rates), 1)},
@@ -104,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="environment of the service")
     parser.add_argument("--name", default="bench_probe", help="of the result file; empty to write none")
     options = parser.parse_args(argv)
+    about = describe_run("bench_probe", argv)
     options.set = ["IRONCLIP_PROBE_MAX_SECONDS=600", "IRONCLIP_PROBE_MAX_GRADIENTS=1000000000", *options.set]
     pictures = make_pictures((224, 224), options.pictures, options.seed)
     requests = [
@@ -127,22 +131,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{one['probed']['p99_ms']:.0f} ms: {one['p99_grown_by_quanta']:+.2f} quanta of "
             f"{model['probe']['quantum_ms']:.0f} ms (aim at most +1)"
         )
-    if options.name:
-        command = "python -m loadtests.bench_probe " + " ".join(argv if argv is not None else sys.argv[1:])
-        report = {
-            "command": command,
-            "machine": describe_machine(),
-            **describe_commit(),
+    write_result(
+        options.name,
+        {
+            **about,
             "model": f"{options.model}, random weights",
             "dtype": model["dtype_report"]["chosen"],
             "probe": model["probe"],
             "probes": options.probes,
             "summary": summary,
             "rounds": rounds,
-        }
-        path = RESULTS / f"{options.name}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"written to {path}")
+        },
+    )
     return 0
 
 

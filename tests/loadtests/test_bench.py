@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import subprocess
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from loadtests.bench_floor import Bare, Times, compare, make_pictures, summarise
-from loadtests.client import Load, Refused, closed_loop, cycle, post
-from loadtests.machine import describe_commit, describe_machine
+from loadtests.bench_floor import Bare, Times, compare, summarise
+from loadtests.client import Load, Refused, closed_loop, cycle, exchange, post
+from loadtests.machine import describe_commit, describe_machine, process_seconds
+from loadtests.pictures import make_pictures
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,16 +68,68 @@ def test_client_keeps_its_requests_in_flight_and_refuses_errors() -> None:
 
     async def scenario() -> None:
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        spent = functools.partial(process_seconds, os.getpid())
         port = server.sockets[0].getsockname()[1]
         requests = [post("/x", text, "text/plain") for text in (b"a", b"b", b"c")]
-        load = await closed_loop(port, cycle(requests), 4, 0.2, os.getpid())
+        load = await closed_loop(port, cycle(requests), 4, 0.2, spent)
         assert most == 4
         assert bodies == {b"a", b"b", b"c"}
         assert len(load.latencies) >= 12
         assert 0.004 < load.percentile(0.5) < 0.2
         assert load.rate == pytest.approx(len(load.latencies) / load.seconds)
+        patient = await closed_loop(port, cycle(requests), 2, 0.1, spent, patient=True)
+        assert (patient.refused, len(patient.latencies) >= 6) == (0, True)
         with pytest.raises(Refused, match="500"):
-            await closed_loop(port, cycle([post("/x", b"bad", "text/plain")]), 2, 0.1, os.getpid())
+            await closed_loop(port, cycle([post("/x", b"bad", "text/plain")]), 2, 0.1, spent)
+        server.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_patient_client_comes_again_when_it_is_told_and_counts_the_wait() -> None:
+    asked = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        while await reader.readline():
+            await reader.readuntil(b"\r\n\r\n")
+            asked += 1
+            status = b"429 No\r\nRetry-After: 1" if asked == 2 else b"200 OK"
+            writer.write(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n")
+            await asyncio.sleep(0.01)
+        writer.close()
+
+    async def scenario() -> Load:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        request = cycle([post("/", b"", "text/plain")])
+        load = await closed_loop(port, request, 1, 1.5, lambda: 0.0, patient=True)
+        server.close()
+        return load
+
+    load = asyncio.run(scenario())
+    assert load.refused == 1
+    assert load.latencies[0] >= 1.0
+    assert load.percentile(0.5) < 1.0
+
+
+def test_answers_in_chunks_are_read_and_the_connection_stays_good() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.readline():
+            await reader.readuntil(b"\r\n\r\n")
+            head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+            writer.write(head + b"5\r\nhello\r\n6;x=y\r\n world\r\n0\r\n\r\n")
+        writer.close()
+
+    async def scenario() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.sockets[0].getsockname()[1])
+        for _ in range(2):
+            reply = await exchange(reader, writer, post("/", b"", "text/plain"))
+            assert (reply.status, reply.body) == (200, b"hello world")
+            assert reply.header("transfer-encoding") == "chunked"
+            assert reply.header("retry-after") == ""
+        writer.close()
         server.close()
 
     asyncio.run(scenario())

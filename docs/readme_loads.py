@@ -1,0 +1,180 @@
+"""What the README says of load and of peers, made from `loadtests/results` alone; what is not measured says so."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from loadtests.peers.registry import PEERS
+from loadtests.peers.report import FAULT_TITLES, SPEED_TITLES, Report
+from loadtests.saturation import SUSTAINED, verdict
+from training.markdown import table
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "loadtests" / "results"
+PLOT = "docs/loads/peers.png"
+HITS_AIM = 0.7
+GOODPUT_AIM = 0.9
+
+
+def _result(name: str, folder: Path | None = None) -> dict[str, Any] | None:
+    path = (folder or RESULTS) / f"{name}.json"
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _made_by(found: dict[str, Any], name: str) -> str:
+    machine = found["machine"]
+    made = [cell.get("made", found) for cell in found.get("cells", {}).values()] or [found]
+    commits = sorted({one["commit"][:12] + " with changes" * bool(one["modified"]) for one in made})
+    return (
+        f"`{found['command'].strip()}`; {machine['cpu']}, {machine['cores']} cores; "
+        f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}; [all numbers](loadtests/results/{name}.json)."
+    )
+
+
+def _met(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+def peers(folder: Path | None = None) -> str:
+    """Us beside the peers: speed in each dtype, faults, the aims, who is not there and why."""
+    found = _result("peers", folder)
+    if found is None:
+        return "Not measured yet: `python -m loadtests.peers setup`, then `python -m loadtests.peers run`.\n"
+    report = Report(found)
+    parts = []
+    for dtype, deadline in report.plan["deadlines"].items():
+        rows = report.speed_rows(dtype)
+        if not rows:
+            continue
+        parts.append(f"{dtype}, deadline of goodput {1000 * deadline:.0f} ms:\n\n{table(SPEED_TITLES, rows)}")
+        said = [
+            f"{one.median:.2f} of {one.what} ({one.least:.2f} to {one.most:.2f} over rounds; aim {one.aim:g}: "
+            f"{_met(one.met)})"
+            for one in report.verdicts(dtype)
+        ]
+        if said:
+            parts.append(f"In {dtype} ironclip reaches {' and '.join(said)}.\n")
+    faults = report.fault_rows()
+    if faults:
+        parts.append(table(FAULT_TITLES, faults))
+    missing = [f"{where}: {why}" for where, why in report.failures().items()]
+    if missing:
+        parts.append(f"Without a number: {'; '.join(missing)}.\n")
+    if (ROOT / PLOT).exists() and folder is None:
+        parts.append(f"![Images a second by clients, and goodput by load, for each server]({PLOT})\n")
+    parts.append(_how(report, found))
+    return "\n".join(parts)
+
+
+def _how(report: Report, found: dict[str, Any]) -> str:
+    plan = report.plan
+    rounds = len(report.rounds("float32", "ironclip") or report.rounds("bfloat16", "ironclip"))
+    notes = "; ".join(f"{name} {version} ({PEERS[name].note})" for name, version in found["versions"].items())
+    width, height = plan["size"]
+    return (
+        f"Medians of {rounds} rounds of {plan['seconds']:g} s a number, one server at a time, in turned order; "
+        f"{plan['model']} with random weights, {plan['threads']} torch threads each, {plan['pictures']} distinct JPEGs "
+        f"of {width}x{height}; features are open_clip's (cosine at least 0.9999 in float32, 0.999 in bfloat16). Memory "
+        "is that of all processes, shared pages counted once. A client that is refused comes again when Retry-After "
+        "says. Goodput is answers within the deadline of requests that come by a Poisson process; ironclip is told the "
+        "deadline, the others have no header for it; callers hang up after 10 s. Well again: until one request alone "
+        f"meets the deadline after the overload. {notes}. {_made_by(found, 'peers')}\n"
+    )
+
+
+def saturation(folder: Path | None = None) -> str:
+    """Where the service saturates and what it does at twice that."""
+    found = _result("saturation", folder)
+    cells = [cell for cell in (found or {}).get("cells", {}).values() if "failed" not in cell]
+    if found is None or not cells:
+        return "Not measured yet: `python -m loadtests.saturation`.\n"
+    rows = []
+    for level in cells[0]["levels"]:
+        each = [cell["levels"][level] for cell in cells]
+
+        def middle(field: str, each: list[dict[str, Any]] = each) -> float:
+            return statistics.median(one[field] or 0 for one in each)
+
+        advised = sum(one["refused_with_retry_after"] for one in each)
+        refused = sum(one["refused"] for one in each)
+        limits = sorted({limit for one in each for limit in one["limits"]})
+        rows.append(
+            [
+                level,
+                f"{middle('offered_per_second'):.1f}",
+                f"{middle('goodput_per_second'):.1f}",
+                *(f"{middle(field):.0f} ms" for field in ("p50_ms", "p95_ms", "p99_ms", "admitted_p99_ms")),
+                f"{refused}{', by ' + ' and '.join(limits) if limits else ''}",
+                f"{advised} of {refused}" if refused else "-",
+                f"{sum(o['came_again_and_answered'] for o in each)} of {sum(o['came_again'] for o in each)}"
+                if sum(o["came_again"] for o in each)
+                else "-",
+            ]
+        )
+    titles = [
+        "load",
+        "offered/s",
+        "goodput/s",
+        "p50",
+        "p95",
+        "p99",
+        "p99 of the last try",
+        "refused",
+        "with Retry-After",
+    ]
+    verdicts = [verdict(cell) for cell in cells]
+    share = statistics.median(one["goodput_share"] for one in verdicts)
+    bound = statistics.median(one["p99_over_bound"] for one in verdicts)
+    limit = statistics.median(cell["bound_ms"] for cell in cells)
+    plan = found["plan"]
+    return (
+        f"{table([*titles, 'came again, answered'], rows)}\n"
+        f"Saturation is the highest rate of which {SUSTAINED:.0%} are answered within the deadline: "
+        f"{statistics.median(cell['saturation_per_second'] for cell in cells):.1f} a second. At twice that the goodput "
+        f"is {share:.0%} of its peak (aim {GOODPUT_AIM:.0%}: {_met(share >= GOODPUT_AIM)}), and the p99 of what was "
+        f"let in is {bound:.0%} of its bound of {limit:.0f} ms (`IRONCLIP_MAX_QUEUE_MS` and a full batch's own time: "
+        f"{_met(bound <= 1)}). Those who `honour` Retry-After come again when it says, up to three tries in all; a "
+        f"`storm` comes again after 0.1 s. Medians of {len(cells)} rounds, {plan['model']}, random weights. "
+        f"{_made_by(found, 'saturation')}\n"
+    )
+
+
+def hits(folder: Path | None = None) -> str:
+    """Pictures that are in the cache, against a route that does nothing."""
+    found = _result("bench_hits", folder)
+    if found is None:
+        return "Not measured yet: `python -m loadtests.bench_hits`.\n"
+    parts = []
+    for name, one in found["summary"].items():
+        parts.append(
+            f"{name}: {one['service_per_second']:.0f} of {one['empty_per_second']:.0f} a second, {one['share']:.0%} "
+            f"({_met(one['share'] >= HITS_AIM)}; by CPU time {one['share_by_cpu_time']:.0%}; of the same as a "
+            f"FastAPI route {one['share_of_framework']:.0%})"
+        )
+    return (
+        "Pictures that were seen before, against an empty route on the same server that receives and hashes the same "
+        f"body (aim {HITS_AIM:.0%}): {'; '.join(parts)}. {_made_by(found, 'bench_hits')}\n"
+    )
+
+
+def starts(folder: Path | None = None) -> str:
+    """Start to ready, and memory, beside the peers."""
+    found = _result("bench_start", folder)
+    if found is None:
+        return "Not measured yet: `python -m loadtests.bench_start`.\n"
+    rows = []
+    for name, one in found["summary"].items():
+        if "failed" in one:
+            rows.append([name, one["failed"], "-", "-", "-"])
+            continue
+        numbers = [f"{one['ready_seconds']:.1f} s", *(f"{one[key]:.0f} MiB" for key in ("idle_mib", "loaded_mib"))]
+        rows.append([name, *numbers, f"{one['processes']:.0f}"])
+    titles = ["server", "start to first answer", "idle", "after load", "processes"]
+    said = f"{found['dtype']}; memory is that of all processes, shared pages counted once."
+    return f"{table(titles, rows)}\n{said} {_made_by(found, 'bench_start')}\n"

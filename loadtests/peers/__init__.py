@@ -1,0 +1,1 @@
+"""The servers that we measure ourselves against, with the same random weights, interleaved in one run."""
