@@ -17,15 +17,19 @@ import uvicorn
 
 from ironclip import __version__
 from ironclip.errors import IronclipError
-from service import probe_command, telemetry
+from service import fleet, keys_command, probe_command, selfcheck, telemetry
+from service.metrics_port import MetricsPort
 from service.settings import (
     CONFIG_VARIABLE,
     Settings,
     SettingsInvalid,
     let_idle_threads_sleep,
     load_settings,
+    traces_wanted,
 )
 from service.settings_table import settings_markdown
+from service.shared_port import SharedPort
+from service.tracing import Exporter
 
 if TYPE_CHECKING:
     from service.core import Service
@@ -39,7 +43,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.command == "probe":
         return probe_command.run(arguments)
+    if arguments.command == "selfcheck":
+        return selfcheck.run(arguments)
+    if arguments.command == "keys":
+        return keys_command.run(arguments)
     overrides = {name: getattr(arguments, name) for name in ("host", "port", "encoders") if hasattr(arguments, name)}
+    if arguments.command == "fleet":
+        return fleet.run(arguments, overrides)
     try:
         if arguments.command == "openapi":
             return _print_openapi()
@@ -51,12 +61,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(settings: Settings) -> int:
     """Serve until a signal comes; returns the exit status."""
-    fault = _address_fault(settings.host, settings.port)
-    if fault is not None:
-        _say(f"Cannot listen on {settings.host}:{settings.port}: {fault}")
-        return 1
+    for port in (settings.port, *filter(None, [settings.metrics_port])):
+        fault = _address_fault(settings.host, port)
+        if fault is not None:
+            _say(f"Cannot listen on {settings.host}:{port}: {fault}")
+            return 1
+    if settings.shared_port:
+        fault = _address_fault(settings.host, settings.shared_port, shared=True)
+        if fault is not None:
+            _say(f"Cannot share {settings.host}:{settings.shared_port}: {fault}")
+            return 1
+    # As process 1 of a container it would not hear the signal by default, not before uvicorn listens for it.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
     let_idle_threads_sleep()
     from service.app import create_app
+    from service.errors import WorkerLost
 
     telemetry.configure_logging(settings.log_level, settings.log_format)
     failures: list[IronclipError] = []
@@ -65,7 +84,8 @@ def serve(settings: Settings) -> int:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(settings, on_fatal=on_fatal)
+    traces = _open_traces()
+    app = create_app(settings, on_fatal=on_fatal, traces=traces)
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -80,16 +100,37 @@ def serve(settings: Settings) -> int:
         backlog=2048,
     )
     server = _Server(config, app.state.service, settings)
+    metrics = MetricsPort(settings.host, settings.metrics_port) if settings.metrics_port else None
     address = f"http://{settings.host}:{settings.port}"
     _say(f"Ironclip {__version__} on {address} (playground: /, documentation: /docs); loading ...")
     try:
         server.run()
     except SystemExit:  # the address was taken since it was looked at; uvicorn has logged why
         return 1
+    finally:
+        if metrics is not None:
+            metrics.close()
+        if traces is not None:
+            traces.close()
     if failures:
-        _say(f"An encoder cannot be loaded: {failures[0].detail}")
-        return 3
+        lost = isinstance(failures[0], WorkerLost)
+        _say(f"{'Ended, since' if lost else 'An encoder cannot be loaded:'} {failures[0].detail}")
+        return 4 if lost else 3
     return 0 if server.started else 1
+
+
+def _open_traces() -> Exporter | None:
+    """The exporter that OpenTelemetry's variables ask for; raises SettingsInvalid."""
+    if not traces_wanted():
+        return None
+    try:
+        from service.otel import OtelExporter
+    except ImportError:
+        raise SettingsInvalid(
+            "OTEL_EXPORTER_OTLP_ENDPOINT: traces need OpenTelemetry's packages: pip install 'ironclip[otel]', or "
+            "leave the variable out, or set OTEL_SDK_DISABLED=true"
+        ) from None
+    return OtelExporter()
 
 
 class _Server(uvicorn.Server):
@@ -100,6 +141,20 @@ class _Server(uvicorn.Server):
         self._service = service
         self._delay = settings.drain_delay_seconds
         self._draining = False
+        self._shared = SharedPort(settings.host, settings.shared_port) if settings.shared_port else None
+        self._sharing: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and share the shared port from when the service is ready."""
+        await super().startup(sockets)
+        if self._shared is not None:
+            self._sharing = asyncio.create_task(self._shared.keep(self, lambda: self._service.not_ready() is None))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop listening everywhere, and answer what is under way."""
+        if self._sharing is not None:
+            self._sharing.cancel()
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain on the first signal; a second one ends the waiting. Both end with status 0."""
@@ -117,7 +172,7 @@ class _Server(uvicorn.Server):
             self.should_exit = True
 
 
-def _address_fault(host: str, port: int) -> str | None:
+def _address_fault(host: str, port: int, *, shared: bool = False) -> str | None:
     """Why the address cannot be listened on, or None; found out before minutes are spent on loading."""
     faults: list[OSError] = []
     try:
@@ -128,6 +183,8 @@ def _address_fault(host: str, port: int) -> str | None:
         try:
             with socket.socket(family, kind, protocol) as sock:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if shared:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
                 if family == socket.AF_INET6:
                     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 sock.bind(address)
@@ -144,15 +201,21 @@ def _parser() -> argparse.ArgumentParser:
         description="Serve CLIP encoders over HTTP: /classify, /embed, and more on /docs.",
         epilog=f"Settings come from IRONCLIP_* variables and the TOML file that {CONFIG_VARIABLE} names; "
         "`python -m service settings` lists them. Exit status: 1 the address cannot be listened on, 2 the "
-        "settings cannot be used, 3 an encoder cannot be loaded.",
+        "settings cannot be used, 3 an encoder cannot be loaded, 4 a model worker is lost.",
     )
     _serving(parser)
     parser.add_argument("--version", action="version", version=f"ironclip {__version__}")
     added = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     _serving(added.add_parser("serve", help="serve; also if no command is given"))
+    fleeting = added.add_parser("fleet", help="serve with one process for each GPU of this host, behind one port")
+    _serving(fleeting)
+    fleet.add_arguments(fleeting)
     listed = added.add_parser("settings", help="list the settings")
     listed.add_argument("--markdown", action="store_true", help="the table of the README")
     added.add_parser("openapi", help="print the OpenAPI document")
+    keys_command.add_arguments(added.add_parser("keys", help="make API keys, and check the file they are in"))
+    checking = added.add_parser("selfcheck", help="prove on this machine that what is served is right, and how fast")
+    selfcheck.add_arguments(checking)
     probing = added.add_parser("probe", help="attack one decision about one picture, without a server")
     probe_command.add_arguments(probing)
     return parser

@@ -47,6 +47,7 @@ class Problem(Closed):
     instance: str | None = None
     errors: list[Fault] | None = None
     limit: float | None = None
+    limit_name: str | None = None
     retry_after_ms: int | None = None
 
 
@@ -168,6 +169,29 @@ class LabelSetStored(LabelSetSummary):
     labels: Labels
     templates: Templates | None = None
     tree: Tree | None = None
+
+
+class ModelVersion(Closed):
+    """One version of an encoder, from the moment it is asked for."""
+
+    role: Literal["stable", "canary", "coming", "leaving", "failed"]
+    state: Literal["loading", "verifying", "warming", "ready", "draining", "failed"]
+    share: float = Field(description="Of the requests that name no version.")
+    since: str = Field(description="When it came into this state (ISO 8601, UTC).")
+    digest: str | None = Field(description="Once it is loaded.")
+    spec: str
+    source: Literal["settings", "folder", "api"] = Field(description="Who brought it.")
+    defence: DefenceRef
+    requests_in_hand: int
+    notes: list[str] = Field(description="What has not been verified.")
+    failure: Problem | None = Field(description="Why it is not served.")
+
+
+class ModelStanding(Closed):
+    """How an encoder stands after a change."""
+
+    name: str
+    versions: list[ModelVersion]
 
 
 class Sample(Closed):

@@ -7,7 +7,6 @@ so that one rule of admission holds for one picture and for sixty-four.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +21,7 @@ from ironclip.defences import Defence
 from ironclip.errors import ImageError, IronclipError
 from ironclip.preprocessing import WARNINGS
 from service import telemetry
+from service.admission import Room
 from service.cache import ArrayCache, KeyScope, image_key
 from service.decisions import Classifiers, Plan
 from service.forms import Picture
@@ -81,22 +81,37 @@ class Answers:
 
     async def classify(self, plan: Plan, pictures: Sequence[Picture], stages: Stages) -> list[Item]:
         """Decide about each picture; an item has `scores` or `error`."""
-        items = [Item(picture, picture.error) for picture in pictures]
+        items = _items(pictures)
         with stages.time("cache"):
-            await self._known_bytes(plan.served, _open(items))
+            await self._known_bytes(plan.served, plan.tenant, _open(items))
             await self._known_scores(plan, _open(items))
         waiting = [item for item in _open(items) if item.scores is None]
-        decoded = await self._ready(plan.served, [item for item in waiting if not item.pixels_digest], stages)
+        if waiting:
+            # Before anything is decoded: a request that is refused is to cost next to nothing.
+            with plan.served.room_for(len(waiting), plan.defence) as room:
+                await self._classify(plan, waiting, stages, room)
+        return items
+
+    async def _classify(self, plan: Plan, waiting: list[Item], stages: Stages, room: Room) -> None:
+        """Decide about pictures whose bytes, under this plan, are not known."""
+        decoded = await self._ready(
+            plan.served, plan.tenant, [item for item in waiting if not item.pixels_digest], stages
+        )
         with stages.time("cache"):
             await self._known_scores(plan, decoded)
         waiting = [item for item in _open(waiting) if item.scores is None]
-        if waiting:
+        if not waiting:
+            return
+        classifier = self.classifiers.kept(plan)
+        if classifier is None:
+            plan.served.images.release(room)  # texts may take long: the pictures are let in anew after them
             with stages.time("labels"):
                 classifier = await self.classifiers.get(plan)
-            await self._encode(plan.served, plan.defence, plan.features_key, waiting, stages)
-            with stages.time("decide"):
-                await self._decide(plan, classifier, _open(waiting))
-        return items
+        with stages.time("cache"):
+            await self._known_features(plan.served, plan.defence, plan.features_key, waiting)
+        await self._encode(plan.served, plan.tenant, plan.defence, plan.features_key, waiting, stages, room)
+        with stages.time("decide"):
+            await self._decide(plan, classifier, _open(waiting))
 
     async def embed(
         self,
@@ -106,6 +121,8 @@ class Answers:
         pictures: Sequence[Picture],
         stages: Stages,
         plan: Plan | None = None,
+        *,
+        tenant: str,
     ) -> list[Item]:
         """A unit vector of each picture; an item has `vector` or `error`.
 
@@ -116,13 +133,22 @@ class Answers:
             pictures: as they came.
             stages: where times go.
             plan: the label set, for a defence that reads it.
+            tenant: whose caches are used.
         """
         classifier = await self.classifiers.get(plan) if plan is not None else None
-        items = [Item(picture, picture.error) for picture in pictures]
+        items = _items(pictures)
         with stages.time("cache"):
-            await self._known_bytes(served, _open(items))
-        await self._ready(served, [item for item in _open(items) if not item.pixels_digest], stages)
-        await self._encode(served, defence, key, _open(items), stages)
+            await self._known_bytes(served, tenant, _open(items))
+            await self._known_features(served, defence, key, [item for item in _open(items) if item.pixels_digest])
+        waiting = [item for item in _open(items) if item.features is None]
+        if waiting:
+            with served.room_for(len(waiting), defence) as room:
+                decoded = await self._ready(
+                    served, tenant, [item for item in waiting if not item.pixels_digest], stages
+                )
+                with stages.time("cache"):
+                    await self._known_features(served, defence, key, decoded)
+                await self._encode(served, tenant, defence, key, _open(waiting), stages, room)
         done = [item for item in _open(items) if item.features is not None]
         if done:
             features = torch.from_numpy(np.stack([item.features for item in done if item.features is not None]))
@@ -131,17 +157,18 @@ class Answers:
                 item.vector = vector
         return items
 
-    async def pixels(self, served: ServedEncoder, picture: Picture, stages: Stages) -> Item:
+    async def pixels(self, served: ServedEncoder, tenant: str, picture: Picture, stages: Stages) -> Item:
         """A picture as the encoder sees it; raises ImageError."""
         item = Item(picture, picture.error)
-        await self._ready(served, [item], stages)
+        await self._ready(served, tenant, [item], stages)
         if item.error is not None:
             raise item.error
         return item
 
-    async def _known_bytes(self, served: ServedEncoder, items: list[Item]) -> None:
+    async def _known_bytes(self, served: ServedEncoder, tenant: str, items: list[Item]) -> None:
         """Find out from the bytes' digest what the pixels' digest is, without decoding."""
-        scope = _image_scope(served)
+        scope = _image_scope(served, tenant)
+        items = [item for item in items if item.pixels is None]
         keys = [image_key(scope, bytes.fromhex(item.picture.digest)) for item in items]
         for item, found in zip(items, await self.images.get_many(keys, _IMAGE_SCHEMA), strict=True):
             if found is not None:
@@ -155,14 +182,20 @@ class Answers:
             if found is not None:
                 item.scores, item.from_cache = found, True
 
-    async def _ready(self, served: ServedEncoder, items: list[Item], stages: Stages) -> list[Item]:
+    async def _known_features(self, served: ServedEncoder, defence: Defence, key: bytes, items: list[Item]) -> None:
+        schema: Schema = {"features": ("float32", (defence.view_count, served.encoder.dim))}
+        keys = [image_key(key, item.pixels_digest) for item in items]
+        for item, found in zip(items, await self.features.get_many(keys, schema), strict=True):
+            if found is not None:
+                item.features, item.from_cache = found["features"].astype(np.float32, copy=False), True
+
+    async def _ready(self, served: ServedEncoder, tenant: str, items: list[Item], stages: Stages) -> list[Item]:
         """Decode what is not decoded; returns the items that came through."""
         if not items:
             return []
-        start = time.perf_counter()
-        await _gather([self._decode(served, item) for item in items])
-        stages.add("decode", time.perf_counter() - start)
-        scope = _image_scope(served)
+        with stages.time("decode"):
+            await _gather([self._decode(served, item) for item in items])
+        scope = _image_scope(served, tenant)
         done = _open(items)
         for item in done:
             codes = [_WARNING_CODES.index(code) for code in item.warnings]
@@ -187,33 +220,32 @@ class Answers:
         item.pixels_digest = bytes.fromhex(decoded.digest)
 
     async def _encode(
-        self, served: ServedEncoder, defence: Defence, key: bytes, items: list[Item], stages: Stages
+        self,
+        served: ServedEncoder,
+        tenant: str,
+        defence: Defence,
+        key: bytes,
+        items: list[Item],
+        stages: Stages,
+        room: Room,
     ) -> None:
-        """Give each item its features: from the cache, else from the image tower."""
-        schema: Schema = {"features": ("float32", (defence.view_count, served.encoder.dim))}
-        keys = [image_key(key, item.pixels_digest) for item in items]
-        with stages.time("cache"):
-            found = await self.features.get_many(keys, schema)
-        for item, arrays in zip(items, found, strict=True):
-            if arrays is not None:
-                item.features, item.from_cache = arrays["features"].astype(np.float32, copy=False), True
-        missing = [i for i, item in enumerate(items) if item.features is None]
+        """Give each item that has none its features, from the image tower."""
+        missing = [item for item in items if item.features is None]
+        # The bytes were known but the features have been dropped: the pixels are needed after all.
+        await self._ready(served, tenant, [item for item in missing if item.pixels is None], stages)
+        missing = _open(missing)
         if not missing:
             return
-        # The bytes were known but the features have been dropped: the pixels are needed after all.
-        await self._ready(served, [items[i] for i in missing if items[i].pixels is None], stages)
-        missing = [i for i in missing if items[i].error is None]
-        start = time.perf_counter()
-        outcomes = await served.encode_images([_pixels(items[i]) for i in missing], defence)
-        stages.add("model", time.perf_counter() - start)
-        for i, outcome in zip(missing, outcomes, strict=True):
+        with stages.time("model"):
+            outcomes = await served.encode_images([_pixels(item) for item in missing], defence, room)
+        for item, outcome in zip(missing, outcomes, strict=True):
             if isinstance(outcome, IronclipError):
-                items[i].error = outcome
+                item.error = outcome
             elif isinstance(outcome, Exception):
                 raise outcome
             else:
-                items[i].features = outcome.numpy()
-                self.features.put(keys[i], {"features": outcome.numpy()})
+                item.features = outcome.numpy()
+                self.features.put(image_key(key, item.pixels_digest), {"features": outcome.numpy()})
 
     async def _decide(self, plan: Plan, classifier: Any, items: list[Item]) -> None:
         if not items:
@@ -260,8 +292,15 @@ def _vectors(
     return vectors
 
 
-def _image_scope(served: ServedEncoder) -> bytes:
-    return KeyScope("", "", served.encoder.preprocessing.digest, "image").digest()
+def _image_scope(served: ServedEncoder, tenant: str) -> bytes:
+    return KeyScope("", "", served.encoder.preprocessing.digest, "image", tenant=tenant).digest()
+
+
+def _items(pictures: Sequence[Picture]) -> list[Item]:
+    """Those that came as pixels are past decoding, and are no file: the cache of files never hears of them."""
+    return [
+        Item(picture, picture.error, pixels=picture.pixels, pixels_digest=picture.pixels_digest) for picture in pictures
+    ]
 
 
 def _open(items: Sequence[Item]) -> list[Item]:

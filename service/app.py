@@ -9,37 +9,81 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from ironclip import __version__
 from ironclip.errors import IronclipError
 from service import openapi
+from service.access import ACCESS, Access, operation
 from service.core import Service
 from service.errors import handle_error
-from service.middleware import Accounting, BodyGuard, HeadAsGet
-from service.routes import classify, embed, label_sets, models, ops, playground, probe
+from service.middleware import ENCODER_HEADER, Accounting, BodyGuard, HeadAsGet, Holding
+from service.routes import classify, embed, label_sets, models, oip, oip_infer, ops, playground, probe
 from service.routes import openai as openai_routes
 from service.settings import Settings, load_settings
+from service.tracing import Exporter
 
 ROUTERS = (
     classify.router,
     embed.router,
     label_sets.router,
     models.router,
+    oip.router,
+    oip_infer.router,
     openai_routes.router,
     ops.router,
+    ops.metrics_router,
     playground.router,
     probe.router,
 )
+# What a page may send and read beyond what every page may.
+_CORS_ASKED = (
+    "Authorization",
+    "Content-Type",
+    "If-Match",
+    "If-None-Match",
+    "Last-Event-ID",
+    "Prefer",
+    "X-API-Key",
+    "X-Request-Id",
+    "X-Request-Timeout-Ms",
+    "traceparent",
+    "tracestate",
+)
+_CORS_ANSWERED = (
+    "Cache-Status",
+    "ETag",
+    "Location",
+    "Preference-Applied",
+    "RateLimit",
+    "RateLimit-Policy",
+    "Retry-After",
+    "Server-Timing",
+    "WWW-Authenticate",
+    ENCODER_HEADER,
+    "X-Request-Id",
+    "traceparent",
+    "tracestate",
+)
+# Uses of these are logged with who and what (as a digest), beside the routes that need the scope `admin`.
+_AUDITED = frozenset({"attack_probe", "cancel_probe", "put_label_set", "delete_label_set"})
 
 
-def create_app(settings: Settings | None = None, *, on_fatal: Callable[[IronclipError], None] | None = None) -> FastAPI:
+def create_app(
+    settings: Settings | None = None,
+    *,
+    on_fatal: Callable[[IronclipError], None] | None = None,
+    traces: Exporter | None = None,
+) -> FastAPI:
     """Return the app over a new Service.
 
     Args:
         settings: read from the environment if not given.
         on_fatal: called when an encoder cannot be loaded.
+        traces: where traces go; None: nowhere.
 
     Raises:
         SettingsInvalid: the environment cannot be used.
@@ -62,9 +106,12 @@ def create_app(settings: Settings | None = None, *, on_fatal: Callable[[Ironclip
         redirect_slashes=False,
     )
     app.state.service = service
-    for router in ROUTERS:
-        if settings.probes or router is not probe.router:
-            app.include_router(router)
+    left_out = [] if settings.probes else [probe.router]
+    if settings.metrics_port:
+        left_out.append(ops.metrics_router)
+    included = [router for router in ROUTERS if router not in left_out]
+    for router in included:
+        app.include_router(router)
     for kind in (IronclipError, HTTPException, RequestValidationError, ValidationError):
         app.add_exception_handler(kind, handle_error)
     app.add_exception_handler(ClientDisconnect, _gone)
@@ -75,10 +122,41 @@ def create_app(settings: Settings | None = None, *, on_fatal: Callable[[Ironclip
         for route in router.routes
         if hasattr(route, "endpoint")
     )
+    app.add_middleware(Holding)
     app.add_middleware(BodyGuard, max_bytes=settings.max_body_bytes, max_held_bytes=settings.max_held_bytes)
-    app.add_middleware(Accounting, ops=ops_names)
+    # Not app.routes alone: what is included there may stand as one entry for a whole router.
+    routes = [*app.routes, *(route for router in included for route in router.routes)]
+    app.add_middleware(Access, routes=routes, keys=service.keys, limiter=service.limiter)
+    app.add_middleware(
+        Accounting,
+        ops=ops_names,
+        draining=lambda: service.state == "draining",
+        audited=_AUDITED | _of_admins(),
+        slow_ms=settings.slow_request_ms,
+        traces=traces,
+    )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "HEAD", "POST", "PUT", "DELETE"),
+            allow_headers=_CORS_ASKED,
+            expose_headers=_CORS_ANSWERED,
+        )
     app.add_middleware(HeadAsGet)
     return app
+
+
+def _of_admins() -> frozenset[str]:
+    """Names of the endpoint functions that only a key with the scope `admin` may ask."""
+    return frozenset(
+        route.endpoint.__name__
+        for router in ROUTERS
+        for route in router.routes
+        if isinstance(route, Route)
+        for method in route.methods or ()
+        if ACCESS.get(operation(method, route.path)) == ("admin",)
+    )
 
 
 async def _gone(request: Request, error: Exception) -> Response:

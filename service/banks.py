@@ -66,8 +66,10 @@ class Banks:
         """Seconds since a part was encoded while there is work; 0 when there is none."""
         return time.monotonic() - self._moved if self._left else 0.0
 
-    async def build(self, label_set: LabelSet, *, descriptions: bool = False) -> TextBank:
+    async def build(self, label_set: LabelSet, *, descriptions: bool = False, tenant: str = "") -> TextBank:
         """Encode a label set; callers see to it that each set is asked for once.
+
+        What was encoded of a set that was given up is taken up again for the same tenant alone.
 
         Raises:
             LabelError: a text is too long.
@@ -75,14 +77,14 @@ class Banks:
             NotReady: stopping.
         """
         # Counted before the prompts are made: that alone takes a moment, and memory, for a large set.
-        ticket, size = object(), _prompts(label_set, descriptions)
+        ticket, size = object(), prompts_of(label_set, descriptions)
         self._admit(size)
         if not self._left:
             self._moved = time.monotonic()
         self._left[ticket] = size
         try:
             needed = await asyncio.to_thread(BankTexts.of, self._encoder, label_set, descriptions=descriptions)
-            features = await self._features(ticket, needed)
+            features = await self._features(ticket, needed, tenant)
         finally:
             del self._left[ticket]
         return await asyncio.to_thread(needed.bank, self._encoder, features)
@@ -98,12 +100,13 @@ class Banks:
             raise Overloaded(
                 f"{ahead} prompts of other label sets are to be encoded for {self.name} before these {size}; at most "
                 f"{self.max_ahead} may be (32 times IRONCLIP_MAX_QUEUE).",
+                limit_name="prompts",
                 retry_after=ahead * self._seconds_per_prompt,
                 limit=self.max_ahead,
             )
 
-    async def _features(self, ticket: object, needed: BankTexts) -> Tensor:
-        texts, whose = needed.texts, (needed.label_set.digest, needed.descriptions)
+    async def _features(self, ticket: object, needed: BankTexts, tenant: str) -> Tensor:
+        texts, whose = needed.texts, (tenant, needed.label_set.digest, needed.descriptions)
         # Longest first: what is too long is found at once, and texts of like length share a batch.
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         features, done = torch.empty(len(texts), self._encoder.dim), 0
@@ -146,7 +149,7 @@ class Banks:
                 await asyncio.sleep(_PAUSE)
 
 
-def _prompts(label_set: LabelSet, descriptions: bool) -> int:
+def prompts_of(label_set: LabelSet, descriptions: bool) -> int:
     """Texts of a set, those that two labels share counted twice."""
     per_label = max(len(label_set.templates), 1)
     prompts = sum(len(label.prompts) or per_label for label in label_set.labels)

@@ -6,6 +6,8 @@ its way (`more_expected`). Where the device is the CPU, waiting for items that a
 since the same cores prepare them: there every batch waits for them (`shares_cores`). Items are counted, not
 requests; a request's items may be split over batches and are joined again. What fails is the item that fails: a
 batch that raises is halved and run again.
+
+What is let in is bounded by time: see `Admission`. `reserve` asks before a request's items are prepared.
 """
 
 from __future__ import annotations
@@ -15,13 +17,18 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
-from ironclip.errors import NotReady, Overloaded
+from ironclip.errors import DeadlineExceeded, IronclipError, NotReady, OutOfMemory
+from service.admission import Admission, Room
+from service.pace import Pace
+from service.tracing import note_batch
+from service.urgency import BATCH, CURRENT
+from service.work_queue import Entry, WorkQueue
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,22 +38,15 @@ _PATIENCE = 10  # the longest wait of an idle worker, in units of the wait for o
 _CORE_PATIENCE = 0.5  # the longest wait on shared cores, in units of the time that a full batch takes
 _GAP_SHARE = 20  # while items wait, a gap is made after so many times what the last one took
 _LOOK = 0.002  # seconds between looks whether what was expected has come
-_MEMORY = 0.8  # weight of the past in the running mean of seconds per item
+_HANG = 10  # a batch that takes so many times what was estimated, and the limit at least, is not waited for
+_SUSPICIOUS = 3  # batches in a row of which nothing came but faults
+_GRACE = 1.0  # seconds after a death for which items are still taken: the next worker is about to start
+_GROW_AFTER = 50  # batches after one that memory did not suffice for
 
 
 @dataclass(frozen=True)
 class _Failure:
     error: Exception
-
-
-class _Entry(Generic[Item]):
-    __slots__ = ("cost", "future", "item", "queued_at")
-
-    def __init__(self, item: Item, future: asyncio.Future[Any], cost: int) -> None:
-        self.item = item
-        self.future = future
-        self.cost = cost
-        self.queued_at = time.perf_counter()
 
 
 class Gaps(Protocol):
@@ -78,6 +78,7 @@ class Batcher(Generic[Item, Result]):
         max_batch: items in one call at most, weighed by `cost`.
         max_queue: items waiting at most, weighed by `cost`; a request larger than that is taken only while
             nothing waits.
+        max_wait: seconds of work that may be ahead of a request that is let in.
         idle_wait_ms: how long an idle worker waits for the next item before it starts a batch that is not full;
             ten times that in all.
         more_expected: says whether more items are about to come; while it says no, an idle worker starts at once.
@@ -88,6 +89,9 @@ class Batcher(Generic[Item, Result]):
             seconds that its oldest item had waited.
         cost: how many plain items an item counts for (a picture seen in N views: N); 1 for all by default.
         gaps: work for the worker's thread while no item waits, a piece at a time: see Gaps.
+        out_of_memory: whether an exception says that the batch was too large for the device.
+        supervised: somebody starts the worker again when it dies: what waits is kept for the next one, and what was
+            in the batch is tried once more, each item alone.
     """
 
     def __init__(
@@ -97,19 +101,23 @@ class Batcher(Generic[Item, Result]):
         *,
         max_batch: int = 32,
         max_queue: int = 512,
+        max_wait: float = math.inf,
         idle_wait_ms: float = 2.0,
         more_expected: Callable[[], bool] | None = None,
         shares_cores: bool = False,
         on_batch: Callable[[int, float, float], None] | None = None,
         cost: Callable[[Item], int] | None = None,
         gaps: Gaps | None = None,
+        out_of_memory: Callable[[Exception], bool] | None = None,
+        supervised: bool = False,
     ) -> None:
         if max_batch < 1 or max_queue < 1 or idle_wait_ms < 0:
             raise ValueError("max_batch and max_queue must be at least 1, idle_wait_ms at least 0")
         self.name = name
         self.max_batch = max_batch
-        self.max_queue = max_queue
         self.last_progress = time.monotonic()
+        self.pace = Pace()
+        self.on_expired: Callable[[int], None] | None = None  # told how many items' deadlines had passed
         self._run = run
         self._idle_wait = idle_wait_ms / 1000
         self._more_expected = more_expected or (lambda: True)
@@ -119,30 +127,64 @@ class Batcher(Generic[Item, Result]):
         self._on_batch = on_batch
         self._cost = cost or (lambda item: 1)
         self._gaps = gaps
+        self._out_of_memory = out_of_memory or (lambda error: isinstance(error, MemoryError))
         self._gap_due = 0.0  # when a gap is made even though items wait
         self._changed = threading.Condition(threading.Lock())
-        self._waiting: OrderedDict[int, _Entry[Item]] = OrderedDict()
-        self._queued = 0  # cost of what waits
-        self._current: list[_Entry[Item]] = []
-        self._next_id = 0
-        self._stopping = False
-        self._dead = False
+        self._queue: WorkQueue[Item] = WorkQueue(max_wait)
+        self.admission = Admission(
+            name, self._queue, self.pace, max_batch=max_batch, max_queue=max_queue, max_wait=max_wait
+        )
+        self._current: list[Entry[Item]] = []
+        self._began = 0.0  # the current batch, monotonic
+        self._stopping = self._dead = self._in_gap = False
+        self._died_at = 0.0
+        self.supervised = supervised
         self._thread: threading.Thread | None = None
-        self._seconds, self._items = 0.0, 0.0
+        self._turn = 0  # of the worker: one that was replaced has an older one
+        self._fits, self._since_full = max_batch, 0  # what memory suffices for
+        self._faults = 0  # batches in a row of which nothing came but faults
+        self.batches = 0  # that gave at least one result
 
     def start(self) -> None:
         """Start the worker thread; does nothing if it runs."""
         with self._changed:
-            if self._thread is not None and self._thread.is_alive():
+            if self._thread is not None and self._thread.is_alive() and not self._dead:
                 return
-            self._stopping = self._dead = False
-            self._thread = threading.Thread(target=self._work, name=f"batch-{self.name}", daemon=True)
-            self._thread.start()
+            self._stopping = False
+            self._begin()
+
+    def _begin(self) -> None:
+        """Start a worker; one that may still run has an older turn, and is not heard any more. Holds the lock."""
+        self._turn += 1
+        self._dead, self._in_gap, self._faults = False, False, 0
+        self.last_progress = time.monotonic()
+        self._changed.notify_all()  # an older worker that sleeps finds out
+        self._thread = threading.Thread(
+            target=self._work, args=(self._turn,), name=f"batch-{self.name}-{self._turn}", daemon=True
+        )
+        self._thread.start()
+
+    def replace(self) -> None:
+        """Leave a worker that hangs alone, with the batch it has, and start another."""
+        with self._changed:
+            lost, self._current = self._current, []
+            if self._stopping:
+                return
+            self._begin()
+        self._fail(lost, f"The {self.name} worker hung and has been replaced.")
 
     @property
     def queued(self) -> int:
         """Items waiting, weighed by cost, those of a running batch not counted."""
-        return self._queued
+        return self._queue.cost()
+
+    def upcoming(self) -> list[Item]:
+        """What the next batch is likely to hold, for `run` to make ready while the device works; nothing is taken.
+
+        The batch itself is still cut when the worker is free: to cut it now would shut out whoever comes meanwhile.
+        """
+        with self._changed:
+            return [entry.item for entry in self._queue.peek(min(self.max_batch, self._fits))]
 
     @property
     def busy(self) -> bool:
@@ -151,22 +193,48 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def alive(self) -> bool:
-        """Whether the worker thread runs; once False, every submit raises NotReady."""
+        """Whether the worker thread runs; while False, every submit raises NotReady."""
         return self._thread is not None and self._thread.is_alive() and not self._dead
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last batches gave nothing but faults, which are hardly the items'."""
+        return self._faults >= _SUSPICIOUS
+
+    @property
+    def fits(self) -> int:
+        """Items that a batch may have: fewer than `max_batch` after memory did not suffice."""
+        return self._fits
 
     @property
     def stalled_seconds(self) -> float:
         """Seconds since the worker last moved while it has work; 0 when it has none."""
-        return time.monotonic() - self.last_progress if self._current or self._waiting else 0.0
+        busy = self._current or self._in_gap or len(self._queue)
+        return max(0.0, time.monotonic() - self.last_progress) if busy else 0.0
+
+    @property
+    def last_progress_time(self) -> float:
+        """When the worker last moved, seconds since 1970."""
+        return time.time() - (time.monotonic() - self.last_progress)
+
+    def hangs(self, limit: float) -> bool:
+        """Whether the worker has not moved for ``limit`` seconds, and for far longer than its batch should take."""
+        cost = sum(entry.cost for entry in self._current)
+        return self.stalled_seconds > max(limit, _HANG * self.pace.seconds(cost))
 
     @property
     def estimated_wait_seconds(self) -> float:
-        """How long an item that came now would wait, by the rate of the last batches; 0 before the first."""
-        return (self._queued + sum(entry.cost for entry in self._current)) * self._seconds_per_item
+        """How long an item that came now would wait behind everything else; 0 before a pace is known."""
+        return self.ahead_seconds(BATCH)
 
-    @property
-    def _seconds_per_item(self) -> float:
-        return self._seconds / self._items if self._items else 0.0
+    def ahead_seconds(self, rank: int) -> float:
+        """Seconds of work of this class and those before it: running, waiting, and let in but still on its way."""
+        return self.admission.ahead_seconds(rank, self._seconds_left())
+
+    def _seconds_left(self) -> float:
+        """Of the running batch."""
+        cost = sum(entry.cost for entry in self._current)
+        return max(0.0, self.pace.seconds(cost) - (time.monotonic() - self._began)) if cost else 0.0
 
     async def submit(self, item: Item) -> Result:
         """Queue one item and wait for its result; a caller that is cancelled takes its item out again.
@@ -174,19 +242,24 @@ class Batcher(Generic[Item, Result]):
         Raises:
             Overloaded: the queue is full; `retry_after` is when there should be room.
             NotReady: not started, stopping, or the worker died.
+            DeadlineExceeded: the request's deadline passed before its turn came.
             Exception: whatever `run` raised for this item.
         """
         (future,) = self._enqueue([item])
         result: Result = await future
         return result
 
-    async def submit_many(self, items: Sequence[Item]) -> list[Result | Exception]:
+    async def submit_many(self, items: Sequence[Item], room: Room | None = None) -> list[Result | Exception]:
         """Queue the items of one request, all or none; return results in order, an exception where one failed.
+
+        Args:
+            items: of one request.
+            room: that was reserved for them.
 
         Raises:
             Overloaded, NotReady: as `submit`.
         """
-        outcomes = await asyncio.gather(*self._enqueue(items), return_exceptions=True)
+        outcomes = await asyncio.gather(*self._enqueue(items, room), return_exceptions=True)
         results: list[Result | Exception] = []
         for outcome in outcomes:
             if isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
@@ -194,102 +267,152 @@ class Batcher(Generic[Item, Result]):
             results.append(outcome)
         return results
 
+    @contextmanager
+    def reserve(self, cost: int) -> Iterator[Room]:
+        """Let a request in before its items are there: a refusal costs nothing yet, and those who come see them.
+
+        Raises:
+            Overloaded, NotReady: as `submit`.
+        """
+        with self._changed:
+            self._open()
+            room = self.admission.reserve(cost, self._seconds_left())
+        try:
+            yield room
+        finally:
+            self.release(room)
+
+    def release(self, room: Room) -> None:
+        """Give back what is left of a room; items that come afterwards are let in anew."""
+        with self._changed:
+            self.admission.release(room)
+
     async def stop(self, drain: bool = True) -> None:
         """Refuse new items, run what waits (or fail it with NotReady, without `drain`), and end the worker."""
         with self._changed:
             self._stopping = True
-            abandoned = [] if drain and self.alive else self._take(math.inf)
+            abandoned = [] if drain and self.alive else self._take_all()
             self._changed.notify_all()
         self._fail(abandoned, "The service is stopping.")
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+        thread = self._thread
+        while thread is not None and thread.is_alive() and not self.hangs(_HANG):
+            await asyncio.to_thread(thread.join, 1.0)
 
-    def _enqueue(self, items: Sequence[Item]) -> list[asyncio.Future[Any]]:
+    def _admit(self, cost: int) -> None:
+        """Let a request in, or raise; holds the lock."""
+        self._open()
+        self.admission.admit(cost, self._seconds_left())
+
+    def _open(self) -> None:
+        just_died = self.supervised and self._dead and time.monotonic() - self._died_at < _GRACE
+        if self._stopping or not (self.alive or just_died):
+            state = "is stopping" if self._stopping else "is not running"
+            raise NotReady(f"The {self.name} worker {state}.", retry_after=1)
+
+    def _enqueue(self, items: Sequence[Item], room: Room | None = None) -> list[asyncio.Future[Any]]:
         loop = asyncio.get_running_loop()
         futures = [loop.create_future() for _ in items]
+        urgency = CURRENT.get()
         with self._changed:
-            if self._stopping or not self.alive:
-                state = "is stopping" if self._stopping else "is not running"
-                raise NotReady(f"The {self.name} worker {state}.")
             costs = [self._cost(item) for item in items]
-            if self._queued and self._queued + sum(costs) > self.max_queue:
-                raise Overloaded(
-                    f"{self._queued} items wait for the {self.name} model and {sum(costs)} more would pass the limit "
-                    f"of {self.max_queue} (IRONCLIP_MAX_QUEUE).",
-                    retry_after=self.estimated_wait_seconds,
-                    limit=self.max_queue,
-                )
-            self._queued += sum(costs)
+            total = sum(costs)
+            self._open()
+            if room is None or total > room.cost:
+                self._admit(total - (room.cost if room is not None else 0))
+            if room is not None:
+                self.admission.release(room, total)
+            if not self._current and not len(self._queue):
+                self.last_progress = time.monotonic()  # the time without work is no time without progress
             for item, future, cost in zip(items, futures, costs, strict=True):
-                self._waiting[self._next_id] = _Entry(item, future, cost)
-                future.add_done_callback(partial(self._forget, self._next_id))
-                self._next_id += 1
+                identity = self._queue.add(Entry(item, future, cost, urgency))
+                future.add_done_callback(partial(self._forget, identity))
             self._changed.notify()
         return futures
 
     def _forget(self, identity: int, future: asyncio.Future[Any]) -> None:
         if future.cancelled():
             with self._changed:
-                entry = self._waiting.pop(identity, None)
-                self._queued -= entry.cost if entry is not None else 0
+                self._queue.discard(identity)
 
-    def _work(self) -> None:
-        idle = True
+    def _work(self, turn: int) -> None:
         try:
-            while True:
-                if self._make_gap():
-                    continue
-                with self._changed:
-                    if not self._await_items(idle):
-                        return
-                    if not self._waiting:
-                        continue  # a gap has work
-                    idle = False
-                    self._current = self._take(self.max_batch)
-                    self.last_progress = time.monotonic()
-                if self._current:
-                    self._serve(self._current)
+            self._loop(turn)
         except BaseException:
             # Not an error of an item: the thread itself is done for. Waiting callers must not hang.
             _LOG.exception("the %s worker died", self.name)
-        finally:
+        with self._changed:
+            if turn != self._turn:
+                return  # it was replaced; what it had has been answered
+            self._dead, self._in_gap, self._died_at = True, False, time.monotonic()
+            lost = self._survive()
+            self._current = []
+        self._fail(lost, f"The {self.name} worker stopped.")
+
+    def _survive(self) -> list[Entry[Item]]:
+        """Keep what the next worker can still do; returns what is lost. Holds the lock."""
+        if self._stopping or not self.supervised:
+            return self._current + self._take_all()
+        lost = []
+        for entry in self._current:
+            if entry.alone:
+                lost.append(entry)
+            elif not entry.future.done():
+                entry.alone = True
+                entry.future.add_done_callback(partial(self._forget, self._queue.add(entry)))
+        return lost
+
+    def _loop(self, turn: int) -> None:
+        idle = True
+        while turn == self._turn:
+            if self._make_gap(turn):
+                continue
             with self._changed:
-                self._dead = True
-                lost = self._current + self._take(math.inf)
-                self._current = []
-            self._fail(lost, f"The {self.name} worker stopped; the service must be restarted.")
+                if not self._await_items(idle, turn):
+                    return
+                if not len(self._queue):
+                    continue  # a gap has work
+                idle = False
+                self._current, expired = self._queue.take(min(self.max_batch, self._fits))
+                self._began = self.last_progress = time.monotonic()
+            self._expire(expired)
+            if self._current:
+                self._serve(self._current, turn)
 
     def nudge(self) -> None:
         """Wake the worker, since a gap has work."""
         with self._changed:
             self._changed.notify()
 
-    def _make_gap(self) -> bool:
+    def _make_gap(self, turn: int) -> bool:
         """Run one piece of other work where there is any, and nothing waits or a piece is due; True if one was run."""
         gaps = self._gaps
         if gaps is None or not gaps.pending:
             return False
         if not self._gap_may_run(gaps):
             return False
-        began = time.monotonic()
+        began = self.last_progress = time.monotonic()
+        self._in_gap = True
         gaps.step()
+        if turn != self._turn:
+            return True
+        self._in_gap = False
         self.last_progress = now = time.monotonic()
         self._gap_due = max(self._gap_due, now + _GAP_SHARE * (now - began))
         return True
 
     def _gap_may_run(self, gaps: Gaps) -> bool:
         """Whether a piece may be run now: no item waits or is about to come, or it is due, or costs nothing."""
-        yields = self._waiting or self._gaps_yield()
+        yields = len(self._queue) or self._gaps_yield()
         return not yields or gaps.urgent or time.monotonic() >= self._gap_due
 
-    def _await_items(self, idle: bool) -> bool:
+    def _await_items(self, idle: bool, turn: int) -> bool:
         """Sleep until there is something to cut, or a gap has work; False when stopping with nothing left.
 
         Holds the lock.
         """
-        idle = idle or not self._waiting
-        while not self._waiting:
-            if self._stopping:
+        idle = idle or not len(self._queue)
+        while not len(self._queue):
+            if self._stopping or turn != self._turn:
                 return False
             if self._gaps is not None and self._gaps.pending:
                 if self._gap_may_run(self._gaps):
@@ -299,18 +422,18 @@ class Batcher(Generic[Item, Result]):
                 self._changed.wait()
         if self._idle_wait and (idle or self._shares_cores):
             self._await_company()
-        return True
+        return turn == self._turn
 
     def _await_company(self) -> None:
         """Let items gather that follow each other closely, while more are expected. Holds the lock."""
         patience = _PATIENCE * self._idle_wait
         if self._shares_cores:
-            patience = max(patience, _CORE_PATIENCE * self.max_batch * self._seconds_per_item)
+            patience = max(patience, _CORE_PATIENCE * self.pace.seconds(self.max_batch))
         last = time.monotonic() + patience
-        seen, due = self._next_id, time.monotonic() + self._idle_wait
-        while self._queued < self.max_batch and not self._stopping:
+        seen, due = self._queue.added, time.monotonic() + self._idle_wait
+        while self._queue.cost() < self.max_batch and not self._stopping:
             coming = self._more_expected()
-            if not coming and not (self._shares_cores and self._queued < self._last_cost):
+            if not coming and not (self._shares_cores and self._queue.cost() < self._last_cost):
                 return
             now = time.monotonic()
             left = min(last if coming and self._shares_cores else due, last) - now
@@ -318,37 +441,36 @@ class Batcher(Generic[Item, Result]):
                 return
             # What is expected may also fail, which wakes nobody: look again after a while.
             self._changed.wait(min(left, self._idle_wait))
-            if self._next_id != seen or (coming and self._shares_cores):
-                seen, due = self._next_id, time.monotonic() + self._idle_wait
+            if self._queue.added != seen or (coming and self._shares_cores):
+                seen, due = self._queue.added, time.monotonic() + self._idle_wait
 
-    def _take(self, most: float) -> list[_Entry[Item]]:
-        """Take entries off the front, up to a cost of `most` but at least one. Holds the lock.
+    def _take_all(self) -> list[Entry[Item]]:
+        """Empty the queue; holds the lock."""
+        everything: list[Entry[Item]] = []
+        while len(self._queue):
+            taken, expired = self._queue.take(math.inf)
+            everything += taken + expired
+        return everything
 
-        Those nobody waits for any more are left out.
-        """
-        taken: list[_Entry[Item]] = []
-        cost = 0
-        while self._waiting:
-            identity, entry = next(iter(self._waiting.items()))
-            if taken and cost + entry.cost > most:
-                break
-            del self._waiting[identity]
-            self._queued -= entry.cost
-            if not entry.future.cancelled():
-                taken.append(entry)
-                cost += entry.cost
-        return taken
-
-    def _serve(self, batch: list[_Entry[Item]]) -> None:
+    def _serve(self, batch: list[Entry[Item]], turn: int) -> None:
         began = time.perf_counter()
         outcomes = self._attempt([entry.item for entry in batch])
         seconds = time.perf_counter() - began
-        self._seconds = _MEMORY * self._seconds + seconds
         cost = sum(entry.cost for entry in batch)
-        self._items = _MEMORY * self._items + cost
-        self._last_cost = cost
-        self.last_progress = time.monotonic()
-        self._current = []
+        faults = [outcome for outcome in outcomes if isinstance(outcome, _Failure)]
+        with self._changed:
+            if turn != self._turn:
+                return
+            self._current = []
+            self.last_progress = time.monotonic()
+            self._last_cost = cost
+            if not faults:  # else parts were run more than once
+                self.pace.observe(cost, seconds)
+            ours = sum(not isinstance(fault.error, IronclipError) for fault in faults)
+            self._faults = self._faults + 1 if ours == len(outcomes) else 0
+            self.batches += ours < len(outcomes)
+            self._grow()
+        self._note(batch, cost, began, seconds)
         _deliver([(entry.future, outcome) for entry, outcome in zip(batch, outcomes, strict=True)])
         if self._on_batch is not None:
             try:
@@ -356,14 +478,28 @@ class Batcher(Generic[Item, Result]):
             except Exception:
                 _LOG.exception("the observer of the %s batches failed", self.name)
 
+    def _note(self, batch: list[Entry[Item]], cost: int, began: float, seconds: float) -> None:
+        """Tell the traces of requests that are recorded; before the requests can end."""
+        waits = [(entry.place, entry.queued_at) for entry in batch if entry.place is not None]
+        if waits:
+            try:
+                note_batch(self.name, waits, cost, began, seconds)
+            except Exception:
+                _LOG.exception("a batch of the %s worker could not be traced", self.name)
+
     def _attempt(self, items: list[Item]) -> list[Result | _Failure]:
         """Run items; where that raises, halve until the guilty ones stand alone."""
         try:
             results = self._run(items)
         except Exception as error:
+            memory = self._out_of_memory(error)
+            if memory:
+                _LOG.warning("no memory for a batch of %d of the %s model", len(items), self.name)
             if len(items) == 1:
-                return [_Failure(error)]
+                return [_Failure(OutOfMemory(f"The {self.name} model has no memory for this.") if memory else error)]
             middle = len(items) // 2
+            if memory:
+                self._fits, self._since_full = min(self._fits, max(1, middle)), 0
             return self._attempt(items[:middle]) + self._attempt(items[middle:])
         if len(results) != len(items):
             # Results of unknown owners: nobody may be given one.
@@ -371,8 +507,22 @@ class Batcher(Generic[Item, Result]):
             return [_Failure(RuntimeError(text)) for _ in items]
         return list(results)
 
-    def _fail(self, entries: list[_Entry[Item]], text: str) -> None:
-        _deliver([(entry.future, _Failure(NotReady(text))) for entry in entries])
+    def _grow(self) -> None:
+        """Try larger batches again some time after memory did not suffice for one."""
+        if self._fits < self.max_batch:
+            self._since_full += 1
+            if self._since_full >= _GROW_AFTER:
+                self._fits, self._since_full = min(self.max_batch, 2 * self._fits), 0
+
+    def _expire(self, entries: list[Entry[Item]]) -> None:
+        if entries:
+            if self.on_expired is not None:
+                self.on_expired(len(entries))
+            error = DeadlineExceeded("The deadline passed before this request's turn came; it was dropped unstarted.")
+            _deliver([(entry.future, _Failure(error)) for entry in entries])
+
+    def _fail(self, entries: list[Entry[Item]], text: str) -> None:
+        _deliver([(entry.future, _Failure(NotReady(text, retry_after=1))) for entry in entries])
 
 
 def _deliver(outcomes: list[tuple[asyncio.Future[Any], Any]]) -> None:

@@ -44,7 +44,7 @@ class KeyScope:
         tree: digest of the label tree, "" where there is none.
         levels: `rollup`, `prompts` or "".
         defence: the defence with all its options and its seed.
-        tenant: whose cache it is; empty until there are tenants.
+        tenant: whose cache it is; empty where there are no API keys.
     """
 
     encoder: str

@@ -17,11 +17,13 @@ class ImageLimits:
         max_bytes: bytes of the encoded file.
         max_pixels: width x height, at most 89 million.
         max_side: pixels along one side.
+        urls: whether a URL may stand for a picture; whoever allows it fetches them.
     """
 
     max_bytes: int = 16 * 1024 * 1024
     max_pixels: int = 25_000_000
     max_side: int = 16_384
+    urls: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_pixels <= MOST_PIXELS:

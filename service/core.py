@@ -5,31 +5,42 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from ipaddress import ip_network
 from typing import Any, Literal
 
 from ironclip.defences import Defence
-from ironclip.domain import Domain, load_domain
-from ironclip.errors import EncoderNotFound, IronclipError, NotReady, OptionError
+from ironclip.errors import IronclipError, OptionError, UnknownEncoder
 from ironclip.labels import LabelLimits
 from ironclip.loading import DEMO_FOLDER
 from service import telemetry
 from service.answers import Answers
 from service.cache import ArrayCache
 from service.decisions import Classifiers, Plan
-from service.errors import RequestInvalid
+from service.errors import RequestInvalid, WorkerLost
+from service.image_addresses import read_rule
+from service.image_urls import ImageUrls
 from service.images import ImageDecoder, ImageLimits
+from service.keys import Keyring
 from service.label_sets import LabelSets, Registered, load_built_in
 from service.label_stores import FileStore, RedisStore, Store
-from service.plans import Plans, check_head, parse_defence
+from service.model_folder import ModelFolder
+from service.model_loading import Loader
+from service.model_specs import ModelSpecs
+from service.models import Models
+from service.plans import Plans, parse_defence
+from service.probe_job import Job
 from service.probe_ledger import Ledger
+from service.rate_limits import TEXT, Bill, Limiter, Meter
 from service.redis_link import RedisLink
-from service.runtime import ServedEncoder, load_served_encoder, use_threads
+from service.runtime import ServedEncoder, use_threads
 from service.schemas import Options
-from service.settings import DEFAULT_ALIAS, Settings, SettingsInvalid
+from service.seal import Seal
+from service.settings import Settings, SettingsInvalid
+from service.supervisor import Supervisor
+from service.urgency import BATCH, CURRENT, Urgency
+from service.versions import holding
 
 State = Literal["loading", "ready", "draining", "failed"]
-# A model worker that has work and has not moved for so long will not move again.
-_STALLED_SECONDS = 120.0
 # A text bank is large and slow to make: a look-up in Redis may take longer than for a score vector.
 _BANK_SECONDS = 1.0
 
@@ -39,27 +50,45 @@ class Service:
 
     Args:
         settings: as read at start.
-        on_fatal: called when an encoder cannot be loaded, with the reason; the process should then end.
+        on_fatal: called when an encoder cannot be loaded or a worker cannot be brought back, with the reason; the
+            process should then end.
     """
 
     def __init__(self, settings: Settings, on_fatal: Callable[[IronclipError], None] | None = None) -> None:
         self.settings = settings
         self.state: State = "loading"
-        self.served: dict[str, ServedEncoder] = {}
-        self.domains: dict[str, Domain | None] = {}
-        self.image_limits = ImageLimits(settings.max_image_bytes, settings.max_pixels, settings.max_side)
+        self.image_limits = ImageLimits(
+            settings.max_image_bytes, settings.max_pixels, settings.max_side, urls=bool(settings.image_url_hosts)
+        )
+        self.image_urls = ImageUrls(
+            [read_rule(entry) for entry in settings.image_url_hosts],
+            [ip_network(entry) for entry in settings.image_url_networks],
+            plain=settings.image_url_http,
+            limits=self.image_limits,
+            seconds=settings.image_url_timeout_ms / 1000,
+            most=settings.image_url_fetches,
+        )
         self.label_limits = self._limits(settings.max_labels)
         self._on_fatal = on_fatal
         self._failure = ""
         self._loading: asyncio.Task[None] | None = None
         self._plans = Plans(self.label_limits, settings.max_views)
-        self._defences = self._read_defences()
         self._warming: set[asyncio.Task[None]] = set()
+        self._settling: set[asyncio.Task[None]] = set()
+        self._lag: asyncio.Task[None] | None = None
         self._log = telemetry.get_logger()
+        self.supervisor = Supervisor(
+            hang_seconds=settings.worker_timeout_seconds,
+            restarts=settings.worker_restarts,
+            on_given_up=self._give_up,
+        )
+        self.keys = self._read_keys()
         url = settings.redis_url
         self._link = RedisLink(url.get_secret_value(), settings.redis_timeout_ms / 1000) if url is not None else None
+        self.limiter = Limiter(self._link, settings.redis_prefix)
+        seal = Seal(settings.redis_mac_key.get_secret_value().encode(), b"label sets")
         store: Store = (
-            RedisStore(self._link, settings.redis_prefix, settings.max_label_sets)
+            RedisStore(self._link, settings.redis_prefix, settings.max_label_sets, seal)
             if self._link is not None
             else FileStore(settings.state_dir, settings.max_label_sets)
         )
@@ -89,13 +118,28 @@ class Service:
             settings.probe_ttl_seconds,
         )
         self.answers = Answers(self.decoder, images, features, scores, classifiers)
+        self.specs = ModelSpecs(settings.models_dir, settings.model_specs)
+        loader = Loader(settings, lambda: self.decoder.flowing)
+        self.models = Models(settings, loader, self.supervisor, self._read_defences(), self._forget)
+        folder = settings.models_dir
+        self._folder = ModelFolder(folder, self.models, settings) if folder is not None else None
 
     async def start(self) -> None:
         """Begin to load the encoders; returns at once, `not_ready` tells when they are there."""
         telemetry.READY.set(0)
         if self._link is not None:
             await self._link.start()
+        if self.keys is not None:
+            self.keys.start()
+        self._say_how_open()
         self._loading = asyncio.create_task(self._load())
+        self._lag = asyncio.create_task(telemetry.watch_loop())
+        self.supervisor.start()
+
+    @property
+    def lost(self) -> str:
+        """Why the process should be started anew; empty while it should not."""
+        return self.supervisor.given_up
 
     def drain(self) -> None:
         """Say no on /readyz from now on; requests are still answered."""
@@ -105,23 +149,28 @@ class Service:
 
     def end_probes(self) -> None:
         """Have every probe end with what it knows, so that whoever waits for it is answered before the end."""
-        for served in self.served.values():
-            if served.prober is not None:
-                served.prober.stop()
+        self.models.end_probes()
 
     async def stop(self) -> None:
         """Finish what is queued and let everything go."""
         self.drain()
+        self.supervisor.stop()
         if self._loading is not None:
             self._loading.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._loading
-        for task in self._warming:
+        for task in (*self._warming, *filter(None, [self._lag])):
             task.cancel()
-        for served in self.served.values():
-            await served.stop()
+        if self.keys is not None:
+            await self.keys.stop()
+        if self._folder is not None:
+            await self._folder.stop()
+        await self.models.stop()
         await self.probes.close()
+        if self._settling:
+            await asyncio.wait(self._settling, timeout=1)
         self.decoder.close()
+        await self.image_urls.close()
         for cache in self._caches:
             await cache.flush()
         if self._link is not None:
@@ -131,35 +180,20 @@ class Service:
         """Why the service cannot answer, or None."""
         reason = {"loading": "loading", "draining": "draining", "failed": self._failure}.get(self.state)
         if reason is None:
-            dead = [
-                name for name, one in self.served.items() if not one.alive or one.stalled_seconds > _STALLED_SECONDS
-            ]
-            reason = f"a worker of {', '.join(dead)} is not running or not moving" if dead else None
+            ailing = self.supervisor.ailing()
+            reason = f"a worker of {', '.join(ailing)} is not running or not moving" if ailing else None
         telemetry.READY.set(reason is None)
         return reason
 
-    def encoder(self, name: str) -> ServedEncoder:
-        """The encoder of this name, or of the alias `default`.
+    def encoder(self, reference: str) -> ServedEncoder:
+        """As `Catalogue.encoder`."""
+        return self.models.encoder(reference)
 
-        Raises:
-            NotReady: the encoders are not loaded yet.
-            EncoderNotFound: there is none of this name.
-        """
-        wanted = self.settings.default_name if name == DEFAULT_ALIAS else name
-        found = self.served.get(wanted)
-        if found is not None:
-            return found
-        if wanted in self.settings.encoders:
-            raise NotReady(f"The service is not ready: {self.not_ready() or 'loading'}.", retry_after=1)
-        raise EncoderNotFound(
-            f"No encoder of this name is served; there are: {', '.join(self.settings.encoders)}, and the alias "
-            f"{DEFAULT_ALIAS!r}."
-        )
-
-    async def plan(self, options: Options, size: int = 0) -> Plan:
+    async def plan(self, options: Options, size: int = 0, *, tenant: str) -> Plan:
         """What a classification with these options means; kept for the next request that asks the same.
 
         `size` is what the options took in bytes as they came: large ones are not taken apart on the event loop.
+        `tenant` is whose label sets and caches are used.
 
         Raises:
             IronclipError: an option, the labels or the tree cannot be used, or a name is not known.
@@ -167,29 +201,68 @@ class Service:
         if (options.labels is None) == (options.label_set is None):
             raise RequestInvalid("Give exactly one of labels and label_set.")
         served = self.encoder(options.encoder)
-        entry = await self.label_sets.get(options.label_set) if options.label_set is not None else None
-        return await self._plans.get(served, self.domains.get(served.name), options, entry, size)
+        name = options.label_set
+        entry = await self.label_sets.get(name, tenant=tenant) if name is not None else None
+        return await self._plans.get(served, options, entry, size, tenant)
 
-    def warm(self, entry: Registered) -> None:
-        """Begin to encode a newly registered set for the default encoder, before the first picture asks for it."""
+    def warm(self, entry: Registered, meter: Meter) -> None:
+        """Begin to encode a newly registered set for the default encoder, before the first picture asks for it.
+
+        The caller pays for it now instead of then, or if that is too much not now.
+        """
 
         async def encode() -> None:
+            CURRENT.set(Urgency(BATCH))  # it is no part of the request any more
             # Whatever is wrong with the set for this encoder, the request that uses it is told.
-            with contextlib.suppress(IronclipError):
-                plan = await self.plan(Options(label_set=f"{entry.name}@{entry.digest}"))
-                await self.answers.classifiers.get(plan)
+            with contextlib.suppress(IronclipError), holding():
+                plan = await self.plan(Options(label_set=f"{entry.name}@{entry.digest}"), tenant=meter.caller.tenant)
+                async with meter.paid(TEXT * await self.answers.classifiers.texts_to_encode(plan)):
+                    await self.answers.classifiers.get(plan)
 
         if self.state == "ready":
             task = asyncio.create_task(encode())
             self._warming.add(task)
             task.add_done_callback(self._warming.discard)
 
+    def settle(self, job: Job, bill: Bill) -> asyncio.Task[None]:
+        """Wait for the end of a probe, and give back what it was paid with and did not use."""
+
+        async def wait() -> None:
+            await job.wait()
+            await bill.settle(0 if job.status == "failed" else job.gradients)
+
+        task = asyncio.create_task(wait())
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+        return task
+
+    def _read_keys(self) -> Keyring | None:
+        """The API keys; raises SettingsInvalid."""
+        path = self.settings.keys_file
+        if path is None:
+            return None
+        try:
+            return Keyring(path)
+        except SettingsInvalid as error:
+            raise SettingsInvalid(
+                "\n".join(f"IRONCLIP_KEYS_FILE: {line}" for line in error.detail.splitlines())
+            ) from None
+
+    def _say_how_open(self) -> None:
+        """Tell the log, once, whether keys are asked for."""
+        if self.keys is not None:
+            self._log.info("API keys are asked for", keys_file=str(self.keys.path))
+            return
+        text = "no API keys: whoever reaches this address may ask for everything; IRONCLIP_KEYS_FILE closes it"
+        loopback = self.settings.host in ("localhost", "::1") or self.settings.host.startswith("127.")
+        (self._log.info if loopback else self._log.warning)(text, host=self.settings.host)
+
     def _read_defences(self) -> dict[str, Defence]:
         """Each encoder's own defence; raises SettingsInvalid."""
         found = {}
         for name, value in self.settings.defences.items():
             try:
-                found[name] = self._plans.checked(parse_defence(value))
+                found[name] = self.read_defence(value)
             except (OptionError, TypeError, AttributeError) as error:
                 raise SettingsInvalid(f"IRONCLIP_DEFENCES, {name}: {error}") from None
         return found
@@ -198,52 +271,45 @@ class Service:
         """As `Plans.defence`."""
         return self._plans.defence(served, value)
 
-    def _load_one(self, name: str, spec: str) -> ServedEncoder:
-        settings = self.settings
-        served = load_served_encoder(
-            name,
-            spec,
-            device=settings.device,
-            dtype=settings.dtype,
-            max_batch=settings.max_batch,
-            max_queue=settings.max_queue,
-            idle_wait_ms=settings.idle_wait_ms,
-            defence=self._defences.get(name),
-            most_probes=settings.max_probes if settings.probes else 0,
-            quantum_ms=settings.probe_quantum_ms,
-            images_expected=lambda: self.decoder.flowing,
-            observe=telemetry.observe_batch,
-        )
-        check_head(served.defence, served)
-        return served
+    def read_defence(self, value: Any) -> Defence:
+        """An encoder's own defence as it is written in a request; raises OptionError."""
+        return self._plans.checked(parse_defence(value))
+
+    def _forget(self, served: ServedEncoder) -> None:
+        self._plans.forget(served)
+        self.answers.classifiers.forget(served)
 
     async def _load(self) -> None:
         use_threads(self.settings.threads)
         for name, spec in self.settings.encoders.items():
-            self._log.info("loading encoder", encoder=name, spec=spec)
-            try:
-                served = await asyncio.to_thread(self._load_one, name, spec)
-                self.domains[name] = load_domain(served.encoder.folder) if served.encoder.folder else None
-            except IronclipError as error:
-                self._fail(name, error)
+            fault = await self.models.first(name, spec, "settings")
+            if fault is not None:
+                self._fail(name, fault)
                 return
-            except Exception as error:
-                self._log.exception("encoder failed", encoder=name)
-                self._fail(name, IronclipError(f"{type(error).__name__} while loading; the log has it."))
-                return
-            self.served[name] = served
-            telemetry.watch_encoder(served)
-            telemetry.watch_prober(served)
-        if self.state == "loading":
+        if self._folder is not None:
+            await self._folder.start()
+        if self.settings.default_name not in self.models.names:
+            self._fail(self.settings.default_name, self._no_default())
+        elif self.state == "loading":
             self.state = "ready"
             telemetry.READY.set(1)
-            self._log.info("ready", encoders=list(self.served), default=self.settings.default_name)
+            self._log.info("ready", encoders=self.models.names, default=self.settings.default_name)
+
+    def _no_default(self) -> IronclipError:
+        return UnknownEncoder(
+            f"IRONCLIP_DEFAULT_ENCODER is {self.settings.default_name!r}, and no artifact of this name in "
+            f"{self.settings.models_dir} could be loaded; there are: {', '.join(self.models.names)}."
+        )
 
     def _fail(self, name: str, error: IronclipError) -> None:
         self.state, self._failure = "failed", f"the encoder {name!r} cannot be loaded ({error.code})"
-        self._log.error("encoder failed", encoder=name, code=error.code)
         if self._on_fatal is not None:
             self._on_fatal(error)
+
+    def _give_up(self, reason: str) -> None:
+        self.state, self._failure = "failed", reason
+        if self._on_fatal is not None:
+            self._on_fatal(WorkerLost(reason))
 
     def _limits(self, labels: int) -> LabelLimits:
         return LabelLimits(labels=labels, text_chars=self.settings.max_text_chars, texts=self.settings.max_prompts)

@@ -24,9 +24,11 @@ from ironclip.hierarchy import LabelTree
 from ironclip.labels import LabelSet
 from ironclip.textbank import TextBank
 from service import telemetry
+from service.banks import prompts_of
 from service.cache import ArrayCache, KeyScope
 from service.label_sets import Trees, tree_digest
 from service.runtime import ServedEncoder
+from service.urgency import CURRENT, Urgency
 from service.vectors import Arrays, Schema
 
 T = TypeVar("T")
@@ -52,7 +54,8 @@ class Plan:
         levels: how its upper levels are scored.
         defence: what stands in the decision.
         reference: what the answer says of the label set.
-        domain: what the encoder was trained on, if its artifact says so.
+        tenant: whose it is. Nothing made for one tenant is used for another, text banks included: that an answer comes
+            sooner would tell one tenant which labels and pictures another has asked for.
     """
 
     served: ServedEncoder
@@ -61,7 +64,12 @@ class Plan:
     levels: LevelMode
     defence: Defence
     reference: Mapping[str, str] = field(compare=False)
-    domain: Domain | None = None
+    tenant: str = ""
+
+    @property
+    def domain(self) -> Domain | None:
+        """What the encoder was trained on, if its artifact says so."""
+        return self.served.domain
 
     @cached_property
     def encoder_form(self) -> dict[str, str]:
@@ -106,7 +114,7 @@ class Plan:
     @cached_property
     def features_key(self) -> bytes:
         """Digest of everything that decides the features except the picture."""
-        return feature_scope(self.served, self.defence_form)
+        return feature_scope(self.served.identity, self.defence_form, self.tenant)
 
     @cached_property
     def schema(self) -> Schema:
@@ -128,6 +136,7 @@ class Plan:
             tree=tree_digest(self.tree),
             levels=self.levels if self.tree is not None else "",
             defence=self.defence_form,
+            tenant=self.tenant,
         )
 
 
@@ -147,15 +156,19 @@ def encoder_reference(served: ServedEncoder) -> dict[str, str]:
     return {"name": served.name, "digest": served.digest, "dtype": served.dtype, "head": encoder.head.type}
 
 
-def feature_scope(served: ServedEncoder, defence: Mapping[str, Any]) -> bytes:
-    """Digest of everything that decides a picture's features (of all its views) except the picture."""
-    encoder = served.encoder
+def feature_scope(identity: tuple[str, str, str], defence: Mapping[str, Any], tenant: str) -> bytes:
+    """Digest of everything that decides a picture's features (of all its views) except the picture.
+
+    `identity` is the encoder's, see `ServedEncoder.identity`.
+    """
+    digest, dtype, preprocessing = identity
     scope = KeyScope(
-        encoder=served.digest,
-        dtype=served.dtype,
-        preprocessing=encoder.preprocessing.digest,
+        encoder=digest,
+        dtype=dtype,
+        preprocessing=preprocessing,
         operation="features",
         defence=defence,
+        tenant=tenant,
     )
     return scope.digest()
 
@@ -166,6 +179,12 @@ class _Flight:
     def __init__(self, future: asyncio.Future[Any]) -> None:
         self.future = future
         self.waiters = 0
+
+
+async def _for_all(work: Callable[[], Awaitable[T]]) -> T:
+    """Do the work without the deadline of whoever happened to ask first: each waits as long as it can itself."""
+    CURRENT.set(Urgency(CURRENT.get().rank))
+    return await work()
 
 
 class SingleFlight:
@@ -181,7 +200,7 @@ class SingleFlight:
         """Return the result of `work`, started here or already under way."""
         flight = self._running.get(key)
         if flight is None:
-            flight = self._running[key] = _Flight(asyncio.ensure_future(work()))
+            flight = self._running[key] = _Flight(asyncio.ensure_future(_for_all(work)))
             flight.future.add_done_callback(partial(self._finish, key, flight))
         flight.waiters += 1
         try:
@@ -218,6 +237,11 @@ class Classifiers:
         self._max_bytes = max_bytes
         self._flight = SingleFlight()
 
+    def kept(self, plan: Plan) -> Classifier | None:
+        """The plan's Classifier if it is there already."""
+        found: Classifier | None = self._kept.get(plan.key)
+        return found
+
     async def get(self, plan: Plan) -> Classifier:
         """The plan's Classifier.
 
@@ -225,7 +249,7 @@ class Classifiers:
             LabelError, TreeError, OptionError: as the library says.
             Overloaded, NotReady: as `ServedEncoder.text_bank`.
         """
-        kept = self._kept.get(plan.key)
+        kept = self.kept(plan)
         if kept is not None:
             return kept
         return await self._flight.run(plan.key, lambda: self._make(plan))
@@ -244,27 +268,39 @@ class Classifiers:
         kept = self._kept.get(key)
         if kept is None:
             kept = await asyncio.to_thread(served.over, encoder)
-            self._keep(key, kept)
+            self._keep(key, kept, plan)
         return served, kept
 
-    def _keep(self, key: bytes, classifier: Classifier) -> None:
-        if _size(classifier) <= self._max_bytes:
+    async def texts_to_encode(self, plan: Plan) -> int:
+        """How many texts `get` has to encode now; 0 if all are there."""
+        if plan.key in self._kept:
+            return 0
+        missing = 0
+        for label_set in [plan.label_set, *(await self._level_sets(plan)).values()]:
+            if await self._stored(plan, label_set) is None:
+                missing += prompts_of(label_set, plan.defence.reads_descriptions)
+        return missing
+
+    def forget(self, served: ServedEncoder) -> None:
+        """Let go of what holds an encoder that has been unloaded."""
+        encoders = (served.encoder, served.attacked)
+        for key in [key for key, kept in self._kept.items() if any(kept.encoder is one for one in encoders)]:
+            del self._kept[key]
+        telemetry.CACHE_BYTES.labels("classifiers").set(self._kept.currsize)
+
+    def _keep(self, key: bytes, classifier: Classifier, plan: Plan) -> None:
+        if _size(classifier) <= self._max_bytes and not plan.served.retired:
             self._kept[key] = classifier
             telemetry.CACHE_BYTES.labels("classifiers").set(self._kept.currsize)
 
     async def _make(self, plan: Plan) -> Classifier:
-        encoder = plan.served.encoder
-        level_sets: dict[str, LabelSet] = {}
-        if plan.tree is not None and plan.levels == "prompts":
-            # Before anything is encoded: it may be too much.
-            level_sets = await asyncio.to_thread(level_label_sets, plan.tree, plan.label_set)
-        bank = await self._bank(plan.served, plan.label_set, plan.defence)
-        level_banks: dict[str, TextBank] = {}
-        for name, level_set in level_sets.items():
-            level_banks[name] = await self._bank(plan.served, level_set.resolve(encoder), plan.defence)
+        # Before anything is encoded: it may be too much.
+        level_sets = await self._level_sets(plan)
+        bank = await self._bank(plan, plan.label_set)
+        level_banks = {name: await self._bank(plan, level_set) for name, level_set in level_sets.items()}
         classifier = await asyncio.to_thread(
             Classifier,
-            encoder,
+            plan.served.encoder,
             plan.label_set,
             bank,
             tree=plan.tree,
@@ -272,28 +308,45 @@ class Classifiers:
             level_banks=level_banks,
             defence=plan.defence,
         )
-        self._keep(plan.key, classifier)
+        self._keep(plan.key, classifier, plan)
         return classifier
 
-    async def _bank(self, served: ServedEncoder, label_set: LabelSet, defence: Defence) -> TextBank:
-        descriptions = defence.reads_descriptions
-        scope = KeyScope(
-            encoder=served.digest,
-            dtype=served.dtype,
-            preprocessing="",
-            operation="text-bank-2+descriptions" if descriptions else "text-bank-2",
-            label_set=label_set.digest,
-        )
-        key = scope.digest()
-        found = await self._banks.get(key, _BANK_SCHEMA)
-        if found is not None and _fits(found, label_set, served.encoder.dim):
-            return _to_bank(served.digest, label_set.digest, descriptions, found)
-        return await self._flight.run(key, lambda: self._build(key, served, label_set, descriptions))
+    async def _level_sets(self, plan: Plan) -> dict[str, LabelSet]:
+        """The nodes of the levels that are scored by prompts of their own, as label sets."""
+        if plan.tree is None or plan.levels != "prompts":
+            return {}
+        found = await asyncio.to_thread(level_label_sets, plan.tree, plan.label_set)
+        return {name: one.resolve(plan.served.encoder) for name, one in found.items()}
 
-    async def _build(self, key: bytes, served: ServedEncoder, label_set: LabelSet, descriptions: bool) -> TextBank:
-        bank = await served.text_bank(label_set, descriptions=descriptions)
+    async def _bank(self, plan: Plan, label_set: LabelSet) -> TextBank:
+        found = await self._stored(plan, label_set)
+        if found is not None:
+            return _to_bank(plan.served.digest, label_set.digest, plan.defence.reads_descriptions, found)
+        key = _bank_key(plan, label_set)
+        return await self._flight.run(key, lambda: self._build(key, plan, label_set))
+
+    async def _stored(self, plan: Plan, label_set: LabelSet) -> Arrays | None:
+        """What the cache has of a bank, if it can be one of this label set."""
+        found = await self._banks.get(_bank_key(plan, label_set), _BANK_SCHEMA)
+        return found if found is not None and _fits(found, label_set, plan.served.encoder.dim) else None
+
+    async def _build(self, key: bytes, plan: Plan, label_set: LabelSet) -> TextBank:
+        descriptions = plan.defence.reads_descriptions
+        bank = await plan.served.text_bank(label_set, descriptions=descriptions, tenant=plan.tenant)
         self._banks.put(key, _from_bank(bank))
         return bank
+
+
+def _bank_key(plan: Plan, label_set: LabelSet) -> bytes:
+    scope = KeyScope(
+        encoder=plan.served.digest,
+        dtype=plan.served.dtype,
+        preprocessing="",
+        operation="text-bank-2+descriptions" if plan.defence.reads_descriptions else "text-bank-2",
+        label_set=label_set.digest,
+        tenant=plan.tenant,
+    )
+    return scope.digest()
 
 
 def _fits(arrays: Arrays, label_set: LabelSet, dim: int) -> bool:

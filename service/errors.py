@@ -1,7 +1,8 @@
-"""The one table from error class to HTTP status, and the two shapes an error takes on the wire.
+"""The one table from error class to HTTP status, and the three shapes an error takes on the wire.
 
 Everything is RFC 9457 `application/problem+json`, the framework's own refusals too; below `/v1` it is OpenAI's
-`{"error": {...}}`. A problem never repeats what the caller sent beyond what the error's author put into its text.
+`{"error": {...}}`, below `/v2` the Open Inference Protocol's `{"error": "..."}`. A problem never repeats what the
+caller sent beyond what the error's author put into its text.
 """
 
 from __future__ import annotations
@@ -60,6 +61,20 @@ class ContentEncodingUnsupported(lib.InputError):
     title = "The content encoding is not supported"
 
 
+class ImageUrlRefused(lib.ImageError):
+    """This URL is not fetched: its form, its host or its address is not allowed here. Which of them is not said."""
+
+    code = "image-url-refused"
+    title = "The image's URL is not fetched"
+
+
+class ImageUrlFailed(lib.ImageError):
+    """The URL gave no picture: the other side is away, slow, or answered something else. Trying again may help."""
+
+    code = "image-url-failed"
+    title = "The image could not be fetched"
+
+
 class RouteNotFound(lib.NotFound):
     """There is nothing under this path."""
 
@@ -81,6 +96,34 @@ class LabelSetReadOnly(lib.Conflict):
     title = "The label set is read-only"
 
 
+class SpecForbidden(lib.InputError):
+    """The encoder may not be loaded over the network: IRONCLIP_MODEL_SPECS and IRONCLIP_MODELS_DIR say what may."""
+
+    code = "encoder-spec-forbidden"
+    title = "This encoder may not be loaded here"
+
+
+class EncoderBusy(lib.Conflict):
+    """The encoder is being loaded, or too many are: wait until that has ended, one way or the other."""
+
+    code = "encoder-busy"
+    title = "The encoder is being loaded"
+
+
+class EncoderInUse(lib.Conflict):
+    """The default encoder and the last one cannot be unloaded; load another in their place."""
+
+    code = "encoder-in-use"
+    title = "The encoder cannot be unloaded"
+
+
+class VersionLost(lib.IronclipError):
+    """A version of an encoder was taken out of service, since its worker died, hung or gave nothing but faults."""
+
+    code = "encoder-version-lost"
+    title = "The version was taken out of service"
+
+
 class ProbeNotFound(lib.NotFound):
     """No probe of this id is known: it never was, or it has been forgotten since its end."""
 
@@ -93,6 +136,73 @@ class TooManyLabelSets(lib.Conflict):
 
     code = "too-many-label-sets"
     title = "Too many label sets are registered"
+
+
+class WorkerLost(lib.Unavailable):
+    """A model worker could not be brought back; the process ends, so that it can be started anew."""
+
+    code = "worker-lost"
+    title = "A model worker is lost"
+
+
+class AccessDenied(lib.IronclipError):
+    """The request may not be answered to whoever sent it.
+
+    Attributes:
+        challenge: the value of `WWW-Authenticate` (RFC 6750).
+    """
+
+    code = "access-denied"
+    title = "Access denied"
+
+    def __init__(self, detail: str, *, challenge: str = "") -> None:
+        super().__init__(detail)
+        self.challenge = 'Bearer realm="ironclip"' + (f", {challenge}" if challenge else "")
+
+
+class KeyMissing(AccessDenied):
+    """This service wants an API key, in `Authorization: Bearer` or in `X-API-Key`."""
+
+    code = "key-missing"
+    title = "An API key is needed"
+
+
+class KeyUnknown(AccessDenied):
+    """The API key is not one of this service's."""
+
+    code = "key-unknown"
+    title = "The API key is not known"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, challenge='error="invalid_token"')
+
+
+class KeyExpired(KeyUnknown):
+    """The API key was one of this service's, until it expired."""
+
+    code = "key-expired"
+    title = "The API key has expired"
+
+
+class ScopeMissing(AccessDenied):
+    """The API key is known, and does not allow this."""
+
+    code = "scope-missing"
+    title = "The API key does not allow this"
+
+
+class RateLimited(lib.Unavailable):
+    """The API key's points are spent; they come back at its rate, and `Retry-After` says when there are enough."""
+
+    code = "rate-limited"
+    title = "The API key's rate limit is reached"
+
+
+class CostTooHigh(lib.InputError):
+    """The request costs more points than the API key can ever have at once: ask for less in one request."""
+
+    code = "cost-too-high"
+    title = "The request costs more than the API key allows at once"
 
 
 class InternalError(lib.IronclipError):
@@ -123,21 +233,37 @@ STATUS: dict[type[lib.IronclipError], int] = {
     lib.WeightsUnavailable: 500,
     lib.ChecksumMismatch: 500,
     lib.ArchitectureMismatch: 500,
+    lib.GoldenMismatch: 500,
     lib.ArtifactError: 500,
     lib.Unavailable: 503,
     lib.Overloaded: 429,
     lib.NotReady: 503,
+    lib.OutOfMemory: 503,
     lib.DeadlineExceeded: 504,
     SettingsInvalid: 500,
     BodyMalformed: 400,
     RequestInvalid: 422,
     MediaTypeUnsupported: 415,
     ContentEncodingUnsupported: 415,
+    ImageUrlRefused: 422,
+    ImageUrlFailed: 424,
     RouteNotFound: 404,
+    SpecForbidden: 403,
+    EncoderBusy: 409,
+    EncoderInUse: 409,
+    VersionLost: 500,
     ProbeNotFound: 404,
+    WorkerLost: 503,
     MethodNotAllowed: 405,
     LabelSetReadOnly: 409,
     TooManyLabelSets: 409,
+    AccessDenied: 403,
+    KeyMissing: 401,
+    KeyUnknown: 401,
+    KeyExpired: 401,
+    ScopeMissing: 403,
+    RateLimited: 429,
+    CostTooHigh: 413,
     InternalError: 500,
 }
 
@@ -184,6 +310,8 @@ def problem(error: lib.IronclipError, request_id: str | None = None) -> dict[str
         body["errors"] = [{"pointer": error.pointer, "code": error.code, "detail": error.detail}]
     if error.limit is not None:
         body["limit"] = error.limit
+    if isinstance(error, lib.Overloaded):
+        body["limit_name"] = error.limit_name
     if isinstance(error, lib.Unavailable) and error.retry_after is not None:
         body["retry_after_ms"] = round(error.retry_after * 1000)
     return body
@@ -200,13 +328,25 @@ def openai_error(error: lib.IronclipError) -> dict[str, Any]:
     return {"error": {"message": error.detail, "type": kind, "param": param or None, "code": error.code}}
 
 
+def oip_error(error: lib.IronclipError) -> dict[str, str]:
+    """Return the error in the Open Inference Protocol's shape: one text, which says where as well."""
+    where = ""
+    for part in (error.pointer or "").split("/")[1:]:
+        where += f"[{part}]" if part.isdigit() else f".{part}" if where else part
+    return {"error": f"{where}: {error.detail}" if where else error.detail}
+
+
 def error_response(error: lib.IronclipError, path: str, request_id: str | None) -> Response:
-    """Return the response for an error: OpenAI's shape below `/v1`, a problem elsewhere."""
+    """Return the response for an error: OpenAI's shape below `/v1`, OIP's below `/v2`, a problem elsewhere."""
     headers: dict[str, str] = {}
     if isinstance(error, lib.Unavailable) and error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if isinstance(error, AccessDenied):
+        headers["WWW-Authenticate"] = error.challenge
     if path.startswith("/v1/"):
         return Response(to_json(openai_error(error)), status_of(error), headers, "application/json")
+    if path == "/v2" or path.startswith("/v2/"):
+        return Response(to_json(oip_error(error)), status_of(error), headers, "application/json")
     return Response(to_json(problem(error, request_id)), status_of(error), headers, PROBLEM_JSON)
 
 
@@ -263,6 +403,7 @@ def handle_error(request: Request, error: Exception) -> Response:
     request.state.error_code = known.code
     if isinstance(known, lib.Overloaded):
         telemetry.DROPPED.labels("overload").inc()
+        telemetry.REFUSED.labels(known.limit_name).inc()
     if isinstance(error, HTTPException) and error.headers and "Allow" in error.headers:
         response.headers["Allow"] = error.headers["Allow"]
     return response

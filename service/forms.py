@@ -16,12 +16,13 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartParser
 from starlette.requests import ClientDisconnect, Request
+from torch import Tensor
 
 from ironclip.errors import ImageError, InputTooLarge, IronclipError
 from service.container import ImageLimits
 from service.containers import sniff
 from service.errors import BodyMalformed, MediaTypeUnsupported, RequestInvalid, from_validation
-from service.images import bytes_digest, check_declared_type, parse_data
+from service.images import bytes_digest, check_declared_type, is_url, parse_data
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -36,9 +37,11 @@ _MAX_VALUES = 500_000
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture as it came: its bytes and their digest (hex), or why it cannot be used.
+    """One picture as it came: its bytes and their digest (hex), or its pixels, or why it cannot be used.
 
-    `pointer` says where in the request it stood.
+    `pointer` says where in the request it stood. A picture that came as pixels (uint8 [3, R, R], or float32 in [0, 1])
+    has no file: `data` and `digest` are empty, and `pixels_digest` is what caches know it by. One that is still a URL
+    has nothing but that; `service.image_urls` fetches it.
     """
 
     data: bytes = b""
@@ -46,6 +49,9 @@ class Picture:
     declared: str | None = None
     pointer: str = ""
     error: IronclipError | None = None
+    pixels: Tensor | None = None
+    pixels_digest: bytes = b""
+    url: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ async def read_json(request: Request, model: type[M]) -> M:
     if kind != "application/json" and not kind.endswith("+json"):
         raise MediaTypeUnsupported(f"Send application/json (Content-Type), not {_shown(kind)}.")
     body = await request.body()
-    parsed: M = await _run(len(body), _parse_json, body, model)
+    parsed: M = await off_loop(len(body), parse_json, body, model)
     return parsed
 
 
@@ -106,7 +112,7 @@ async def read_ask(request: Request, model: type[M], options: type[M], limits: I
     if _is_raw(kind):
         data = await request.body()
         asked, size = await _read_fields(options, request.query_params.multi_items())
-        return Ask(asked, [await _run(len(data), _picture, data, kind, limits)], True, size)
+        return Ask(asked, [await off_loop(len(data), picture_from_bytes, data, kind, limits)], True, size)
     if kind != "application/json" and not kind.endswith("+json"):
         raise MediaTypeUnsupported(f"Send {_ACCEPTED} (Content-Type), not {_shown(kind)}.")
     asked = await read_json(request, model)
@@ -126,7 +132,7 @@ async def pictures_from_text(
         InputTooLarge: more than `max_images`.
     """
     _check_count(len(texts), max_images)
-    pictures: list[Picture] = await _run(sum(map(len, texts)), _pictures_from_text, texts, limits, pointer)
+    pictures: list[Picture] = await off_loop(sum(map(len, texts)), _pictures_from_text, texts, limits, pointer)
     return pictures
 
 
@@ -168,9 +174,9 @@ async def _read_multipart(request: Request, options: type[M], limits: ImageLimit
         pointer = "/image" if single else f"/images/{len(pictures)}"
         if isinstance(value, UploadFile):
             data = await value.read()
-            pictures.append(await _run(len(data), _picture, data, value.content_type, limits, pointer))
+            pictures.append(await off_loop(len(data), picture_from_bytes, data, value.content_type, limits, pointer))
         else:
-            pictures.append(_picture_from_text(value, limits, pointer))
+            pictures.append(picture_from_text(value, limits, pointer))
     if not pictures:
         raise RequestInvalid("The form has no image: add a file field called image, or several called images.")
     asked, size = await _read_fields(options, fields)
@@ -212,7 +218,7 @@ def _object(name: str, value: str) -> object:
 async def _read_fields(model: type[M], items: Sequence[tuple[str, str]]) -> tuple[M, int]:
     """The options from form fields or query parameters, and how long these are together."""
     size = sum(len(value) for _, value in items)
-    return await _run(size, _validate, model, items), size
+    return await off_loop(size, _validate, model, items), size
 
 
 def _validate(model: type[M], items: Sequence[tuple[str, str]]) -> M:
@@ -222,7 +228,8 @@ def _validate(model: type[M], items: Sequence[tuple[str, str]]) -> M:
         raise from_validation(error) from None
 
 
-def _parse_json(body: bytes, model: type[M]) -> M:
+def parse_json(body: bytes, model: type[M]) -> M:
+    """Read a JSON text into a model; blocks. Raises BodyMalformed, RequestInvalid or InputTooLarge."""
     _check_values(body)
     try:
         # Strict: a number in quotes is a caller's mistake, better told than guessed at.
@@ -241,19 +248,22 @@ def _check_values(text: bytes) -> None:
 
 
 def _pictures_from_text(texts: Sequence[str], limits: ImageLimits, pointer: str) -> list[Picture]:
-    return [_picture_from_text(text, limits, pointer.format(i)) for i, text in enumerate(texts)]
+    return [picture_from_text(text, limits, pointer.format(i)) for i, text in enumerate(texts)]
 
 
-def _picture_from_text(text: str, limits: ImageLimits, pointer: str) -> Picture:
+def picture_from_text(text: str, limits: ImageLimits, pointer: str) -> Picture:
+    """A picture from base64 or a `data:` URI; or its URL, where the limits let one stand for a picture."""
+    if limits.urls and is_url(text):
+        return Picture(url=text, pointer=pointer)
     try:
         data, declared = parse_data(text, limits)
     except ImageError as error:
         return Picture(error=error.at(pointer))
-    return _picture(data, declared, limits, pointer)
+    return picture_from_bytes(data, declared, limits, pointer)
 
 
-def _picture(data: bytes, declared: str | None, limits: ImageLimits, pointer: str = "") -> Picture:
-    """Check what can be told from the first bytes: also for pictures that a cache knows."""
+def picture_from_bytes(data: bytes, declared: str | None, limits: ImageLimits, pointer: str = "") -> Picture:
+    """A picture from an encoded file; what can be told from the first bytes is checked, also for one a cache knows."""
     try:
         limits.check_bytes(len(data))
         check_declared_type(sniff(data), declared)
@@ -273,7 +283,8 @@ def _check_count(count: int, limit: int) -> None:
         )
 
 
-async def _run(size: int, work: Any, *args: Any) -> Any:
+async def off_loop(size: int, work: Any, *args: Any) -> Any:
+    """Call `work`, in a thread where it is about so many bytes that it would hold up the event loop."""
     return work(*args) if size < _THREAD_BYTES else await asyncio.to_thread(work, *args)
 
 

@@ -11,7 +11,6 @@ import base64
 import binascii
 import hashlib
 import io
-import os
 import re
 import threading
 import time
@@ -23,6 +22,7 @@ from functools import partial
 import torch
 from PIL import Image, ImageFile
 
+from ironclip.cpus import usable_cpus
 from ironclip.errors import (
     ImageError,
     ImageInvalid,
@@ -32,6 +32,7 @@ from ironclip.errors import (
     Overloaded,
 )
 from ironclip.preprocessing import Preprocessing
+from service import telemetry
 from service.container import Container, ImageLimits
 from service.containers import ACCEPTED, read_container, sniff
 
@@ -151,7 +152,7 @@ def parse_data(text: str, limits: ImageLimits) -> tuple[bytes, str | None]:
         if match is None or not match["base64"]:
             raise ImageUnsupported("A data URI must be of the form data:image/png;base64,...")
         declared, start = match["type"].strip().lower() or None, match.end()
-    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]{1,31}://", text):
+    elif is_url(text):
         raise ImageUnsupported("Image URLs are not fetched; send the picture itself as base64 or a data: URI.")
     length = len(text) - start
     limits.check_bytes(length // 4 * 3 - text.count("=", max(start, len(text) - 2)))
@@ -164,15 +165,21 @@ def parse_data(text: str, limits: ImageLimits) -> tuple[bytes, str | None]:
     return data, declared
 
 
+def is_url(text: str) -> bool:
+    """Whether a text that should be a picture is a URL of any scheme (a `data:` URI is not meant)."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]{1,31}://", text) is not None
+
+
 def bytes_digest(data: bytes) -> str:
     """SHA-256 (hex) of an encoded file, as it came."""
     return hashlib.sha256(data).hexdigest()
 
 
 def pixels_digest(pixels: torch.Tensor) -> str:
-    """SHA-256 (hex) of uint8 pixels and their shape."""
+    """SHA-256 (hex) of uint8 pixels and their shape; float32 pixels have digests in a domain of their own."""
     shape = ",".join(map(str, pixels.shape))
-    digest = hashlib.sha256(f"{shape};".encode())
+    domain = "float32:" if pixels.is_floating_point() else ""
+    digest = hashlib.sha256(f"{domain}{shape};".encode())
     digest.update(pixels.contiguous().numpy().data)
     return digest.hexdigest()
 
@@ -185,13 +192,13 @@ class ImageDecoder:
 
     Args:
         limits: for every picture.
-        workers: threads; 0 is one a core.
+        workers: threads; 0 is one a core, within the CPU quota.
         max_pending: pictures being decoded or waiting for it at most.
     """
 
     def __init__(self, limits: ImageLimits, *, workers: int = 0, max_pending: int = 256) -> None:
         self.limits = limits
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = workers or usable_cpus()
         self.max_pending = max_pending
         self.pending = 0
         self._seconds = 0.005  # running mean of one decode
@@ -223,7 +230,9 @@ class ImageDecoder:
             raise NotReady("The service is stopping.")
         if self.pending >= self.max_pending:
             raise Overloaded(
-                f"{self.pending} pictures are waiting to be decoded, the limit is {self.max_pending}.",
+                f"{self.pending} pictures are waiting to be decoded, the limit is {self.max_pending} "
+                "(IRONCLIP_MAX_QUEUE, or IRONCLIP_MAX_IMAGES where that is more).",
+                limit_name="decode-items",
                 retry_after=self.estimated_wait_seconds,
                 limit=self.max_pending,
             )
@@ -246,7 +255,9 @@ class ImageDecoder:
         try:
             return work()
         finally:
-            self._seconds += 0.05 * (time.perf_counter() - began - self._seconds)
+            seconds = time.perf_counter() - began
+            self._seconds += 0.05 * (seconds - self._seconds)
+            telemetry.DECODE_SECONDS.observe(seconds)
 
     def _count_down(self, work: Future[DecodedImage]) -> None:
         with self._lock:

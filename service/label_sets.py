@@ -23,7 +23,7 @@ from ironclip.errors import LabelError, LabelSetNotFound, TreeError, Unavailable
 from ironclip.hierarchy import LabelTree
 from ironclip.labels import LabelLimits, LabelSet
 from service.errors import LabelSetReadOnly
-from service.label_stores import Expect, Store, StoreDown
+from service.label_stores import Expect, Store, StoreDown, UnsignedSet
 from service.settings import NAME_PATTERN
 
 Trees = LabelTree | Mapping[str, LabelTree]
@@ -142,13 +142,14 @@ class LabelSets:
         self.store = store
         self.built_in = dict(built_in)
         self.limits = limits
-        self._parsed: LRUCache[tuple[str, str], tuple[Registered, int]] = LRUCache(
+        # By tenant too, so that one learns nothing of what another has.
+        self._parsed: LRUCache[tuple[str, str, str], tuple[Registered, int]] = LRUCache(
             _PARSED_BYTES, getsizeof=lambda entry: entry[1]
         )
-        self._heads: LRUCache[str, tuple[float, str]] = LRUCache(4096)
+        self._heads: LRUCache[tuple[str, str], tuple[float, str]] = LRUCache(4096)
 
-    async def get(self, reference: str, *, fresh: bool = False) -> Registered:
-        """The set of this `name` or `name@digest`; `fresh` asks the store even if it was asked just now.
+    async def get(self, reference: str, *, fresh: bool = False, tenant: str = "") -> Registered:
+        """The tenant's set of this `name` or `name@digest`; `fresh` asks the store even if it was asked just now.
 
         Raises:
             LabelSetNotFound: no such set, or not in this version.
@@ -163,14 +164,14 @@ class LabelSets:
                 raise LabelSetNotFound(f"The label set {name!r} ships with the service, in one version.")
             return built_in
         # A pinned version goes with its set: where the name is gone, so is the version.
-        newest = await self._head(name, fresh)
+        newest = await self._head(tenant, name, fresh)
         digest = pinned or newest
-        known = self._parsed.get((name, digest))
+        known = self._parsed.get((tenant, name, digest))
         if known is not None:
             return known[0]
-        return await self._load(name, digest, pinned=bool(pinned))
+        return await self._load(tenant, name, digest, pinned=bool(pinned))
 
-    async def put(self, name: str, content: object, expect: Expect) -> tuple[Registered, bool]:
+    async def put(self, name: str, content: object, expect: Expect, *, tenant: str = "") -> tuple[Registered, bool]:
         """Register a version as the newest; returns it, and whether the name is new.
 
         Raises:
@@ -181,61 +182,61 @@ class LabelSets:
         self._refuse_built_in(name)
         entry, document = await asyncio.to_thread(_parse_and_dump, name, content, self.limits)
         try:
-            created = await self.store.put(name, entry.digest, document, expect)
+            created = await self.store.of(tenant).put(name, entry.digest, document, expect)
         except StoreDown as error:
             raise _unavailable(error) from error
-        self._remember(entry, len(document))
-        self._heads[name] = (time.monotonic(), entry.digest)
+        self._remember(tenant, entry, len(document))
+        self._heads[tenant, name] = (time.monotonic(), entry.digest)
         return entry, created
 
-    async def delete(self, name: str, expect: Expect) -> None:
+    async def delete(self, name: str, expect: Expect, *, tenant: str = "") -> None:
         """Remove a set with all its versions; raises as `put` does, and LabelSetNotFound."""
         self._refuse_built_in(name)
         try:
-            found = await self.store.delete(name, expect)
+            found = await self.store.of(tenant).delete(name, expect)
         except StoreDown as error:
             raise _unavailable(error) from error
-        self._forget(name)
+        self._forget(tenant, name)
         if not found:
             raise _missing()
 
-    async def names(self) -> list[tuple[str, str, bool]]:
-        """(name, digest, read-only) of every set, sorted by name.
+    async def names(self, *, tenant: str = "") -> list[tuple[str, str, bool]]:
+        """(name, digest, read-only) of every set of the tenant and of all, sorted by name.
 
         Raises:
             Unavailable: the store does not answer.
         """
         try:
-            stored = await self.store.heads()
+            stored = await self.store.of(tenant).heads()
         except StoreDown as error:
             raise _unavailable(error) from error
         shipped = [(name, entry.digest, True) for name, entry in self.built_in.items()]
         mine = [(name, digest, False) for name, digest in stored.items() if name not in self.built_in]
         return sorted(shipped + mine)
 
-    async def _head(self, name: str, fresh: bool) -> str:
-        seen, now = self._heads.get(name), time.monotonic()
+    async def _head(self, tenant: str, name: str, fresh: bool) -> str:
+        seen, now = self._heads.get((tenant, name)), time.monotonic()
         if seen is not None and not fresh and now - seen[0] < _FRESH_SECONDS:
             return seen[1]
         try:
-            digest = await self.store.head(name)
+            digest = await self.store.of(tenant).head(name)
         except StoreDown as error:
             if seen is not None:
                 return seen[1]  # the store is down: the version last seen here is better than none
             raise _unavailable(error) from error
         if digest is None:
-            self._forget(name)
+            self._forget(tenant, name)
             raise _missing()
-        self._heads[name] = (now, digest)
+        self._heads[tenant, name] = (now, digest)
         return digest
 
-    async def _load(self, name: str, digest: str, *, pinned: bool) -> Registered:
+    async def _load(self, tenant: str, name: str, digest: str, *, pinned: bool) -> Registered:
         try:
-            document = await self.store.load(name, digest)
+            document = await self.store.of(tenant).load(name, digest)
         except StoreDown as error:
             raise _unavailable(error) from error
         if document is None:
-            self._parsed.pop((name, digest), None)
+            self._parsed.pop((tenant, name, digest), None)
             if pinned:
                 raise LabelSetNotFound(
                     "This label set is not, or no longer, kept in this version; its newest versions are."
@@ -247,17 +248,17 @@ class LabelSets:
             raise Unavailable(f"The stored label set {name!r} cannot be read; put it again.", retry_after=60) from error
         if entry.digest != digest:
             raise Unavailable(f"The stored label set {name!r} is not the one registered; put it again.", retry_after=60)
-        self._remember(entry, len(document))
+        self._remember(tenant, entry, len(document))
         return entry
 
-    def _remember(self, entry: Registered, size: int) -> None:
+    def _remember(self, tenant: str, entry: Registered, size: int) -> None:
         cost = _JSON_TO_OBJECT * size
         if cost <= _PARSED_BYTES:
-            self._parsed[entry.name, entry.digest] = (entry, cost)
+            self._parsed[tenant, entry.name, entry.digest] = (entry, cost)
 
-    def _forget(self, name: str) -> None:
-        self._heads.pop(name, None)
-        for key in [key for key in self._parsed if key[0] == name]:
+    def _forget(self, tenant: str, name: str) -> None:
+        self._heads.pop((tenant, name), None)
+        for key in [key for key in self._parsed if key[:2] == (tenant, name)]:
             del self._parsed[key]
 
     def _refuse_built_in(self, name: str) -> None:
@@ -281,4 +282,6 @@ def _missing() -> LabelSetNotFound:
 
 
 def _unavailable(error: StoreDown) -> Unavailable:
+    if isinstance(error, UnsignedSet):
+        return Unavailable(f"The stored label set is not used: {error}", retry_after=60)
     return Unavailable(f"Label sets cannot be reached: {error}", retry_after=1)

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -22,6 +22,7 @@ from redis.exceptions import WatchError
 from ironclip.errors import Conflict
 from service.errors import TooManyLabelSets
 from service.redis_link import RedisLink, RedisRefused, RedisUnavailable
+from service.seal import NotSigned, Seal
 from service.settings import NAME_PATTERN
 
 T = TypeVar("T")
@@ -35,6 +36,10 @@ _REDIS_SECONDS = 2.0
 
 class StoreDown(Exception):
     """The store cannot be read or written now; the text says why."""
+
+
+class UnsignedSet(StoreDown):
+    """What is stored was not signed by this service, or not for where it stands."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,10 @@ class Expect:
 
 
 class Store(Protocol):
-    """Named documents in versions; every method may raise StoreDown."""
+    """Named documents in versions, of one tenant; every method may raise StoreDown."""
+
+    def of(self, tenant: str) -> Store:
+        """The documents of another tenant; those of "" are this store's own."""
 
     async def head(self, name: str) -> str | None:
         """Digest of the newest version."""
@@ -79,8 +87,13 @@ class FileStore:
     """
 
     def __init__(self, folder: Path, max_sets: int = MAX_SETS) -> None:
+        self.root = folder
         self.folder = folder / "label-sets"
         self.max_sets = max_sets
+
+    def of(self, tenant: str) -> FileStore:
+        """The documents of one tenant: a folder beside the others."""
+        return FileStore(self.root / "tenants" / tenant, self.max_sets) if tenant else self
 
     async def head(self, name: str) -> str | None:
         """Digest of the newest version."""
@@ -182,35 +195,53 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 class RedisStore:
-    """A hash for each name: `current`, `versions` (a JSON list, newest first), and a field for each version."""
+    """A hash for each name: `current`, `versions` (a JSON list, newest first), and a field for each version.
 
-    def __init__(self, link: RedisLink, prefix: str, max_sets: int = MAX_SETS) -> None:
+    `current` and the versions are signed for their tenant and name. Another writer can still delete them, or put back
+    what stood there before; neither makes a set that nobody registered here.
+    """
+
+    def __init__(
+        self, link: RedisLink, prefix: str, max_sets: int = MAX_SETS, seal: Seal | None = None, tenant: str = ""
+    ) -> None:
         self.link = link
         self.max_sets = max_sets
-        self.names_key = f"{prefix}:label-sets"
-        self.prefix = f"{prefix}:label-set:"
+        self.seal = seal or Seal()
+        self.tenant = tenant
+        self.root = prefix
+        own = f"{prefix}:tenant:{tenant}" if tenant else prefix
+        self.names_key = f"{own}:label-sets"
+        self.prefix = f"{own}:label-set:"
+
+    def of(self, tenant: str) -> RedisStore:
+        """The documents of one tenant: under keys of its own."""
+        return RedisStore(self.link, self.root, self.max_sets, self.seal, tenant) if tenant else self
 
     async def head(self, name: str) -> str | None:
         """Digest of the newest version."""
 
-        async def hget(redis: Redis) -> str | None:
-            return _text(await redis.hget(self.prefix + name, "current"))
+        async def hget(redis: Redis) -> object:
+            return await redis.hget(self.prefix + name, "current")
 
-        return await self._call(hget, None)
+        return self._digest(name, await self._call(hget, None))
 
     async def heads(self) -> dict[str, str]:
-        """Every name with the digest of its newest version."""
+        """Every name with the digest of its newest version; those that are not signed are left out."""
 
-        async def read(redis: Redis) -> dict[str, str]:
+        async def read(redis: Redis) -> dict[str, object]:
             names = sorted(filter(None, map(_text, await redis.smembers(self.names_key))))
             pipe = redis.pipeline(transaction=False)
             for name in names:
                 pipe.hget(self.prefix + name, "current")
             # A key that holds something else answers with an error of its own, and is not a label set.
-            digests = map(_text, await pipe.execute(raise_on_error=False))
-            return {name: digest for name, digest in zip(names, digests, strict=True) if digest}
+            return dict(zip(names, await pipe.execute(raise_on_error=False), strict=True))
 
-        return await self._call(read, _REDIS_SECONDS)
+        found: dict[str, str] = {}
+        for name, value in (await self._call(read, _REDIS_SECONDS)).items():
+            with suppress(UnsignedSet):
+                digest = self._digest(name, value)
+                found |= {name: digest} if digest else {}
+        return found
 
     async def load(self, name: str, digest: str) -> bytes | None:
         """One version's document."""
@@ -219,7 +250,8 @@ class RedisStore:
             value = await redis.hget(self.prefix + name, digest)
             return value if isinstance(value, bytes) else None
 
-        return await self._call(hget, _REDIS_SECONDS)
+        blob = await self._call(hget, _REDIS_SECONDS)
+        return self._opened(self._place(name, digest), blob) if blob is not None else None
 
     async def put(self, name: str, digest: str, document: bytes, expect: Expect) -> bool:
         """Make a version the newest; returns whether the name is new."""
@@ -234,7 +266,11 @@ class RedisStore:
             pipe.multi()  # type: ignore[no-untyped-call]
             pipe.hset(
                 self.prefix + name,
-                mapping={digest: document, "current": digest, "versions": json.dumps(versions[:KEPT_VERSIONS])},
+                mapping={
+                    digest: self.seal.close(self._place(name, digest), document),
+                    "current": self.seal.close(self._place(name), digest.encode()),
+                    "versions": json.dumps(versions[:KEPT_VERSIONS]),
+                },
             )
             for old in versions[KEPT_VERSIONS:]:
                 pipe.hdel(self.prefix + name, old)
@@ -248,11 +284,11 @@ class RedisStore:
         """Remove all versions; returns whether there were any."""
 
         async def write(pipe: Pipeline, current: str | None) -> bool:
+            # Also one that is not signed: it can be neither read nor kept.
             pipe.multi()  # type: ignore[no-untyped-call]
             pipe.delete(self.prefix + name)
             pipe.srem(self.names_key, name)
-            await pipe.execute()
-            return current is not None
+            return bool((await pipe.execute())[0])
 
         return await self._transaction(name, expect, write)
 
@@ -266,13 +302,38 @@ class RedisStore:
                 while True:
                     try:
                         await pipe.watch(self.prefix + name)
-                        current = _text(await pipe.hget(self.prefix + name, "current"))
+                        current = self._believed(name, await pipe.hget(self.prefix + name, "current"))
                         expect.check(current)
                         return await write(pipe, current)
                     except WatchError:
                         continue
 
         return await self._call(attempt, _REDIS_SECONDS)
+
+    def _place(self, name: str, version: str = "current") -> str:
+        """What a signature is bound to; no part can hold a slash."""
+        return f"{self.tenant}/{name}/{version}"
+
+    def _opened(self, place: str, blob: bytes) -> bytes:
+        """What is stored for a place; raises UnsignedSet."""
+        try:
+            return self.seal.open(place, blob)
+        except NotSigned:
+            text = "it is not signed with this service's IRONCLIP_REDIS_MAC_KEY; put the label set again."
+            raise UnsignedSet(text) from None
+
+    def _digest(self, name: str, value: object) -> str | None:
+        """The digest that stands in `current`; raises UnsignedSet."""
+        if not isinstance(value, bytes):
+            return None
+        return _text(self._opened(self._place(name), value))
+
+    def _believed(self, name: str, value: object) -> str | None:
+        """The same for whoever writes: what is not signed is overwritten as if it were not there."""
+        try:
+            return self._digest(name, value)
+        except UnsignedSet:
+            return None
 
     async def _call(self, action: Callable[[Redis], Awaitable[T]], timeout: float | None) -> T:
         try:

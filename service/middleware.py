@@ -5,31 +5,55 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ironclip.errors import InputTooLarge, Overloaded
-from service import telemetry
+from service import telemetry, tracing
 from service.errors import ContentEncodingUnsupported, InternalError, error_response
 from service.telemetry import Stages
+from service.tracing import Exporter, Trace, read_context
+from service.versions import holding
 
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{8,128}$")
+ENCODER_HEADER = "X-Ironclip-Encoder"
 # Routes asked by machines every few seconds: they are counted, and logged at debug.
-QUIET = frozenset({"livez", "readyz", "metrics"})
+QUIET = frozenset({"livez", "readyz", "metrics", "oip_live", "oip_ready", "oip_model_ready", "oip_model_version_ready"})
+# Routes whose time is the caller's to choose: never slow.
+_LONG = frozenset({"attack_probe", "follow_probe"})
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
 
 class Accounting:
-    """Give each request an id, time it, count it, log it, and turn a fault of ours into a 500 problem.
+    """Give each request an id and a trace, time it, count it, log it, and turn a fault of ours into a 500 problem.
 
     Args:
         app: the layers below.
         ops: names of the endpoint functions that may become a metric's label; others count as "other".
+        draining: whether callers should come to another replica from now on.
+        audited: names of the endpoint functions whose every use has a line of its own in the log.
+        slow_ms: requests that take longer are logged as warnings, with their stages; 0: none are.
+        traces: where traces go; None: nowhere.
     """
 
-    def __init__(self, app: ASGIApp, ops: frozenset[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        ops: frozenset[str],
+        draining: Callable[[], bool] = lambda: False,
+        *,
+        audited: frozenset[str] = frozenset(),
+        slow_ms: float = 0,
+        traces: Exporter | None = None,
+    ) -> None:
         self.app = app
+        self.draining = draining
         self.ops = ops
+        self.audited = audited
+        self.slow_ms = slow_ms
+        self.traces = traces
         self.log = telemetry.get_logger()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -37,9 +61,12 @@ class Accounting:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
+        asked = Headers(scope=scope)
+        given = asked.get("x-request-id", "")
         request_id = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
-        stages = Stages()
+        trace = Trace(read_context(asked.getlist("traceparent"), asked.getlist("tracestate")), self.traces)
+        tracing.CURRENT.set(trace)
+        stages = Stages(trace)
         state = scope.setdefault("state", {})
         state.update(request_id=request_id, stages=stages, error_code=None)
         status = 0
@@ -51,6 +78,11 @@ class Accounting:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"
+                headers["traceparent"] = trace.context.header()
+                if trace.context.state:
+                    headers["tracestate"] = trace.context.state
+                if self.draining():
+                    headers["Connection"] = "close"  # or the next request would meet a closed connection
                 if stages.seconds:
                     headers["Server-Timing"] = stages.header()
             await send(message)
@@ -69,6 +101,7 @@ class Accounting:
         finally:
             telemetry.IN_FLIGHT.dec()
             self._account(scope, status, time.perf_counter() - start, stages)
+            self._end(scope, status, trace)
 
     def _account(self, scope: Scope, status: int, seconds: float, stages: Stages) -> None:
         op, state = self._op(scope), scope["state"]
@@ -78,19 +111,77 @@ class Accounting:
         code = state["error_code"]
         if code:
             telemetry.ERRORS.labels(code).inc()
-        write = self.log.debug if op in QUIET else self.log.info
+        caller = state.get("caller")
+        slow = 0 < self.slow_ms < 1000 * seconds and op not in _LONG
+        write = self.log.warning if slow else self.log.debug if op in QUIET else self.log.info
+        who = {"key": caller.key, "tenant": caller.tenant} if caller is not None and caller.key else {}
         write(
-            "request",
+            "slow request" if slow else "request",
             request_id=state["request_id"],
             op=op,
             status=status,
             ms=round(1000 * seconds, 2),
+            **who,
             **({"code": code} if code else {}),
+            **({"stages": {name: round(1000 * part, 2) for name, part in stages.seconds.items()}} if slow else {}),
         )
+        if op in self.audited:
+            about = state.get("audit", {})
+            self.log.info("audit", request_id=state["request_id"], op=op, status=status, **who, **about)
+
+    def _end(self, scope: Scope, status: int, trace: Trace) -> None:
+        """Hand the request's trace over; what machines ask every few seconds has none."""
+        op, state = self._op(scope), scope["state"]
+        if trace.recorder is None or op in QUIET:
+            return
+        method = scope["method"] if scope["method"] in _METHODS else "_OTHER"
+        path = getattr(scope.get("route"), "path", "") if op != "other" else ""
+        about: dict[str, str | int] = {
+            "http.request.method": method,
+            "http.response.status_code": status,
+            "url.scheme": scope.get("scheme", "http"),
+            "ironclip.op": op,
+            "ironclip.request_id": state["request_id"],
+        }
+        if path:
+            about["http.route"] = path
+        if state["error_code"]:
+            about["error.type"] = state["error_code"]
+        name = f"{'HTTP' if method == '_OTHER' else method} {path}".rstrip()
+        trace.end(name, about, failed=status >= 500 or status == 0)
 
     def _op(self, scope: Scope) -> str:
         name = getattr(scope.get("endpoint"), "__name__", "")
         return name if name in self.ops else "other"
+
+
+class Holding:
+    """Keep the versions of encoders that a request is given until its answer has gone out, and name them in it.
+
+    Args:
+        app: the layers below.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        with holding(scope["state"]["request_id"]) as held:
+
+            async def send_named(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    held.status = message["status"] if asks else 0
+                    if names := [f"{version.name}@{version.digest}" for version in held.versions]:
+                        MutableHeaders(scope=message)[ENCODER_HEADER] = ", ".join(names)
+                await send(message)
+
+            asks = scope["method"] == "POST"  # the others look at an encoder
+            held.status = 500 if asks else 0  # what an answer that never begins becomes
+            await self.app(scope, receive, send_named)
 
 
 class BodyGuard:
@@ -117,32 +208,41 @@ class BodyGuard:
             await self.app(scope, receive, send)
             return
         received = 0
-        checked = False
+        checked = over = False
+
+        def hold(size: int) -> None:
+            nonlocal received
+            if over:
+                return  # what is still on its way to a request that has ended is dropped, and was never given back
+            received += size
+            self._held += size
+            if received > self.max_bytes:
+                raise self._too_large()
+            if self._held > self.max_held_bytes:
+                raise Overloaded(
+                    f"The bodies of the requests under way are over {self.max_held_bytes} bytes "
+                    "(IRONCLIP_MAX_HELD_BYTES).",
+                    limit_name="held-bytes",
+                    retry_after=1,
+                    limit=self.max_held_bytes,
+                )
 
         async def receive_counted() -> Message:
-            nonlocal received, checked
+            nonlocal checked
             if not checked:
                 checked = True
                 self._check_headers(Headers(scope=scope))
             message = await receive()
             if message["type"] == "http.request":
-                size = len(message.get("body", b""))
-                received += size
-                self._held += size
-                if received > self.max_bytes:
-                    raise self._too_large()
-                if self._held > self.max_held_bytes:
-                    raise Overloaded(
-                        f"The bodies of the requests under way are over {self.max_held_bytes} bytes "
-                        "(IRONCLIP_MAX_HELD_BYTES).",
-                        retry_after=1,
-                        limit=self.max_held_bytes,
-                    )
+                hold(len(message.get("body", b"")))
             return message
 
+        # What is fetched for a request counts as if it had been sent.
+        scope.setdefault("state", {})["hold"] = hold
         try:
             await self.app(scope, receive_counted, send)
         finally:
+            over = True
             self._held -= received
 
     def _check_headers(self, headers: Headers) -> None:
@@ -155,8 +255,8 @@ class BodyGuard:
 
     def _too_large(self) -> InputTooLarge:
         return InputTooLarge(
-            f"The request's body is over {self.max_bytes} bytes. Send fewer images in one request, or raise "
-            "IRONCLIP_MAX_BODY_BYTES.",
+            f"The request's body, and the images fetched for it, are over {self.max_bytes} bytes. Send fewer images in "
+            "one request, or raise IRONCLIP_MAX_BODY_BYTES.",
             limit=self.max_bytes,
         )
 

@@ -7,7 +7,7 @@ the routes parse bodies themselves.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,17 +18,23 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_jso
 from pydantic_core import core_schema
 
 from service import answer_schemas as answers
-from service import probe_schemas, schemas
+from service import oip_schemas, probe_schemas, schemas
+from service.access import ACCESS
+from service.access import operation as operation_name
 from service.errors import PROBLEM_JSON, problem_types
 
 Json = dict[str, Any]
 
 _DESCRIPTION = """CLIP encoders that are hard to fool, over HTTP.
 
-Every error is an RFC 9457 problem (below `/v1`: OpenAI's error object) with a stable `code`, which
-`/problems/{code}` explains. Every answer carries `X-Request-Id` (yours, if it matches
-`^[A-Za-z0-9._-]{8,128}$`) and, where there was work, `Server-Timing`. A request may say how long it waits with
-`X-Request-Timeout-Ms`. HEAD is answered wherever GET is, the same without the body.
+Every error is an RFC 9457 problem (below `/v1`: OpenAI's error object, below `/v2`: `{"error": text}`) with a stable
+`code`, which `/problems/{code}` explains. Every answer carries `X-Request-Id` (yours, if it matches
+`^[A-Za-z0-9._-]{8,128}$`), a `traceparent` (W3C trace context; the caller's trace where it sent one) and, where there
+was work, `Server-Timing`. A request may say how long it waits with
+`X-Request-Timeout-Ms`, and with `Priority: u=4` to `u=7` (RFC 9218) that interactive requests go first. Where the
+service has API keys, send one as `Authorization: Bearer` or `X-API-Key`; a key that is limited has `RateLimit` and
+`RateLimit-Policy` (draft-ietf-httpapi-ratelimit-headers-11) on every answer, in points. HEAD is answered wherever GET
+is, the same without the body.
 """
 _MODELS: tuple[type[BaseModel], ...] = (
     schemas.ClassifyRequest,
@@ -36,6 +42,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
     schemas.EmbedRequest,
     schemas.EmbedOptions,
     schemas.LabelSetDocument,
+    schemas.ModelDocument,
     answers.Problem,
     answers.Classification,
     answers.Failed,
@@ -43,6 +50,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
     answers.LabelSetList,
     answers.LabelSetSummary,
     answers.LabelSetStored,
+    answers.ModelStanding,
     answers.SampleList,
     probe_schemas.ProbeRequest,
     probe_schemas.ProbeFields,
@@ -52,10 +60,29 @@ _MODELS: tuple[type[BaseModel], ...] = (
     answers.Status,
     schemas.OpenAIEmbeddingRequest,
     answers.OpenAIEmbeddingResponse,
+    oip_schemas.InferRequest,
+    oip_schemas.InferResponse,
+    oip_schemas.ServerMetadata,
+    oip_schemas.ModelMetadata,
+    oip_schemas.ModelNames,
+    oip_schemas.Live,
+    oip_schemas.Ready,
+    oip_schemas.ModelReady,
+    oip_schemas.OipError,
 )
 _IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp", "application/octet-stream")
+_BINARY: Json = {"type": "string", "format": "binary"}
+_SCHEMES: Json = {
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "An API key, `ick_ID_SECRET`. The names beside the scheme are the scopes it needs to have.",
+    },
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same key."},
+}
 _OBJECT: Json = {"type": "object", "additionalProperties": True}
-_READS = (400, 404, 413, 415, 422, 429, 500, 503, 504)
+_READS = (400, 404, 413, 415, 422, 424, 429, 500, 503, 504)
+_READS_OIP = tuple(status for status in _READS if status != 424)
 
 
 class _WithoutNull(GenerateJsonSchema):
@@ -83,6 +110,8 @@ class _Operation:
     headers: Json = field(default_factory=dict)
     parameters: list[Json] = field(default_factory=list)
     openai: bool = False
+    oip: bool = False
+    binary: bool = False
     answer_type: str = "application/json"
 
 
@@ -114,17 +143,31 @@ def _document(app: FastAPI) -> Json:
         "schemas": definitions,
         "responses": {f"Problem{status}": _problem_response(status) for status in statuses},
     }
+    spec["components"]["securitySchemes"] = _SCHEMES
     operations = _operations()
-    for path in spec["paths"].values():
-        for item in path.values():
+    for path, methods in spec["paths"].items():
+        for method, item in methods.items():
             _complete(item, operations[item["operationId"]], definitions)
+            _lock(item, ACCESS[operation_name(method.upper(), path)], operations[item["operationId"]].openai)
     return spec
+
+
+def _lock(item: Json, scopes: Sequence[str], openai: bool) -> None:
+    """Say what a caller needs, where there are API keys; without them ({}) nothing is needed."""
+    if not scopes:
+        return
+    item["security"] = [{}, *({scheme: [scope]} for scheme in _SCHEMES for scope in scopes)]
+    for status in (401, 403):
+        shape = {"$ref": f"#/components/responses/Problem{status}"}
+        item["responses"][str(status)] = _openai_response() if openai else shape
 
 
 def _complete(item: Json, operation: _Operation, definitions: Json) -> None:
     answer: Json = {"description": "The answer.", "headers": _headers(operation)}
     if operation.answer:
         answer["content"] = {operation.answer_type: {"schema": operation.answer}}
+    if operation.binary:
+        answer["content"]["application/octet-stream"] = {"schema": _BINARY}
     item["responses"] = {"200": answer}
     if operation.created:
         item["responses"]["201"] = {**answer, "description": "The name is new."}
@@ -133,13 +176,17 @@ def _complete(item: Json, operation: _Operation, definitions: Json) -> None:
         item["responses"]["202"] = {**answer, "description": "It goes on by itself.", "content": content}
     if item["operationId"] in ("getLabelSet", "getSample"):
         item["responses"]["304"] = {"description": "Not changed since (If-None-Match)."}
+    if item["operationId"] == "deleteModel":
+        del item["responses"]["200"]
     if item["operationId"] in ("deleteLabelSet", "cancelProbe"):
         item["responses"] = {"204": {"description": "It is gone."}}
-    if item["operationId"] == "readyz":
+    if item["operationId"] in ("readyz", "oipLive", "oipReady", "oipModelReady", "oipModelVersionReady"):
         item["responses"]["503"] = {**answer, "description": "Not now; the reason is in the body."}
     for status in operation.problems:
         shape = {"$ref": f"#/components/responses/Problem{status}"}
-        item["responses"][str(status)] = _openai_response() if operation.openai else shape
+        item["responses"][str(status)] = (
+            _openai_response() if operation.openai else _oip_response() if operation.oip else shape
+        )
     if operation.body:
         item["requestBody"] = _request_body(operation, definitions)
     if operation.options is not None:
@@ -158,7 +205,8 @@ def _operations() -> dict[str, _Operation]:
     match = [_header("If-Match", "Only if the set is in this version."), _header("If-None-Match", "`*`: only if new.")]
     cached = {"Cache-Status": {"description": "RFC 9211.", "schema": {"type": "string"}}}
     timeout = [
-        _header("X-Request-Timeout-Ms", "Milliseconds that the caller waits.", {"type": "integer", "minimum": 1})
+        _header("X-Request-Timeout-Ms", "Milliseconds that the caller waits.", {"type": "integer", "minimum": 1}),
+        _header("Priority", "`u=4` to `u=7`: batch work, which interactive requests overtake.", {"type": "string"}),
     ]
     return {
         "classify": _Operation(
@@ -173,7 +221,7 @@ def _operations() -> dict[str, _Operation]:
         ),
         "putLabelSet": _Operation(
             _ref("LabelSetSummary"),
-            (400, 409, 412, 413, 415, 422, 500, 503),
+            (400, 409, 412, 413, 415, 422, 429, 500, 503),
             "LabelSetDocument",
             created=True,
             headers=etag,
@@ -182,6 +230,16 @@ def _operations() -> dict[str, _Operation]:
         "deleteLabelSet": _Operation({}, (404, 409, 412, 422, 500, 503), parameters=match),
         "listModels": _Operation(_OBJECT),
         "getModel": _Operation(_OBJECT, (404, 500, 503)),
+        "putModel": _Operation(
+            _ref("ModelStanding"),
+            (400, 403, 409, 413, 415, 422, 429, 500, 503, 504),
+            "ModelDocument",
+            accepted=_ref("ModelStanding"),
+            headers={"Location": {"description": "With 202: where it stands.", "schema": {"type": "string"}}},
+        ),
+        "promoteModel": _Operation(_ref("ModelStanding"), (404, 500)),
+        "deleteCanary": _Operation(_ref("ModelStanding"), (404, 500)),
+        "deleteModel": _Operation({}, (404, 409, 500), accepted=_ref("ModelStanding")),
         "openaiEmbeddings": _Operation(
             _ref("OpenAIEmbeddingResponse"), _READS, "OpenAIEmbeddingRequest", parameters=timeout, openai=True
         ),
@@ -215,11 +273,34 @@ def _operations() -> dict[str, _Operation]:
         "readyz": _Operation(_ref("Status")),
         "metrics": _Operation({"type": "string"}, answer_type="text/plain"),
         "getProblem": _Operation(_OBJECT, (404, 500)),
+        **_oip_operations(timeout),
+    }
+
+
+def _oip_operations(timeout: list[Json]) -> dict[str, _Operation]:
+    header = _header("Inference-Header-Content-Length", "Bytes of the JSON, where binary data follows it.")
+    infer = _Operation(
+        _ref("InferResponse"), _READS_OIP, "InferRequest", parameters=[*timeout, header], oip=True, binary=True
+    )
+    model, ready = _ref("ModelMetadata"), _ref("ModelReady")
+    return {
+        "oipServer": _Operation(_ref("ServerMetadata"), oip=True),
+        "oipLive": _Operation(_ref("Live"), oip=True),
+        "oipReady": _Operation(_ref("Ready"), oip=True),
+        "oipModels": _Operation(_ref("ModelNames"), oip=True),
+        "oipModel": _Operation(model, (404, 500, 503), oip=True),
+        "oipModelVersion": _Operation(model, (404, 500, 503), oip=True),
+        "oipModelReady": _Operation(ready, (404, 500), oip=True),
+        "oipModelVersionReady": _Operation(ready, (404, 500), oip=True),
+        "oipInfer": infer,
+        "oipInferVersion": infer,
     }
 
 
 def _request_body(operation: _Operation, definitions: Json) -> Json:
     content: Json = {"application/json": {"schema": _ref(operation.body)}}
+    if operation.binary:
+        content["application/octet-stream"] = {"schema": _BINARY}
     if operation.options is not None:
         content["multipart/form-data"] = {"schema": _form(definitions[operation.options.__name__])}
         for kind in _IMAGE_TYPES:
@@ -285,11 +366,18 @@ def _problem_response(status: int) -> Json:
     }
     if status in (429, 503):
         response["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+    if status in (401, 403):
+        response["headers"] = {"WWW-Authenticate": {"description": "RFC 6750.", "schema": {"type": "string"}}}
     return response
 
 
 def _openai_response() -> Json:
     return {"description": "OpenAI's error object.", "content": {"application/json": {"schema": _ref("OpenAIError")}}}
+
+
+def _oip_response() -> Json:
+    schema = _ref("OipError")
+    return {"description": "The protocol's error object.", "content": {"application/json": {"schema": schema}}}
 
 
 def _openai_error() -> Json:

@@ -13,7 +13,7 @@ from pydantic_core import to_json
 
 from ironclip.classifier import LevelMode
 from ironclip.defences import Defence, make_defence
-from ironclip.domain import Domain
+from ironclip.encoder import Encoder
 from ironclip.errors import OptionError, TreeError
 from ironclip.hierarchy import LabelTree
 from ironclip.labels import LabelLimits, LabelSet
@@ -53,32 +53,42 @@ class Plans:
         return int(self._kept.currsize)
 
     async def get(
-        self, served: ServedEncoder, domain: Domain | None, options: Options, entry: Registered | None, size: int
+        self,
+        served: ServedEncoder,
+        options: Options,
+        entry: Registered | None,
+        size: int,
+        tenant: str = "",
     ) -> Plan:
         """The plan for these options.
 
         Args:
             served: the encoder that the options name.
-            domain: what it was trained on.
             options: what is asked for.
             entry: the registered set that the options name, or None where they hold the labels.
             size: bytes of the options as they came.
+            tenant: whose plan it is: that it is known already would tell another tenant of it.
 
         Raises:
             IronclipError: an option, the labels or the tree cannot be used.
         """
         long = size > _LARGE_BYTES
-        ask = (served, options, entry)
+        ask = (served, options, entry, tenant)
         key = await asyncio.to_thread(plan_key, *ask) if long else plan_key(*ask)
         kept = self._kept.get(key)
         if kept is not None:
             return kept[0]
-        make = (served, domain, options, entry)
+        make = (served, options, entry, tenant)
         large = long or (entry is not None and len(entry.label_set) + _edges(entry.tree) > _LARGE_SET)
         plan, cost = await asyncio.to_thread(self._make, *make) if large else self._make(*make)
-        if cost <= _PLAN_BYTES:
+        if cost <= _PLAN_BYTES and not served.retired:
             self._kept[key] = (plan, cost)
         return plan
+
+    def forget(self, served: ServedEncoder) -> None:
+        """Let go of the plans of an encoder that has been unloaded."""
+        for key in [key for key, (plan, _) in self._kept.items() if plan.served is served]:
+            del self._kept[key]
 
     def defence(self, served: ServedEncoder, value: dict[str, Any] | str | None) -> Defence:
         """What a request asks for, or the encoder's own defence.
@@ -89,7 +99,7 @@ class Plans:
         if value is None:
             return served.defence
         defence = self.checked(parse_defence(value))
-        check_head(defence, served)
+        check_head(defence, served.encoder, served.name)
         return defence
 
     def checked(self, defence: Defence) -> Defence:
@@ -103,9 +113,7 @@ class Plans:
             )
         return defence
 
-    def _make(
-        self, served: ServedEncoder, domain: Domain | None, options: Options, entry: Registered | None
-    ) -> tuple[Plan, int]:
+    def _make(self, served: ServedEncoder, options: Options, entry: Registered | None, tenant: str) -> tuple[Plan, int]:
         defence = self.defence(served, options.defence)
         tree: Trees | None = parse_tree(options.tree) if options.tree is not None else None
         if entry is None:
@@ -122,19 +130,20 @@ class Plans:
             raise OptionError("levels needs a tree, or a label set registered with one.", pointer="/levels")
         _check_levels(sum(len(one.levels) for one in _each(tree)))
         levels: LevelMode = options.levels or "rollup"
-        plan = Plan(served, label_set.resolve(served.encoder), tree, levels, defence, reference, domain)
+        plan = Plan(served, label_set.resolve(served.encoder), tree, levels, defence, reference, tenant)
         # A tree that does not fit the labels is an error of this request, told at once.
         _check_levels(len(plan.level_nodes))
         _ = plan.key  # made here, where large sets have a thread: it takes the digests of all labels and edges
         return plan, plan_bytes(plan)
 
 
-def plan_key(served: ServedEncoder, options: Options, entry: Registered | None) -> bytes:
+def plan_key(served: ServedEncoder, options: Options, entry: Registered | None, tenant: str = "") -> bytes:
     """Digest of all that decides a plan; raises RequestInvalid for what cannot be written as JSON."""
     # Tagged, so that two labels that read like a set's name and digest are not taken for the set.
     labels = ["set", entry.name, entry.digest] if entry is not None else ["labels", options.labels]
     try:
-        asked = to_json([served.name, labels, options.templates, options.tree, options.levels, options.defence])
+        decision = [labels, options.templates, options.tree, options.levels, options.defence]
+        asked = to_json([tenant, served.serial, *decision])
     except ValueError:  # PydanticSerializationError is one
         raise RequestInvalid("The options hold text that is not Unicode, or are nested too deep.") from None
     return hashlib.sha256(asked).digest()
@@ -165,13 +174,13 @@ def parse_defence(value: dict[str, Any] | str) -> Defence:
     return make_defence(name, options)
 
 
-def check_head(defence: Defence, served: ServedEncoder) -> None:
+def check_head(defence: Defence, encoder: Encoder, name: str) -> None:
     """Raise OptionError for a defence that does not serve the encoder's head."""
-    head = served.encoder.head.type
+    head = encoder.head.type
     if head not in defence.heads:
         raise OptionError(
             f"The defence {defence.name!r} serves encoders with a {' or '.join(defence.heads)} head; the head of "
-            f"{served.name!r} is {head}.",
+            f"{name!r} is {head}.",
             pointer="/defence",
         )
 

@@ -16,9 +16,11 @@ from ironclip.errors import IronclipError
 from ironclip.probe import Probe, adversarial, amplified, png, point, result
 from ironclip.probe.report import clean
 from service import telemetry
+from service.tracing import CURRENT, Attributes, Span, place
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 ENDS = ("done", "failed", "cancelled")
+_LOG = telemetry.get_logger()
 # Between two events about the same probe at least so long, unless something broke.
 _PAUSE = 0.05
 # A point is told anew when its score has fallen by so much.
@@ -74,8 +76,15 @@ class Job:
         self.events: list[Event] = []
         self.error: IronclipError | None = None
         self.probe: Probe | None = None
+        self.gradients = 0  # it has taken, when it has ended
         self.started = 0.0
         self.deadline = math.inf  # of whoever waits, by the monotonic clock
+        self.pieces, self.busy = 0, 0.0  # of its work, and the seconds that they took; shared ones in part
+        self._sharers, self._piece_began = 1, 0.0
+        self._place, trace = place(), CURRENT.get()
+        self._trace_id = trace.context.trace_id if trace is not None else ""
+        self._queued = time.perf_counter()
+        self._begun = 0.0
         self._loop = loop
         self._changed = asyncio.Event()
         self._count = 0
@@ -115,6 +124,10 @@ class Job:
 
     def emit(self, kind: str, data: dict[str, Any]) -> None:
         """Add an event, from any thread."""
+        if kind in ENDS:
+            self.piece_ends()
+            if self.probe is not None:
+                self.gradients = self.probe.gradients
         try:
             self._loop.call_soon_threadsafe(self._publish, kind, data)
         except RuntimeError:  # the loop is closed: nobody listens
@@ -129,16 +142,51 @@ class Job:
         if kind in ENDS:
             self.status = kind  # type: ignore[assignment]
             telemetry.PROBES.labels(kind).inc()
+            if kind == "done":
+                telemetry.PROBE_FLIPS.labels(data["norm"], telemetry.flip_bucket(data["norm"], data["broken_at"])).inc()
+            self._note()
+            told = {"code": self.error.code} if self.error is not None else {}
+            traced = {"trace_id": self._trace_id} if self._trace_id else {}
+            _LOG.info("probe ended", probe=self.id, outcome=kind, gradients=self.gradients, **traced, **told)
         elif kind == "started":
             self.status = "running"
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
+    def _note(self) -> None:
+        """Tell the request's trace: the wait, and the probe with its pieces summed up."""
+        if self._place is None:
+            return
+        trace, stage = self._place
+        now = time.perf_counter()
+        trace.note(Span("queue", self._queued, self._begun or now, stage))
+        if self._begun:
+            about: Attributes = {
+                "ironclip.probe": self.id,
+                "ironclip.outcome": self.status,
+                "ironclip.pieces": self.pieces,
+                "ironclip.busy_ms": round(1000 * self.busy, 3),
+                "ironclip.gradients": self.gradients,
+            }
+            trace.note(Span("probe", self._begun, now, stage, about))
+
     # What follows is called in the worker's thread.
+
+    def piece_begins(self, sharers: int) -> None:
+        """Count a piece of work, done for so many probes at once."""
+        self.pieces += 1
+        self._sharers, self._piece_began = sharers, time.perf_counter()
+
+    def piece_ends(self) -> None:
+        """Count this probe's part of the piece's time; once."""
+        if self._piece_began:
+            self.busy += (time.perf_counter() - self._piece_began) / self._sharers
+            self._piece_began = 0.0
 
     def begin(self) -> None:
         """Build the probe: one forward of the clean picture."""
         self.started = time.monotonic()
+        self._begun = time.perf_counter()
         self.probe = probe = self.build()
         top = max(probe.options.eps) if probe.options.eps else probe.options.top
         names, label = probe.target.names, probe.aim.label

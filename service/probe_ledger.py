@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import json
 import time
 from collections import OrderedDict
@@ -21,6 +19,7 @@ from redis.asyncio import Redis
 from service.errors import ProbeNotFound
 from service.probe_job import ENDS, Event, Job
 from service.redis_link import RedisLink, RedisUnavailable
+from service.seal import NotSigned, Seal
 
 _POLL = 0.25  # between looks at Redis, seconds
 _CALL = 1.0  # for one call to Redis, seconds; nobody's classification waits for it
@@ -29,7 +28,7 @@ _QUEUED = Event(-1, "queued", {})
 
 
 class Ledger:
-    """The probes that can be asked for.
+    """The probes that can be asked for, each by its own tenant alone.
 
     Args:
         link: to Redis, if there is one.
@@ -40,27 +39,28 @@ class Ledger:
     """
 
     def __init__(self, link: RedisLink | None, prefix: str, secret: bytes, ttl: int, most: int = 1024) -> None:
-        self._link, self._prefix, self._secret, self._ttl, self._most = link, f"{prefix}:probe:", secret, ttl, most
-        self._jobs: OrderedDict[str, tuple[Job, float]] = OrderedDict()
+        self._link, self._prefix, self._ttl, self._most = link, prefix, ttl, most
+        self._seal = Seal(secret, b"probes")
+        self._jobs: OrderedDict[tuple[str, str], tuple[Job, float]] = OrderedDict()
         self._mirrors: set[asyncio.Task[None]] = set()
 
-    def add(self, job: Job) -> None:
-        """Remember a probe of this process, and let the other replicas know of it."""
+    def add(self, job: Job, tenant: str = "") -> None:
+        """Remember a tenant's probe of this process, and let the other replicas know of it."""
         for known, (old, since) in list(self._jobs.items()):
             if self._expired(old, since) or (old.ended and len(self._jobs) >= self._most):
                 del self._jobs[known]
-        self._jobs[job.id] = (job, time.monotonic())
+        self._jobs[tenant, job.id] = (job, time.monotonic())
         if self._link is not None:
-            task = asyncio.create_task(self._mirror(self._link, job))
+            task = asyncio.create_task(self._mirror(self._link, job, tenant))
             self._mirrors.add(task)
             task.add_done_callback(self._mirrors.discard)
 
     def _expired(self, job: Job, since: float) -> bool:
         return job.ended and time.monotonic() - since > self._ttl + job.seconds
 
-    def _own(self, identity: str) -> Job | None:
+    def _own(self, identity: str, tenant: str) -> Job | None:
         """A probe of this process."""
-        job, since = self._jobs.get(identity, (None, 0.0))
+        job, since = self._jobs.get((tenant, identity), (None, 0.0))
         return None if job is None or self._expired(job, since) else job
 
     async def close(self) -> None:
@@ -70,15 +70,15 @@ class Ledger:
         for task in self._mirrors:
             task.cancel()
 
-    async def events(self, identity: str) -> list[Event]:
+    async def events(self, identity: str, tenant: str = "") -> list[Event]:
         """The last events of a probe about each thing until now, in order.
 
         Raises:
-            ProbeNotFound: it is not known.
+            ProbeNotFound: it is not known, or another tenant's.
         """
-        if (job := self._own(identity)) is not None:
+        if (job := self._own(identity, tenant)) is not None:
             return list(job.events)
-        found = await self._read(identity)
+        found = await self._read(identity, tenant)
         if found is None:
             raise ProbeNotFound(
                 f"No probe of this id is known. Probes are forgotten {self._ttl} seconds after their end "
@@ -86,17 +86,17 @@ class Ledger:
             )
         return found
 
-    async def follow(self, identity: str, after: int = 0) -> AsyncIterator[Event]:
+    async def follow(self, identity: str, after: int = 0, tenant: str = "") -> AsyncIterator[Event]:
         """Events of a probe from number ``after`` on, to the last, as they come.
 
         Raises:
             ProbeNotFound: it is not known.
         """
-        if (job := self._own(identity)) is not None:
+        if (job := self._own(identity, tenant)) is not None:
             async for event in job.follow(after):
                 yield event
             return
-        known: list[Event] | None = await self.events(identity)
+        known: list[Event] | None = await self.events(identity, tenant)
         while known is not None:  # else it was forgotten, or Redis is gone
             for event in known:
                 if event.number >= after:
@@ -105,19 +105,19 @@ class Ledger:
                 if event.kind in ENDS:
                     return
             await asyncio.sleep(_POLL)
-            known = await self._read(identity)
+            known = await self._read(identity, tenant)
 
-    async def cancel(self, identity: str) -> None:
+    async def cancel(self, identity: str, tenant: str = "") -> None:
         """End a probe, wherever it runs; one that has ended stays as it is.
 
         Raises:
             ProbeNotFound: it is not known.
         """
-        if (job := self._own(identity)) is not None:
+        if (job := self._own(identity, tenant)) is not None:
             job.cancelled = True
             return
-        await self.events(identity)
-        key = f"{self._prefix}{identity}:cancel"
+        await self.events(identity, tenant)
+        key = f"{self._key(identity, tenant)}:cancel"
 
         async def wish(redis: Redis) -> object:
             return await redis.set(key, b"1", ex=self._ttl)
@@ -126,13 +126,17 @@ class Ledger:
             assert self._link is not None
             await self._link.call(wish, timeout=_CALL)
 
-    async def _mirror(self, link: RedisLink, job: Job) -> None:
+    def _key(self, identity: str, tenant: str) -> str:
+        """Where a probe's events are in Redis; signatures are bound to it."""
+        return f"{self._prefix}:tenant:{tenant}:probe:{identity}" if tenant else f"{self._prefix}:probe:{identity}"
+
+    async def _mirror(self, link: RedisLink, job: Job, tenant: str) -> None:
         """Write a probe's events to Redis as they come, and look whether somebody wants it cancelled."""
-        key, after = self._prefix + job.id, 0
+        key, after = self._key(job.id, tenant), 0
 
         async def write(redis: Redis) -> bool:
             pipe = redis.pipeline(transaction=False)
-            pipe.hset(key, mapping={event.about: self._signed(job.id, event) for event in events})
+            pipe.hset(key, mapping={event.about: self._signed(key, event) for event in events})
             pipe.expire(key, self._ttl + round(job.seconds))
             pipe.exists(f"{key}:cancel")
             return bool((await pipe.execute())[-1])
@@ -151,14 +155,16 @@ class Ledger:
             await asyncio.sleep(_POLL)
             ended, events = job.ended, [event for event in job.events if event.number >= after] or [_QUEUED]
 
-    async def _read(self, identity: str) -> list[Event] | None:
+    async def _read(self, identity: str, tenant: str) -> list[Event] | None:
         """What Redis knows of a probe, in order; None where it does not know it."""
         link = self._link
         if link is None or not identity.isalnum() or len(identity) > 64:
             return None
 
+        key = self._key(identity, tenant)
+
         async def read(redis: Redis) -> dict[bytes, bytes]:
-            found: Any = await redis.hgetall(self._prefix + identity)
+            found: Any = await redis.hgetall(key)
             return dict(found)
 
         try:
@@ -167,23 +173,16 @@ class Ledger:
             return None
         if not rows:
             return None
-        found = [self._event(identity, row) for row in rows.values()]
+        found = [self._event(key, row) for row in rows.values()]
         return sorted((event for event in found if event is not None and event.number >= 0), key=lambda one: one.number)
 
-    def _signed(self, identity: str, event: Event) -> bytes:
-        text = json.dumps(event).encode()
-        return self._mac(identity, text) + b" " + text
+    def _signed(self, key: str, event: Event) -> bytes:
+        return self._seal.close(key, json.dumps(event).encode())
 
-    def _event(self, identity: str, row: bytes) -> Event | None:
+    def _event(self, key: str, row: bytes) -> Event | None:
         """An entry as it was written; None if it was not written by us."""
-        mac, _, text = row.partition(b" ")
-        if self._secret and not hmac.compare_digest(mac, self._mac(identity, text)):
-            return None
-        with contextlib.suppress(ValueError, RecursionError, TypeError):
-            number, kind, data = json.loads(text)
+        with contextlib.suppress(NotSigned, ValueError, RecursionError, TypeError):
+            number, kind, data = json.loads(self._seal.open(key, row))
             if type(number) is int and isinstance(kind, str) and isinstance(data, dict):
                 return Event(number, kind, data)
         return None
-
-    def _mac(self, identity: str, text: bytes) -> bytes:
-        return hmac.new(self._secret, identity.encode() + b"\0" + text, hashlib.sha256).hexdigest().encode()

@@ -66,7 +66,8 @@ class Prober:
         self._beginning = 0
         self._active: list[Job] = []
         self._round = _Round()
-        self._stopping = False
+        self._worked: list[Job] = []  # those that the current step is for
+        self._stopping = self._retiring = False
         self._log = telemetry.get_logger()
 
     @property
@@ -77,7 +78,7 @@ class Prober:
     @property
     def urgent(self) -> bool:
         """Whether a probe is to end at once, which costs next to nothing."""
-        return self._stopping or any(job.cancelled or job.overdue for job in self._active)
+        return self._stopping or self._retiring or any(job.cancelled or job.overdue for job in self._active)
 
     @property
     def running(self) -> int:
@@ -106,8 +107,19 @@ class Prober:
             if self.running >= self.most:
                 raise Overloaded(
                     f"{self.running} probes run and wait, at most {self.most} may (IRONCLIP_MAX_PROBES).",
+                    limit_name="probes",
                     retry_after=max(1.0, self.backlog_seconds),
                     limit=self.most,
+                )
+            left = max(0.0, job.deadline - time.monotonic())
+            if self.backlog_seconds > left:
+                raise Overloaded(
+                    f"Probes that wait may take {self.backlog_seconds:.0f} s before this one begins, and its deadline "
+                    f"is {left:.0f} s away: ask with `Prefer: respond-async`, or allow more with X-Request-Timeout-Ms "
+                    "(within IRONCLIP_REQUEST_TIMEOUT_MS).",
+                    limit_name="deadline",
+                    retry_after=max(1.0, self.backlog_seconds - left),
+                    limit=round(1000 * left),
                 )
             self._waiting.append(job)
         self._wake()
@@ -118,8 +130,22 @@ class Prober:
             self._stopping = True
         self._wake()
 
+    def retire(self) -> None:
+        """End what runs with what is known, and whatever comes as soon as it has begun: the encoder is to go."""
+        with self._lock:
+            self._retiring = True
+        self._wake()
+
+    def abandon(self) -> None:
+        """Fail what is under way: the thread that worked on it is gone, or hangs."""
+        jobs, self._active, self._round = self._active, [], _Round()
+        for job in jobs:
+            self._fail(job, NotReady("The worker of this probe was started again; ask again.", retry_after=1))
+            job.release()
+
     def step(self) -> None:
         """Do one piece."""
+        self._worked = []
         try:
             self._step()
         except Exception:
@@ -129,25 +155,37 @@ class Prober:
             for job in jobs:
                 self._fail(job, _fault())
                 job.release()
+        for job in self._worked:
+            job.piece_ends()
 
     def _step(self) -> None:
         work = self._round
         if self._stopping:
             self._end_all()
+        elif self._retiring and self._active:
+            self._end_active()
         elif over := [job for job in self._active if job.cancelled or job.overdue]:
             for job in over:
                 self._guarded(job, lambda job=job: self._give_up(job))  # type: ignore[misc]
         elif work.steps:
             going, jobs = work.steps.popleft()
+            self._work_for(jobs)
             if self._advance(going, jobs):
                 work.steps.appendleft((going, jobs))
         elif work.takes:
             job, answered = work.takes.popleft()
+            self._work_for([job])
             self._guarded(job, lambda: self._take(job, answered))
         elif self._waiting and len(self._active) < _ACTIVE:
             self._admit()
         else:
             self._begin_round()
+
+    def _work_for(self, jobs: list[Job]) -> None:
+        """Note whose the piece is that begins now."""
+        self._worked = jobs
+        for job in jobs:
+            job.piece_begins(len(jobs))
 
     def _advance(self, going: Iterator[None], jobs: list[Job]) -> bool:
         """Do a step; whether there are more. What fails of one probe alone fails it alone."""
@@ -200,6 +238,7 @@ class Prober:
         with self._lock:
             job = self._waiting.popleft()
             self._beginning = 1  # it counts all the time
+        self._work_for([job])
         try:
             if self._guarded(job, lambda: self._begin(job)):
                 self._active.append(job)
@@ -245,13 +284,15 @@ class Prober:
             job.tell()
         return not probe.done
 
-    def _end_all(self) -> None:
+    def _end_active(self) -> None:
         jobs, self._round = list(self._active), _Round()
-        with self._lock:
-            waiting, self._waiting = list(self._waiting), deque()
-
         for job in jobs:
             self._guarded(job, lambda job=job: self._end(job, "cancelled"))  # type: ignore[misc]
+
+    def _end_all(self) -> None:
+        self._end_active()
+        with self._lock:
+            waiting, self._waiting = list(self._waiting), deque()
         for job in waiting:
             self._fail(job, NotReady("The service is stopping."))
 
@@ -286,7 +327,7 @@ def _timed(encoder: Encoder, size: int) -> float:
         began = time.perf_counter()
         torch.autograd.grad(encoder.encode_image(pixels).sum(), pixels)
         if pixels.is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(pixels.device)
     return time.perf_counter() - began
 
 

@@ -7,27 +7,36 @@ normalised, on the CPU; deciding from them is the Classifier's.
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ironclip.cpus import usable_cpus
 from ironclip.defences import Defence, make_defence
+from ironclip.domain import Domain
 from ironclip.encoder import Encoder
 from ironclip.labels import LabelSet
-from ironclip.loading import load_encoder
-from ironclip.preprocessing import to_float
+from ironclip.precision import keep_float32_exact
 from ironclip.textbank import TextBank
+from service import telemetry
+from service.admission import Room
 from service.banks import Banks
 from service.batching import Batcher
 from service.dtype import choose_dtype
 from service.errors import problem
+from service.forwards import choose_forward
 from service.probing import Prober, measured_rows
+from service.supervisor import Watched
 from service.tokenizing import Tokenizing
+from service.tower import ImageJob, ImageTower
 
 # (tower, items, seconds, seconds that the oldest item waited)
 BatchObserver = Callable[[str, int, float, float], None]
@@ -36,20 +45,12 @@ TOWERS = ("image", "text")
 # banks (whose callers wait for a label set once).
 _TOKENS_AHEAD = 8
 _PROMPTS_AHEAD = 32
+# Texts in the largest batch that is measured at start, and seconds after which one measurement of a size is enough.
+_WARM_TEXTS = 8
+_LONG = 0.25
+_PLAIN = make_defence()
 _SWITCH_SECONDS = 0.0005
-
-
-@dataclass(frozen=True)
-class ImageJob:
-    """One picture for the image tower: uint8 [3, R, R], and the defence that makes views of it."""
-
-    pixels: Tensor
-    defence: Defence
-
-    @property
-    def group(self) -> tuple[Any, ...]:
-        """Jobs of one group go through the defence together."""
-        return (self.defence.name, *sorted((key, repr(value)) for key, value in self.defence.options().items()))
+_SERIALS = itertools.count(1)
 
 
 class ServedEncoder:
@@ -59,14 +60,22 @@ class ServedEncoder:
         name: what callers call it.
         encoder: in float32, on its device; given up for a copy in the chosen dtype.
         dtype: 'auto' or a pinned one, see `choose_dtype`.
+        forward: 'auto' or a pinned one, see `choose_forward`.
         max_batch: images, or texts, in one forward pass at most.
         max_queue: items waiting for a tower at most.
+        max_wait: seconds of work that may be ahead of a request.
         idle_wait_ms: see Batcher.
         defence: of requests that name none; must serve the encoder's head.
         most_probes: that run and wait at most; 0 for an encoder that is not probed.
         quantum_ms: see `IRONCLIP_PROBE_QUANTUM_MS`.
         images_expected: says whether pictures are being decoded at the moment.
         observe: called after each batch, in the worker's thread.
+        supervised: see Batcher.
+        domain: what it was trained on, if its artifact says so.
+
+    Attributes:
+        serial: tells it from every other one of this process, of the same name and digest too.
+        retired: it has been unloaded; nothing that holds it is to be kept.
     """
 
     def __init__(
@@ -75,16 +84,24 @@ class ServedEncoder:
         encoder: Encoder,
         *,
         dtype: str = "auto",
+        forward: str = "auto",
         max_batch: int = 32,
         max_queue: int = 512,
+        max_wait: float = math.inf,
         idle_wait_ms: float = 2.0,
         defence: Defence | None = None,
         most_probes: int = 0,
         quantum_ms: float = 0.0,
         images_expected: Callable[[], bool] | None = None,
         observe: BatchObserver | None = None,
+        supervised: bool = False,
+        domain: Domain | None = None,
     ) -> None:
         self.name = name
+        self.serial = next(_SERIALS)
+        self.retired = False
+        self.domain = domain
+        keep_float32_exact()
         self.encoder, self.dtype_report = choose_dtype(encoder, dtype)
         # Gradients are taken in float32, whatever is served: a probe's number must not be the dtype's.
         self.attacked = self.encoder if self.encoder.dtype == torch.float32 else encoder.served(torch.float32)
@@ -93,17 +110,28 @@ class ServedEncoder:
         self.max_batch = max_batch
         self.defence = defence or make_defence()
         self._observe = observe
+        forwards, self.forward_report = choose_forward(self.encoder, forward, sizes=warm_sizes(max_batch))
+        self.tower = ImageTower(
+            self.encoder,
+            max_batch,
+            forwards=forwards,
+            upcoming=lambda: self.images.upcoming(),
+            on_padding=telemetry.BATCH_PAD_RATIO.observe,
+        )
         self.images: Batcher[ImageJob, Tensor] = Batcher(
             f"{name} image",
-            self._run_images,
+            self.tower.run,
             max_batch=max_batch,
             max_queue=max_queue,
+            max_wait=max_wait,
             idle_wait_ms=idle_wait_ms,
             more_expected=images_expected,
             shares_cores=self.encoder.device.type == "cpu",
             on_batch=self._observer("image"),
             cost=lambda job: job.defence.cost,
             gaps=self,
+            out_of_memory=is_out_of_memory,
+            supervised=supervised,
         )
         self.prober: Prober | None = None
         self.probe_report: dict[str, float] = {}
@@ -113,10 +141,15 @@ class ServedEncoder:
             self._run_texts,
             max_batch=max_batch,
             max_queue=max_queue,
+            max_wait=max_wait,
             # Texts take no decoding, so none is on its way while the worker idles.
             idle_wait_ms=0,
             on_batch=self._observer("text"),
+            out_of_memory=is_out_of_memory,
+            supervised=supervised,
         )
+        for tower, batcher in (("image", self.images), ("text", self.texts)):
+            batcher.on_expired = telemetry.EXPIRED.labels(tower).inc
         self.tokens = Tokenizing(name, self.encoder, max_queue=_TOKENS_AHEAD * max_queue)
         self.banks = Banks(name, self.encoder, self.encode_texts, part=max_batch, max_ahead=_PROMPTS_AHEAD * max_queue)
 
@@ -124,6 +157,22 @@ class ServedEncoder:
     def dtype(self) -> str:
         """Name of the dtype that the towers compute in."""
         return self.dtype_report.chosen
+
+    @property
+    def reference(self) -> str:
+        """`name@digest`: this version, whatever the name stands for by then."""
+        return f"{self.name}@{self.digest}"
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What decides a picture's features beside the picture and the defence: digest, dtype, preprocessing."""
+        return self.digest, self.dtype, self.encoder.preprocessing.digest
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything runs or waits, a probe or a text bank among it."""
+        towers = any(tower.queued or tower.busy for tower in (self.images, self.texts))
+        return towers or bool(self.tokens.queued or self.banks.queued) or self.pending
 
     @property
     def alive(self) -> bool:
@@ -151,27 +200,26 @@ class ServedEncoder:
             self.prober.step()
 
     def start(self) -> None:
-        """Warm up every batch size that is a power of two, and start the workers; blocks until done."""
-        side, size = self.encoder.resolution, 1
-        with torch.inference_mode():
-            while size <= self.max_batch:
-                blank = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=self.encoder.device)
-                self.encoder.encode_image(to_float(blank))
-                size *= 2
-            self.encoder.encode_text(["warm"])
+        """Warm up batches of every power of two and of the largest size, and start the workers; blocks until done."""
+        tokens = self.encoder.tokenize(["warm"])
+        for size in warm_sizes(self.max_batch):
+            _measure(self.images, size, partial(self.tower.run, self._blanks(size)))
+        for size in warm_sizes(min(self.max_batch, _WARM_TEXTS)):
+            _measure(self.texts, size, partial(self._run_texts, list(tokens.expand(size, -1))))
         if self._most_probes:
             self._prepare_probes()
+        if self.tower.forwards is not None:
+            self.tower.forwards.release()  # to the worker's thread
         self.images.start()
         self.texts.start()
 
+    def _blanks(self, count: int) -> list[ImageJob]:
+        side = self.encoder.resolution
+        return [ImageJob(blank, _PLAIN) for blank in torch.zeros(count, 3, side, side, dtype=torch.uint8)]
+
     def _prepare_probes(self) -> None:
         """Find how much of a probe fits into the quantum, which is fixed from here on."""
-        side = self.encoder.resolution
-        blank = torch.zeros(self.max_batch, 3, side, side, device=self.encoder.device)
-        began = time.perf_counter()
-        with torch.inference_mode():
-            self.encoder.encode_image(blank).cpu()
-        quantum = self._quantum or 1.5 * (time.perf_counter() - began)
+        quantum = self._quantum or 1.5 * self.images.pace.seconds(self.max_batch)
         rows, seconds = measured_rows(self.attacked, quantum)
         self.prober = Prober(rows, most=self._most_probes, wake=self.images.nudge, describe=problem)
         self.probe_report = {
@@ -190,12 +238,31 @@ class ServedEncoder:
                 await asyncio.sleep(0.01)
         await asyncio.gather(self.images.stop(drain), self.texts.stop(drain))
 
-    async def encode_images(self, pixels: Sequence[Tensor], defence: Defence) -> list[Tensor | Exception]:
+    def release(self) -> None:
+        """Let go of the weights, once it has been stopped; afterwards it is of no use.
+
+        Queues, workers and encoder hold each other: without this they would stay until the collector finds them.
+        """
+        for name in ("images", "tower", "texts", "tokens", "banks", "prober", "encoder", "attacked"):
+            self.__dict__.pop(name, None)
+
+    def room_for(self, pictures: int, defence: Defence) -> AbstractContextManager[Room]:
+        """Let a request of so many pictures in before they are decoded.
+
+        Raises:
+            Overloaded, NotReady: as `Batcher.submit`.
+        """
+        return self.images.reserve(pictures * defence.cost)
+
+    async def encode_images(
+        self, pixels: Sequence[Tensor], defence: Defence, room: Room | None = None
+    ) -> list[Tensor | Exception]:
         """Features of each picture's views.
 
         Args:
-            pixels: uint8 [3, R, R] each.
+            pixels: uint8 [3, R, R] each, or float32 in [0, 1].
             defence: makes the views.
+            room: that was made for them.
 
         Returns:
             For each picture float32 [views, dim] on the CPU, not normalised, or what went wrong with it.
@@ -203,7 +270,7 @@ class ServedEncoder:
         Raises:
             Overloaded, NotReady: as `Batcher.submit`.
         """
-        return await self.images.submit_many([ImageJob(picture, defence) for picture in pixels])
+        return await self.images.submit_many([ImageJob(picture, defence) for picture in pixels], room)
 
     async def encode_texts(self, texts: Sequence[str], *, truncate: bool = False) -> list[Tensor | Exception]:
         """Features of each text: float32 [dim] on the CPU, not normalised, or LabelError for one that is too long.
@@ -216,32 +283,33 @@ class ServedEncoder:
         features = iter(await self.texts.submit_many(readable))
         return [next(features) if isinstance(row, Tensor) else row for row in tokens]
 
-    async def text_bank(self, label_set: LabelSet, *, descriptions: bool = False) -> TextBank:
+    async def text_bank(self, label_set: LabelSet, *, descriptions: bool = False, tenant: str = "") -> TextBank:
         """Encode a label set; callers see to it that each set is asked for once.
 
         Raises:
             LabelError: a text is too long.
             Overloaded, NotReady: as `Batcher.submit`.
         """
-        return await self.banks.build(label_set, descriptions=descriptions)
+        return await self.banks.build(label_set, descriptions=descriptions, tenant=tenant)
 
-    def _run_images(self, jobs: Sequence[ImageJob]) -> list[Tensor]:
-        groups: dict[tuple[Any, ...], list[int]] = {}
-        for index, job in enumerate(jobs):
-            groups.setdefault(job.group, []).append(index)
-        features: dict[int, Tensor] = {}
-        for members in groups.values():
-            rows = self._encode_group([jobs[i].pixels for i in members], jobs[members[0]].defence)
-            features.update(zip(members, rows, strict=True))
-        return [features[i] for i in range(len(jobs))]
+    def watched(self, vital: Callable[[], bool], ailed: Callable[[str], None]) -> list[Watched]:
+        """Both workers, for a supervisor; `vital` and `ailed` are those of Watched."""
+        side = self.encoder.resolution
+        blank = torch.zeros(3, side, side, dtype=torch.uint8)
+        tokens = self.encoder.tokenize(["check"])[0]
+        prober = self.prober
 
-    def _encode_group(self, pixels: list[Tensor], defence: Defence) -> list[Tensor]:
-        # Inference mode is the faster one, but inside it a defence could not take gradients.
-        with torch.no_grad() if defence.optimising else torch.inference_mode():
-            views = defence.make_views(to_float(torch.stack(pixels).to(self.encoder.device)), self.encoder.encode_image)
-            rows = self.encoder.encode_image(views.flatten(0, 1)).reshape(*views.shape[:2], -1).cpu()
-        # Cloned, so that a row that is kept does not keep its whole batch.
-        return [row.clone() for row in rows]
+        async def see() -> Tensor:
+            return await self.images.submit(ImageJob(blank, _PLAIN))
+
+        async def read() -> Tensor:
+            return await self.texts.submit(tokens)
+
+        abandon = prober.abandon if prober is not None else lambda: None
+        return [
+            Watched(self.images, self.name, "image", see, abandon, owner=self, vital=vital, ailed=ailed),
+            Watched(self.texts, self.name, "text", read, owner=self, vital=vital, ailed=ailed),
+        ]
 
     def _run_texts(self, tokens: Sequence[Tensor]) -> list[Tensor]:
         with torch.inference_mode():
@@ -255,25 +323,41 @@ class ServedEncoder:
         return lambda items, seconds, waited: observe(tower, items, seconds, waited)
 
 
-def load_served_encoder(name: str, spec: str, *, device: str = "auto", **options: Any) -> ServedEncoder:
-    """Load an encoder, choose its dtype and warm it up; blocks. `options` are those of ServedEncoder.
+def warm_sizes(most: int) -> list[int]:
+    """The powers of two, and the largest batch itself."""
+    return sorted({1 << power for power in range(most.bit_length())} | {most})
 
-    Raises:
-        EncoderLoadError, ArtifactError: as `load_encoder`.
-        OptionError: the device does not exist.
-    """
-    served = ServedEncoder(name, load_encoder(spec, device=device), **options)
-    served.start()
-    return served
+
+def _measure(batcher: Batcher[Any, Any], size: int, run: Callable[[], Any]) -> None:
+    """Run a batch of this size, and tell its batcher how long it takes; the first of a size also sets things up."""
+    for _ in range(2):
+        began = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - began
+        batcher.pace.measured(size, seconds)
+        if seconds > _LONG:
+            return
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception of torch, or of Python, says that there is not enough memory."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return True
+    # As torch's allocators for the CPU say it, on Linux and elsewhere.
+    texts = ("can't allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def use_threads(threads: int) -> int:
-    """Set how many CPU threads one forward pass uses (0 leaves it to torch); returns how many it now uses.
+    """Set how many CPU threads one forward pass uses; returns how many it now uses.
+
+    0 leaves it to torch, which does not see a container's CPU quota: never more than that grants.
 
     Also lets threads take the interpreter from each other sooner: a forward pass asks for it a few hundred times,
     and by default waits up to 5 ms each time while the event loop or a decoder is busy.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cpus()))
     return torch.get_num_threads()

@@ -64,8 +64,12 @@ Defence = Annotated[
         }
     ),
 ]
-ImageText = Annotated[str, Field(description="JPEG, PNG or WebP as base64, or as a base64 `data:` URI.")]
-_IMAGE_TEXT = {"type": "string", "description": "JPEG, PNG or WebP as base64, or as a base64 `data:` URI."}
+_PICTURE = (
+    "JPEG, PNG or WebP as base64, or as a base64 `data:` URI; or its `https` URL, where the service fetches from that "
+    "host (`IRONCLIP_IMAGE_URL_HOSTS`; by default from none)."
+)
+ImageText = Annotated[str, Field(description=_PICTURE)]
+_IMAGE_TEXT = {"type": "string", "description": _PICTURE}
 ImageTexts = Annotated[
     list[ImageText], Field(max_length=_MOST_IMAGES), WithJsonSchema({"type": "array", "items": _IMAGE_TEXT})
 ]
@@ -80,8 +84,8 @@ class Closed(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Options(Closed):
-    """What a classification can be asked for, in every input form."""
+class Decision(Closed):
+    """How a picture is to be decided about, whichever encoder does it."""
 
     labels: Labels | None = Field(
         default=None, description='The labels to choose from: names, or `{"name", "prompts"?, "descriptions"?}`.'
@@ -89,7 +93,6 @@ class Options(Closed):
     label_set: str | None = Field(
         default=None, description="A registered label set: `name`, or `name@digest` for one version."
     )
-    encoder: str = Field(default="default", description="An encoder of `GET /models`.")
     defence: Defence | None = Field(
         default=None,
         description='`{"name": ..., option: ...}`, or the bare name; by default the encoder\'s own, see `GET /models`.',
@@ -107,6 +110,14 @@ class Options(Closed):
     )
     top_k: int | None = Field(
         default=None, ge=1, le=1_000_000, description="Predictions in each answer at most; 100 if not given."
+    )
+
+
+class Options(Decision):
+    """What a classification can be asked for, in every input form."""
+
+    encoder: str = Field(
+        default="default", description="An encoder of `GET /models`: `name`, or `name@digest` for one version."
     )
 
 
@@ -134,7 +145,9 @@ class ClassifyRequest(Options):
 class EmbedOptions(Closed):
     """What an embedding can be asked for, in every input form."""
 
-    encoder: str = Field(default="default", description="An encoder of `GET /models`.")
+    encoder: str = Field(
+        default="default", description="An encoder of `GET /models`: `name`, or `name@digest` for one version."
+    )
     encoding_format: EncodingFormat = Field(default="float", description="Numbers, or base64 of little-endian float32.")
     defence: Defence | None = Field(
         default=None,
@@ -174,6 +187,34 @@ class LabelSetDocument(Closed):
     tree: Tree | None = None
 
 
+class ModelDocument(Closed):
+    """A version of an encoder that is to be loaded."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"spec": "/models/robust-v2", "canary": 0.05}]})
+
+    spec: str = Field(
+        min_length=1,
+        max_length=4096,
+        description="What to load: the path of an artifact below `IRONCLIP_MODELS_DIR`, a demo encoder, or what "
+        "`IRONCLIP_MODEL_SPECS` allows.",
+    )
+    digest: str | None = Field(
+        default=None,
+        pattern="^[0-9a-f]{64}$",
+        description="The encoder's digest (`GET /models`); another one is refused, and one that is served already is "
+        "not loaded again.",
+    )
+    defence: Defence | None = Field(
+        default=None, description="Of requests that name none; that of the version before if not given."
+    )
+    canary: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Share of the name's requests that this version is tried on, beside the one that is served.",
+    )
+
+
 class OpenAIEmbeddingRequest(BaseModel):
     """`POST /v1/embeddings`; fields of OpenAI's that mean nothing here are passed over."""
 
@@ -186,7 +227,7 @@ class OpenAIEmbeddingRequest(BaseModel):
         WithJsonSchema(
             {
                 "description": "A text, an image as a `data:` URI, or a list of them; also OpenAI's "
-                "`text` and `image_url` parts.",
+                "`text` and `image_url` parts, whose URL is a `data:` URI, or `https` where the service fetches it.",
                 "anyOf": [
                     {"type": "string"},
                     {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "object"}]}, "minItems": 1},

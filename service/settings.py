@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,17 +27,32 @@ from redis.asyncio import ConnectionPool
 from redis.exceptions import RedisError
 
 from ironclip.errors import IronclipError
+from service.image_addresses import read_rule
 
 PREFIX = "IRONCLIP_"
 CONFIG_VARIABLE = "IRONCLIP_CONFIG"
+# Of the client, which may run in the same shell; nothing to the service.
+CLIENT_VARIABLES = ("IRONCLIP_URL", "IRONCLIP_API_KEY")
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 DEFAULT_ALIAS = "default"
 # A Kubernetes Service called "ironclip" puts these into every pod beside it; they are not ours.
 _SERVICE_LINK = re.compile(r"^IRONCLIP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?)$")
 
+# Of OpenTelemetry's variables those that are looked at here; its SDK reads them all.
+_OTEL = (
+    "SDK_DISABLED",
+    "TRACES_EXPORTER",
+    "EXPORTER_OTLP_ENDPOINT",
+    "EXPORTER_OTLP_TRACES_ENDPOINT",
+    "EXPORTER_OTLP_PROTOCOL",
+    "EXPORTER_OTLP_TRACES_PROTOCOL",
+)
+
 MIB = 1024 * 1024
 # Pillow refuses beyond this by itself (half of its error bound), so a higher limit could not be kept.
 MOST_PIXELS = 89_000_000
+# Of the secret that signs what is kept in Redis, where there are tenants to be kept apart.
+MAC_KEY_CHARS = 32
 
 
 class SettingsInvalid(IronclipError):
@@ -53,6 +69,13 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="Address to listen on; `0.0.0.0` for every interface.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    shared_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="A port that several processes of this host, of one user, listen on together, each while it is "
+        "ready; 0: none. `python -m service fleet` sets it.",
+    )
     encoders: Annotated[dict[str, str], NoDecode] = Field(
         default={"demo": "demo", "demo-robust": "demo-robust", "demo-vit": "demo-vit"},
         description="Encoders to serve, `name=spec` with commas between, or a JSON object. A spec is `demo`, "
@@ -67,16 +90,66 @@ class Settings(BaseSettings):
         description="The defence of classifications that name none, by encoder: `encoder=defence` with commas between, "
         "or a JSON object whose values are defences as in a request. Encoders not named have `none`.",
     )
+    models_dir: Path | None = Field(
+        default=None,
+        description="Folder of artifacts: each subfolder is served under its name, and loaded, swapped and unloaded as "
+        "it comes, changes and goes. Encoders in `encoders` stay as they are.",
+    )
+    models_poll_seconds: float = Field(
+        default=5.0,
+        ge=0.05,
+        le=3600,
+        description="Seconds between two looks into `models_dir`; what has changed is taken when two looks in a row "
+        "see the same.",
+    )
+    model_specs: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="What `PUT /models/{name}` may load beside the demo encoders and artifacts below `models_dir`: "
+        "specs and absolute folders with commas between, `*` stands for anything (`ViT-B-32/*, hf-hub:acme/*, "
+        "/srv/clip/*`).",
+    )
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
         description="Compute type; `auto` measures at start and checks the drift against float32. What is fastest may "
         "come out differently on each replica: pin it where several are to give the same scores and share a cache.",
     )
-    threads: int = Field(default=0, ge=0, le=1024, description="CPU threads for the model; 0 leaves it to torch.")
+    compile: Literal["auto", "off", "graphs", "compile"] = Field(
+        default="auto",
+        description="The image tower's forward: `graphs` replays a CUDA graph for each warmed batch size, `compile` is "
+        "torch.compile (minutes at start), `off` the plain one. `auto`: graphs on a GPU, if they are measured faster "
+        "and come to the same; else off.",
+    )
+    threads: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="CPU threads for the model; 0: torch's number, or the container's CPU quota if less.",
+    )
     max_batch: int = Field(default=32, ge=1, le=4096, description="Items in one forward pass at most.")
     max_queue: int = Field(
         default=512, ge=1, le=1_000_000, description="Items waiting for a tower at most; more are answered 429."
+    )
+    max_queue_ms: float = Field(
+        default=2000.0,
+        ge=1,
+        le=3_600_000,
+        description="Milliseconds of work, at the pace of the last batches, that may be ahead of a request; if more "
+        "is, it is answered 429. What the request brings itself does not count. Never less than one full batch.",
+    )
+    worker_timeout_seconds: float = Field(
+        default=60.0,
+        ge=0.1,
+        le=3600,
+        description="A model worker that has work and has not moved for so long is replaced, what it had in hand is "
+        "answered 503; never less than ten times what its batch should take.",
+    )
+    worker_restarts: int = Field(
+        default=5,
+        ge=0,
+        le=1000,
+        description="Starts of a model worker in a row, with growing pauses, after which the process ends with status "
+        "4, for whatever started it to start it again.",
     )
     idle_wait_ms: float = Field(
         default=5.0,
@@ -85,7 +158,9 @@ class Settings(BaseSettings):
         description="How long an idle model waits for the next item while images are being decoded, before it "
         "starts a batch that is not full; ten times that in all.",
     )
-    decode_workers: int = Field(default=0, ge=0, le=256, description="Threads that decode images; 0: one a core.")
+    decode_workers: int = Field(
+        default=0, ge=0, le=256, description="Threads that decode images; 0: one a core, within the quota."
+    )
     max_views: int = Field(
         default=16,
         ge=1,
@@ -131,6 +206,24 @@ class Settings(BaseSettings):
         description="How long `/readyz` says 503 before the port closes, for balancers to notice.",
     )
 
+    keys_file: Path | None = Field(
+        default=None,
+        description="TOML file of API keys, see `python -m service keys --help`; read again when it changes. Without "
+        "it the service is open to whoever reaches it.",
+    )
+    metrics_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="A port of its own for `/metrics`, open and with nothing else on it; 0 leaves it on `port`, where "
+        "an API key needs the scope `metrics` or `admin`.",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Web pages that may ask from a browser, as origins `https://host[:port]` with commas between; `*` "
+        "for all of them, without API keys only. Cookies are never read.",
+    )
+
     redis_url: SecretStr | None = Field(
         default=None,
         description="`redis://`, `rediss://` or `unix://` address of a Redis shared by the replicas, for caches "
@@ -142,8 +235,8 @@ class Settings(BaseSettings):
     )
     redis_mac_key: SecretStr = Field(
         default=SecretStr(""),
-        description="Secret that signs cached values, the same on all replicas, so that another writer to Redis "
-        "cannot plant scores.",
+        description="Secret that signs what is kept in Redis (cached values, label sets, probes), the same on all "
+        "replicas, so that another writer to Redis cannot plant any. With API keys and Redis it is needed.",
     )
     cache_bytes: int = Field(
         default=64 * MIB, ge=0, description="Memory for cached score and embedding vectors; 0 turns caching off."
@@ -158,6 +251,26 @@ class Settings(BaseSettings):
         default=Path("state"), description="Folder for registered label sets when there is no Redis."
     )
 
+    image_url_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Hosts that pictures may be fetched from where a request has a URL in a picture's place: `host` or "
+        "`.suffix` (every host below it), either with `:port`, with commas between. None: no URL is fetched.",
+    )
+    image_url_networks: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Networks such as `10.0.0.0/8` in which those hosts may lie; without it every address of a host "
+        "has to be a public one.",
+    )
+    image_url_http: bool = Field(
+        default=False, description="Whether `http://` is fetched too; for private networks, where nobody listens."
+    )
+    image_url_timeout_ms: int = Field(
+        default=5000, ge=10, le=600_000, description="Longest time for fetching one picture, redirects included."
+    )
+    image_url_fetches: int = Field(
+        default=16, ge=1, le=1024, description="Pictures fetched at once at most, a quarter of them for one request."
+    )
+
     max_body_bytes: int = Field(default=64 * MIB, ge=1024, description="Bytes of one request at most.")
     max_held_bytes: int = Field(
         default=1024 * MIB,
@@ -170,7 +283,9 @@ class Settings(BaseSettings):
     max_images: int = Field(default=64, ge=1, le=4096, description="Images in one request at most.")
     max_texts: int = Field(default=1024, ge=1, le=65_536, description="Texts in one embedding request at most.")
     max_labels: int = Field(default=1000, ge=1, description="Labels sent with one request at most.")
-    max_label_sets: int = Field(default=1000, ge=1, le=1_000_000, description="Label sets registered at most.")
+    max_label_sets: int = Field(
+        default=1000, ge=1, le=1_000_000, description="Label sets registered at most, of each tenant."
+    )
     max_registered_labels: int = Field(default=20_000, ge=1, description="Labels of one registered set at most.")
     max_prompts: int = Field(
         default=160_000, ge=1, description="Prompts at most that labels, templates and descriptions make together."
@@ -180,6 +295,13 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged.")
     log_format: Literal["auto", "json", "console"] = Field(
         default="auto", description="`auto`: coloured lines on a terminal, JSON elsewhere."
+    )
+    slow_request_ms: int = Field(
+        default=5000,
+        ge=0,
+        le=3_600_000,
+        description="Requests that take longer are logged as warnings, with the time of each stage; 0: none are. "
+        "Probes never are.",
     )
 
     @field_validator("encoders", mode="before")
@@ -204,6 +326,42 @@ class Settings(BaseSettings):
     def _read_defences(cls, value: object) -> object:
         return parse_encoders(value, plain=False) if isinstance(value, str) else value
 
+    @field_validator("cors_origins", "model_specs", "image_url_hosts", "image_url_networks", mode="before")
+    @classmethod
+    def _read_list(cls, value: object) -> object:
+        return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin != "*" and not re.fullmatch(r"https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:\d{1,5})?", origin):
+                raise ValueError(
+                    f"{origin!r} is not an origin: https://host[:port], without a path or a slash at its end"
+                )
+        return value
+
+    @field_validator("image_url_hosts")
+    @classmethod
+    def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            read_rule(entry)
+        return value
+
+    @field_validator("image_url_networks")
+    @classmethod
+    def _check_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            ip_network(entry)
+        return value
+
+    @field_validator("models_dir")
+    @classmethod
+    def _check_models_dir(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_dir():
+            raise ValueError(f"there is no folder {str(value)!r}; make it, it may be empty")
+        return value
+
     @field_validator("redis_url")
     @classmethod
     def _check_redis_url(cls, value: SecretStr | None) -> SecretStr | None:
@@ -222,6 +380,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_default(self) -> Settings:
+        if self.models_dir is not None:
+            return self  # which encoders there are is found out at start
         if self.default_encoder and self.default_encoder not in self.encoders:
             raise ValueError(
                 f"default_encoder {self.default_encoder!r} is not among the encoders: {', '.join(self.encoders)}"
@@ -231,6 +391,28 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"defences names {unknown[0]!r}, which is not among the encoders: {', '.join(self.encoders)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Settings:
+        if self.keys_file is None:
+            return self
+        if "*" in self.cors_origins:
+            raise ValueError("cors_origins: `*` lets any web page use the API keys it gets hold of; name the origins")
+        if self.redis_url is not None and len(self.redis_mac_key.get_secret_value()) < MAC_KEY_CHARS:
+            raise ValueError(
+                "redis_mac_key: with keys_file and redis_url set, what is kept in Redis has to be signed: set "
+                f"IRONCLIP_REDIS_MAC_KEY to at least {MAC_KEY_CHARS} characters, the same on all replicas (for "
+                "instance from `openssl rand -hex 32`)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_ports(self) -> Settings:
+        if self.metrics_port and self.metrics_port == self.port:
+            raise ValueError("metrics_port: is the same as port; 0 leaves /metrics there, with the other routes")
+        if self.shared_port and self.shared_port in (self.port, self.metrics_port):
+            raise ValueError("shared_port: is the same as port or metrics_port; each process has those for itself")
         return self
 
     @property
@@ -294,6 +476,25 @@ def load_settings(**overrides: Any) -> Settings:
         raise SettingsInvalid(str(error)) from None
 
 
+def traces_wanted() -> bool:
+    """Whether OpenTelemetry's own variables name a collector for traces.
+
+    Raises:
+        SettingsInvalid: they ask for a protocol or an exporter that is not here.
+    """
+    environ = {name: os.environ.get(f"OTEL_{name}", "").strip() for name in _OTEL}
+    if environ["SDK_DISABLED"].lower() == "true" or environ["TRACES_EXPORTER"] == "none":
+        return False
+    if not (environ["EXPORTER_OTLP_ENDPOINT"] or environ["EXPORTER_OTLP_TRACES_ENDPOINT"]):
+        return False
+    if environ["TRACES_EXPORTER"] not in ("", "otlp"):
+        raise SettingsInvalid("OTEL_TRACES_EXPORTER: traces are sent by `otlp` alone; `none` turns them off")
+    for name in ("EXPORTER_OTLP_TRACES_PROTOCOL", "EXPORTER_OTLP_PROTOCOL"):
+        if environ[name] not in ("", "http/protobuf"):
+            raise SettingsInvalid(f"OTEL_{name}: only http/protobuf is spoken here (mostly port 4318)")
+    return True
+
+
 def let_idle_threads_sleep() -> None:
     """Have OpenMP's threads sleep while they wait for each other; call before torch is imported.
 
@@ -304,8 +505,31 @@ def let_idle_threads_sleep() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def process_environment(device: str, **settings: object) -> dict[str, str]:
+    """This process's environment for a service process of its own on one device, with other settings.
+
+    A GPU is made the only one that the process sees: else some of its memory would go to the first one.
+
+    Args:
+        device: `cpu` or `cuda:N`, N among the GPUs that this process sees.
+        settings: by field.
+
+    Raises:
+        SettingsInvalid: there is no such GPU by CUDA_VISIBLE_DEVICES.
+    """
+    environment = dict(os.environ)
+    kind, _, number = device.partition(":")
+    if kind == "cuda":
+        visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
+        if visible and int(number) >= len(visible):
+            raise SettingsInvalid(f"{device}: CUDA_VISIBLE_DEVICES leaves {len(visible)} GPUs, numbered from 0")
+        environment["CUDA_VISIBLE_DEVICES"] = visible[int(number)].strip() if visible else number
+    settings = {"device": kind, **settings}
+    return environment | {f"{PREFIX}{name.upper()}": str(value) for name, value in settings.items()}
+
+
 def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    known = {PREFIX + name.upper() for name in Settings.model_fields} | {CONFIG_VARIABLE}
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | {CONFIG_VARIABLE, *CLIENT_VARIABLES}
     faults = []
     for variable in sorted(environ):
         upper = variable.upper()

@@ -24,7 +24,7 @@ def settings_markdown() -> str:
 
 def _default(field: FieldInfo) -> str:
     value = field.default
-    if isinstance(value, SecretStr) or value is None or value == "":
+    if isinstance(value, SecretStr) or value is None or value in ("", ()):
         return ""
     if isinstance(value, dict):
         value = ",".join(f"{name}={spec}" for name, spec in value.items())

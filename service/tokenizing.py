@@ -51,6 +51,7 @@ class Tokenizing:
             raise Overloaded(
                 f"{self.queued} texts wait for the {self.name} tokenizer and {len(texts)} more would pass the limit "
                 f"of {self.max_queue}.",
+                limit_name="tokens",
                 retry_after=self.queued * self._seconds / self._texts if self._texts else 1,
                 limit=self.max_queue,
             )

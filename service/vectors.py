@@ -11,6 +11,7 @@ one it still catches damage, and values put under another value's key. There is 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import math
 import struct
 from collections.abc import Mapping
@@ -63,7 +64,7 @@ def unpack(blob: bytes, schema: Schema, *, key: bytes, secret: bytes = b"") -> A
     if len(blob) < len(_MAGIC) + 1 + _MAC_BYTES or not blob.startswith(_MAGIC):
         raise ValueRejected("magic")
     body, mac = blob[:-_MAC_BYTES], blob[-_MAC_BYTES:]
-    if mac != _mac(body, key, secret):
+    if not hmac.compare_digest(mac, _mac(body, key, secret)):
         raise ValueRejected("hash")
     try:
         arrays = _sections(body)

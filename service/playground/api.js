@@ -1,5 +1,8 @@
 // The service's routes. Every path is relative, so that the page works behind a path prefix.
 
+import { askForKey, current, keyHeaders } from "./key.js";
+import { KeyedEventSource } from "./stream.js";
+
 /** An error the service explained (RFC 9457), or one on the way to it. */
 export class Problem extends Error {
   constructor(status, code, detail) {
@@ -22,11 +25,26 @@ export function local(path) {
   return url.href;
 }
 
-/** Ask and return {status, body}; throws a Problem for everything that is not an answer. */
+/** Ask and return {status, body}; throws a Problem for everything that is not an answer. Asks for a key if it has to. */
 async function ask(path, options = {}) {
+  for (;;) {
+    const sent = current();
+    try {
+      return await askOnce(path, options);
+    } catch (error) {
+      if (error.status !== 401 || options.keepalive) throw error;
+      // Another request may have been given a key since this one was sent.
+      if (current() === sent && !(await askForKey(error.message))) throw error;
+      options.signal?.throwIfAborted();
+    }
+  }
+}
+
+async function askOnce(path, options) {
   let response;
   try {
-    response = await fetch(local(path), { ...options, headers: { Accept: "application/json", ...options.headers } });
+    const headers = { Accept: "application/json", ...keyHeaders(), ...options.headers };
+    response = await fetch(local(path), { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError" || error instanceof Problem) throw error;
     throw new Problem(0, "", "The service cannot be reached. Is it still running?");
@@ -72,6 +90,11 @@ export async function classify(body, signal) {
 export async function startProbe(body) {
   const { status, body: answer } = await post("attack-probe", body, undefined, { Prefer: "respond-async" });
   return status === 202 ? answer : { answer };
+}
+
+/** The events of a probe, from a path of the service's. */
+export function events(path) {
+  return current() ? new KeyedEventSource(local(path), keyHeaders()) : new EventSource(local(path));
 }
 
 export const probe = (id) => read(`probes/${encodeURIComponent(id)}`);

@@ -38,7 +38,7 @@ export async function runProbe(body, signal, onEvent) {
 
 function follow({ id, events }, signal, onEvent) {
   return new Promise((resolve, reject) => {
-    const source = new EventSource(api.local(events));
+    const source = api.events(events);
     let breaks = 0;
 
     const finish = (settle, value) => {

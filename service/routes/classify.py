@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,12 @@ from starlette.responses import Response
 
 from ironclip.domain import Domain
 from ironclip.errors import InputTooLarge, OptionError
-from service.answers import Item, scores_of
+from service.answers import Answers, Item, scores_of
 from service.decisions import Plan
 from service.errors import problem
-from service.forms import read_ask
-from service.routes.common import Deadline, json_response, service_of, stages_of
+from service.forms import Picture, read_ask
+from service.rate_limits import PICTURE, TEXT, Meter
+from service.routes.common import Deadline, fetched, json_response, meter_of, service_of, stages_of
 from service.schemas import ClassifyRequest, Options
 
 router = APIRouter(tags=["inference"])
@@ -45,7 +47,7 @@ async def classify(request: Request) -> Response:
     query parameters. With `image` the answer is one object, with `images` a list of objects in the same order,
     in which an image that cannot be used has `{"error": problem}` in its place.
     """
-    service, stages = service_of(request), stages_of(request)
+    service, stages, meter = service_of(request), stages_of(request), meter_of(request)
     deadline = Deadline(request)
     with deadline.receiving():
         ask = await read_ask(request, ClassifyRequest, Options, service.image_limits, service.settings.max_images)
@@ -54,9 +56,10 @@ async def classify(request: Request) -> Response:
     async def work() -> tuple[Plan, list[Item]]:
         if ask.single and ask.pictures[0].error is not None:
             raise ask.pictures[0].error
-        plan = await service.plan(ask.options, ask.size)
+        plan = await service.plan(ask.options, ask.size, tenant=meter.caller.tenant)
         check_size(plan, len(ask.pictures), top_k)
-        return plan, await service.answers.classify(plan, ask.pictures, stages)
+        async with meter.paid(await points_of(plan, ask.pictures, meter, service.answers)):
+            return plan, await service.answers.classify(plan, await fetched(request, ask.pictures), stages)
 
     plan, items = await deadline.within(work())
     request_id = request.state.request_id
@@ -73,6 +76,17 @@ async def classify(request: Request) -> Response:
 
     written = predictions_of(plan, top_k) + scores_of(plan) // _SCORES_PER_PREDICTION
     return await asyncio.to_thread(write) if written * len(items) > _THREAD_PREDICTIONS else write()
+
+
+async def points_of(plan: Plan, pictures: Sequence[Picture], meter: Meter, answers: Answers) -> float:
+    """What deciding about pictures costs, in points: their forwards, and the texts that are to be encoded for it.
+
+    A picture that is known from before costs the same: a price that can be told beforehand, and tells nothing.
+    """
+    if not meter.limited:
+        return 0.0
+    forwards = plan.defence.cost * sum(picture.error is None for picture in pictures)
+    return PICTURE * forwards + TEXT * await answers.classifiers.texts_to_encode(plan)
 
 
 def predictions_of(plan: Plan, top_k: int) -> int:

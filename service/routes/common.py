@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,9 +14,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from ironclip.errors import DeadlineExceeded
-from service import telemetry
+from service import telemetry, urgency
 from service.errors import RequestInvalid
+from service.forms import Picture
+from service.keys import Caller
+from service.rate_limits import Meter
 from service.telemetry import Stages
+from service.urgency import Urgency, rank_of
 
 if TYPE_CHECKING:
     from service.core import Service
@@ -32,10 +36,34 @@ def service_of(request: Request) -> Service:
     return service
 
 
+def caller_of(request: Request) -> Caller:
+    """Return who asks."""
+    caller: Caller = request.state.caller
+    return caller
+
+
+def meter_of(request: Request) -> Meter:
+    """Return what the request is paid with."""
+    meter: Meter = request.state.meter
+    return meter
+
+
 def stages_of(request: Request) -> Stages:
     """Return the request's stopwatch."""
     stages: Stages = request.state.stages
     return stages
+
+
+async def fetched(request: Request, pictures: Sequence[Picture]) -> list[Picture]:
+    """The request's pictures, with those that are URLs fetched; what cannot be fetched has its error.
+
+    Raises:
+        InputTooLarge, Overloaded: what was fetched is more than a request, or all of them, may hold.
+    """
+    if not any(picture.url for picture in pictures):
+        return list(pictures)
+    with stages_of(request).time("fetch"):
+        return await service_of(request).image_urls.pictures(pictures, request.state.hold)
 
 
 def json_response(
@@ -63,6 +91,8 @@ def etag_matches(value: str, digest: str) -> bool:
 class Deadline:
     """When the request has to be answered: the caller's `X-Request-Timeout-Ms`, within the service's own limit.
 
+    Made once for a request, at its beginning: it also sets the request's urgency, see `service.urgency`.
+
     Raises:
         RequestInvalid: the header is not a whole number above 0.
     """
@@ -74,6 +104,8 @@ class Deadline:
             raise RequestInvalid("X-Request-Timeout-Ms is a whole number of milliseconds above 0.")
         self.milliseconds = limit if asked is None else min(limit, int(asked))
         self._end = time.monotonic() + self.milliseconds / 1000
+        # Every queue on the way sees it.
+        urgency.CURRENT.set(Urgency(rank_of(request.headers.get("priority", "")), self._end))
         self._request = request
 
     @property

@@ -20,8 +20,9 @@ from service.answers import Item
 from service.decisions import encoder_reference, feature_scope
 from service.errors import problem
 from service.forms import Picture, read_ask
+from service.rate_limits import PICTURE, TEXT
 from service.routes.classify import cache_status
-from service.routes.common import Deadline, json_response, service_of, stages_of
+from service.routes.common import Deadline, fetched, json_response, meter_of, service_of, stages_of
 from service.runtime import ServedEncoder
 from service.schemas import EmbedOptions, EmbedRequest, Options
 from service.telemetry import Stages
@@ -36,8 +37,8 @@ _NO_DEFENCE = make_defence()
 
 
 @lru_cache(maxsize=64)
-def _features_key(served: ServedEncoder, defence: Defence) -> bytes:
-    return feature_scope(served, {"name": defence.name, **defence.options()})
+def _features_key(identity: tuple[str, str, str], defence: Defence, tenant: str) -> bytes:
+    return feature_scope(identity, {"name": defence.name, **defence.options()}, tenant)
 
 
 @router.post("/embed", operation_id="embed", summary="Embed pictures and texts")
@@ -61,10 +62,11 @@ async def embed(request: Request) -> Response:
     async def work() -> tuple[list[Item], list[TextOutcome]]:
         if ask.single and ask.pictures[0].error is not None:
             raise ask.pictures[0].error
-        images = embed_images(request, served, ask.pictures, stages, defence, options.label_set)
-        vectors = embed_texts(request, served, texts, options.truncate, stages)
-        found, read = await asyncio.gather(images, vectors)
-        return found, read
+        async with meter_of(request).paid(points_of(ask.pictures, defence, texts)):
+            images = embed_images(request, served, ask.pictures, stages, defence, options.label_set)
+            vectors = embed_texts(request, served, texts, options.truncate, stages)
+            found, read = await asyncio.gather(images, vectors)
+            return found, read
 
     items, vectors = await deadline.within(work())
     if ask.single and items[0].error is not None:
@@ -90,6 +92,11 @@ async def embed(request: Request) -> Response:
         "texts": [text_answer(vector) for vector in vectors],
     }
     return json_response(content, stages, headers={"Cache-Status": cache_status(items)})
+
+
+def points_of(pictures: Sequence[Picture], defence: Defence, texts: Sequence[str]) -> float:
+    """What the vectors cost, in points; a label set that a defence reads is paid for beside them."""
+    return PICTURE * defence.cost * sum(picture.error is None for picture in pictures) + TEXT * len(texts)
 
 
 def image_defence(
@@ -130,12 +137,18 @@ async def embed_images(
     """Vectors of pictures; with a label set for a defence that reads it."""
     if not pictures:
         return []
-    service, plan = service_of(request), None
+    pictures = await fetched(request, pictures)
+    service, meter, plan = service_of(request), meter_of(request), None
+    tenant = meter.caller.tenant
+    texts = 0
     if label_set is not None:
         asked = {"name": defence.name, **defence.options()}
-        plan = await service.plan(Options(encoder=served.name, label_set=label_set, defence=asked))
-    key = _features_key(served, defence)
-    return await service.answers.embed(served, defence, key, pictures, stages, plan)
+        options = Options(encoder=served.reference, label_set=label_set, defence=asked)
+        plan = await service.plan(options, tenant=tenant)
+        texts = await service.answers.classifiers.texts_to_encode(plan) if meter.limited else 0
+    key = _features_key(served.identity, defence, tenant)
+    async with meter.paid(TEXT * texts):
+        return await service.answers.embed(served, defence, key, pictures, stages, plan, tenant=tenant)
 
 
 async def embed_texts(

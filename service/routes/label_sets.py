@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -12,7 +13,16 @@ from service.errors import RequestInvalid
 from service.forms import read_json
 from service.label_sets import Registered
 from service.label_stores import Expect
-from service.routes.common import Deadline, etag_matches, etags_in, json_response, service_of
+from service.rate_limits import PICTURE
+from service.routes.common import (
+    Deadline,
+    caller_of,
+    etag_matches,
+    etags_in,
+    json_response,
+    meter_of,
+    service_of,
+)
 from service.schemas import LabelSetDocument
 
 router = APIRouter(tags=["label sets"])
@@ -20,8 +30,8 @@ router = APIRouter(tags=["label sets"])
 
 @router.get("/label-sets", operation_id="listLabelSets", summary="List the label sets")
 async def list_label_sets(request: Request) -> Response:
-    """Every registered label set, and those that ship with the service."""
-    sets = await service_of(request).label_sets.names()
+    """Every label set that the caller's tenant has registered, and those that ship with the service."""
+    sets = await service_of(request).label_sets.names(tenant=caller_of(request).tenant)
     rows = [{"name": name, "digest": digest, "read_only": fixed} for name, digest, fixed in sets]
     return json_response({"label_sets": rows})
 
@@ -29,7 +39,7 @@ async def list_label_sets(request: Request) -> Response:
 @router.get("/label-sets/{name}", operation_id="getLabelSet", summary="Read a label set")
 async def get_label_set(request: Request, name: str) -> Response:
     """The newest version of `name`, or the version `name@digest`, in canonical form; its ETag is its digest."""
-    entry = await service_of(request).label_sets.get(name, fresh=True)
+    entry = await service_of(request).label_sets.get(name, fresh=True, tenant=caller_of(request).tenant)
     if etag_matches(request.headers.get("if-none-match", ""), entry.digest):
         return Response(status_code=304, headers=_headers(entry))
 
@@ -49,17 +59,25 @@ async def put_label_set(request: Request, name: str) -> Response:
     with Deadline(request).receiving():
         document = await read_json(request, LabelSetDocument)
     content = {key: value for key, value in document if value is not None}
-    service = service_of(request)
-    entry, created = await service.label_sets.put(name, content, _expect(request))
-    service.warm(entry)
+    service, meter = service_of(request), meter_of(request)
+    async with meter.paid(PICTURE):
+        entry, created = await service.label_sets.put(name, content, _expect(request), tenant=meter.caller.tenant)
+    request.state.audit = {**_named(name), "labels": entry.digest}
+    service.warm(entry, meter)
     return json_response(_summary(entry), status=201 if created else 200, headers=_headers(entry))
 
 
 @router.delete("/label-sets/{name}", operation_id="deleteLabelSet", summary="Delete a label set")
 async def delete_label_set(request: Request, name: str) -> Response:
     """Remove `name` with all its versions; takes the same preconditions as PUT."""
-    await service_of(request).label_sets.delete(name, _expect(request))
+    request.state.audit = _named(name)
+    await service_of(request).label_sets.delete(name, _expect(request), tenant=caller_of(request).tenant)
     return Response(status_code=204)
+
+
+def _named(name: str) -> dict[str, str]:
+    """A set's name as the audit has it: its SHA-256, for a name is what a caller typed."""
+    return {"name": hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()}
 
 
 def _summary(entry: Registered) -> dict[str, object]:

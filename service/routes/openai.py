@@ -14,8 +14,8 @@ from starlette.responses import Response
 from ironclip.errors import IronclipError, OptionError
 from service.errors import RequestInvalid
 from service.forms import pictures_from_text, read_json
-from service.routes.common import Deadline, json_response, service_of, stages_of
-from service.routes.embed import check_texts, embed_images, embed_texts, encoded, image_defence
+from service.routes.common import Deadline, json_response, meter_of, service_of, stages_of
+from service.routes.embed import check_texts, embed_images, embed_texts, encoded, image_defence, points_of
 from service.runtime import ServedEncoder
 from service.schemas import OpenAIEmbeddingRequest
 
@@ -52,10 +52,12 @@ async def openai_embeddings(request: Request) -> Response:
 
     async def work() -> dict[int, Any]:
         _raise_first([picture.error for picture in pictures], [place for place, _ in inputs.images])
-        vectors, items = await asyncio.gather(
-            embed_texts(request, served, [text for _, text in inputs.texts], False, stages),
-            embed_images(request, served, pictures, stages, image_defence(request, served, None, None)),
-        )
+        texts, defence = [text for _, text in inputs.texts], image_defence(request, served, None, None)
+        async with meter_of(request).paid(points_of(pictures, defence, texts)):
+            vectors, items = await asyncio.gather(
+                embed_texts(request, served, texts, False, stages),
+                embed_images(request, served, pictures, stages, defence),
+            )
         _raise_first(vectors, [place for place, _ in inputs.texts])
         _raise_first([item.error for item in items], [place for place, _ in inputs.images])
         found: dict[int, Any] = {place: vector for (place, _), vector in zip(inputs.texts, vectors, strict=True)}
@@ -82,14 +84,13 @@ async def openai_embeddings(request: Request) -> Response:
 @router.get("/models", operation_id="openaiModels", summary="Encoders in OpenAI's format")
 async def openai_models(request: Request) -> Response:
     """The served encoders, as OpenAI lists models."""
-    served = service_of(request).served
-    return json_response({"object": "list", "data": [_model(one) for one in served.values()]})
+    return json_response({"object": "list", "data": [_model(one) for one in service_of(request).models.served]})
 
 
 @router.get("/models/{model}", operation_id="openaiModel", summary="One encoder in OpenAI's format")
 async def openai_model(request: Request, model: str) -> Response:
     """One served encoder, as OpenAI describes a model."""
-    return json_response(_model(service_of(request).encoder(model)))
+    return json_response(_model(service_of(request).models.stable(model)))
 
 
 def split_input(value: object) -> Inputs:

@@ -16,6 +16,8 @@ from service.errors import problem_types
 from service.routes.common import json_response, service_of
 
 router = APIRouter(tags=["operations"])
+# Apart: with a port of its own it is not on the service's.
+metrics_router = APIRouter(tags=["operations"])
 
 # Swagger UI's files come from this package; the page must work where there is no way out.
 _ASSETS = Path(fastapi_offline.__file__).parent / "static"
@@ -24,8 +26,9 @@ _ASSET_TYPES = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "te
 
 @router.get("/livez", operation_id="livez", summary="Is the process alive?")
 async def livez(request: Request) -> Response:
-    """200 as long as the process answers at all."""
-    return json_response({"status": "ok"})
+    """200 as long as the process answers; 503 once a model worker is lost for good, and the process should go."""
+    lost = service_of(request).lost
+    return json_response({"status": "lost", "reason": lost}, status=503) if lost else json_response({"status": "ok"})
 
 
 @router.get("/readyz", operation_id="readyz", summary="Can it answer?")
@@ -37,7 +40,7 @@ async def readyz(request: Request) -> Response:
     return json_response({"status": "unavailable", "reason": reason}, status=503, headers={"Retry-After": "1"})
 
 
-@router.get("/metrics", operation_id="metrics", summary="Prometheus metrics")
+@metrics_router.get("/metrics", operation_id="metrics", summary="Prometheus metrics")
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus' text format."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

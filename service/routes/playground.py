@@ -40,9 +40,11 @@ _ASSETS = (
     "curve.js",
     "dom.js",
     "figures.js",
+    "key.js",
     "picture.js",
     "probing.js",
     "state.js",
+    "stream.js",
     "words.js",
 )
 # Nothing from elsewhere and no code outside the files above: a label or a picture's name that holds markup stays text.

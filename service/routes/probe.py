@@ -25,8 +25,9 @@ from service.forms import read_ask
 from service.probe_job import ENDS, Event, Job
 from service.probe_schemas import ProbeFields, ProbeRequest
 from service.probing import Prober
+from service.rate_limits import GRADIENT, TEXT, Bill
 from service.routes.classify import check_size
-from service.routes.common import Deadline, json_response, service_of, stages_of
+from service.routes.common import Deadline, caller_of, fetched, json_response, meter_of, service_of, stages_of
 from service.runtime import ServedEncoder
 from service.schemas import Options
 from service.settings import Settings
@@ -50,7 +51,7 @@ async def attack_probe(request: Request) -> Response:
     each radius that was tried and the bracket `[robust_to, broken_at]`. It is empirical: not a certificate. With
     `Prefer: respond-async` the answer is 202 and the probe is found at `/probes/{id}`.
     """
-    service, stages = service_of(request), stages_of(request)
+    service, stages, meter = service_of(request), stages_of(request), meter_of(request)
     deadline = Deadline(request)
     with deadline.receiving():
         ask = await read_ask(request, ProbeRequest, ProbeFields, service.image_limits, 1)
@@ -59,10 +60,14 @@ async def attack_probe(request: Request) -> Response:
     if len(ask.pictures) != 1:
         raise RequestInvalid("Give one image: a probe is about one decision.")
 
+    bill = Bill(meter)
+
     async def prepare() -> tuple[Prober, Job | None, dict[str, Any]]:
         if ask.pictures[0].error is not None:
             raise ask.pictures[0].error
-        plan = await service.plan(_decision(fields, service.encoder(fields.encoder)), ask.size)
+        plan = await service.plan(
+            _decision(fields, service.encoder(fields.encoder)), ask.size, tenant=meter.caller.tenant
+        )
         check_size(plan, 1, 1, _MAX_COMPARISONS)
         prober = plan.served.prober
         if prober is None:
@@ -70,11 +75,19 @@ async def attack_probe(request: Request) -> Response:
         options = within_limit(asked, fields, plan.defence.cost, service.settings)
         aim = {"targeted": fields.target is not None, "vector": fields.objective == "embedding"}
         options.attacks(**aim)
+        cost = estimate(options, plan.defence, **aim)
+        each = GRADIENT * plan.defence.cost
         if fields.dry_run:
-            return prober, None, estimate(options, plan.defence, **aim)
-        item = await service.answers.pixels(plan.served, ask.pictures[0], stages)
+            priced = {"points_at_most": each * cost["gradients_at_most"]} if meter.limited else {}
+            return prober, None, cost | priced
+        await bill.pay(cost["gradients_at_most"], each)
+        (picture,) = await fetched(request, ask.pictures)
+        item = await service.answers.pixels(plan.served, meter.caller.tenant, picture, stages)
         with stages.time("labels"):
-            both = await service.answers.classifiers.attacked(plan)
+            classifiers = service.answers.classifiers
+            texts = await classifiers.texts_to_encode(plan) if meter.limited else 0
+            async with meter.paid(TEXT * texts):
+                both = await classifiers.attacked(plan)
             build, about = await asyncio.to_thread(_attacked, plan, *both, item, fields, options)
         job = Job(
             build,
@@ -84,17 +97,30 @@ async def attack_probe(request: Request) -> Response:
             about=about,
             resized=item.resized,
         )
+        request.state.audit = {
+            "probe": job.id,
+            "picture": picture.digest,
+            "encoder": plan.served.digest,
+            "labels": plan.reference["digest"],
+            "norm": fields.norm,
+            "gradients_at_most": cost["gradients_at_most"],
+        }
         return prober, job, {}
 
-    prober, job, cost = await deadline.within(prepare())
-    if job is None:
-        return json_response({"dry_run": cost}, stages)
     later = "respond-async" in request.headers.get("prefer", "").lower()
-    if not later:
-        job.deadline = time.monotonic() + max(0.01, deadline.seconds_left - _LAST_SECONDS)
-    prober.submit(job)
+    try:
+        prober, job, cost = await deadline.within(prepare())
+        if job is None:
+            return json_response({"dry_run": cost}, stages)
+        if not later:
+            job.deadline = time.monotonic() + max(0.01, deadline.seconds_left - _LAST_SECONDS)
+        prober.submit(job)
+    except Exception:
+        await bill.settle(0)  # it never began
+        raise
+    settled = service.settle(job, bill)
     if later:
-        service.probes.add(job)
+        service.probes.add(job, meter.caller.tenant)
         where = f"/probes/{job.id}"
         return json_response(
             {"id": job.id, "status": job.status, "events": f"{where}/events"},
@@ -106,6 +132,7 @@ async def attack_probe(request: Request) -> Response:
             await deadline.within(job.wait())
     finally:
         job.cancelled = True  # nobody waits for it any more; one that has ended stays as it is
+    await settled  # so that the answer's headers say what is left
     if job.error is not None:
         raise job.error
     return json_response(job.events[-1].data, stages)
@@ -114,7 +141,7 @@ async def attack_probe(request: Request) -> Response:
 @router.get("/probes/{id}", operation_id="getProbe", summary="How a probe stands")
 async def get_probe(request: Request, id: str) -> Response:
     """Its status, the points known so far, and the answer when it is done."""
-    events = await service_of(request).probes.events(id)
+    events = await service_of(request).probes.events(id, caller_of(request).tenant)
     form = standing(id, events)
     headers = {} if form["status"] in ENDS else {"Retry-After": "1"}
     return json_response(form, headers=headers)
@@ -123,7 +150,7 @@ async def get_probe(request: Request, id: str) -> Response:
 @router.delete("/probes/{id}", operation_id="cancelProbe", summary="Cancel a probe", status_code=204)
 async def cancel_probe(request: Request, id: str) -> Response:
     """It ends with the piece that is under way; one that has ended stays as it is."""
-    await service_of(request).probes.cancel(id)
+    await service_of(request).probes.cancel(id, caller_of(request).tenant)
     return Response(status_code=204)
 
 
@@ -133,12 +160,12 @@ async def follow_probe(request: Request, id: str) -> Response:
 
     Whoever comes late gets the last that was said of each thing; `Last-Event-ID` goes on behind that one.
     """
-    probes = service_of(request).probes
-    await probes.events(id)  # an unknown one is a 404, not an empty stream
+    probes, tenant = service_of(request).probes, caller_of(request).tenant
+    await probes.events(id, tenant)  # an unknown one is a 404, not an empty stream
     last = request.headers.get("last-event-id", "")
     after = int(last) + 1 if last.isascii() and last.isdigit() and len(last) < 9 else 0
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_stream(probes.follow(id, after)), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(_stream(probes.follow(id, after, tenant)), media_type="text/event-stream", headers=headers)
 
 
 async def _stream(events: AsyncIterator[Event]) -> AsyncIterator[str]:

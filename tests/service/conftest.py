@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import importlib.util
 import io
+import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -144,14 +147,22 @@ def service_environment(**settings: object) -> dict[str, str]:
     return environment | {f"IRONCLIP_{name.upper()}": str(value) for name, value in settings.items()}
 
 
-def launch_service(folder: Path, **settings: object) -> ServiceProcess:
-    """Start a service that keeps its log and its state in the folder."""
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait for something to come true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to be"
+        time.sleep(0.02)
+
+
+def launch_service(folder: Path, *, module: str = "service", **settings: object) -> ServiceProcess:
+    """Start a service, or a module that is one with faults, that keeps its log and its state in the folder."""
     port = free_port()
     log = folder / f"service-{port}.log"
     defaults = {"port": port, "dtype": "float32", "threads": 1, "state_dir": folder / "state"}
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "service"],
+            [sys.executable, "-m", module],
             cwd=ROOT,
             env=service_environment(**{**defaults, **settings}),
             stdout=file,
@@ -220,3 +231,78 @@ def odd_images(corpus: ModuleType) -> dict[str, bytes]:
     """Pictures that look hostile or rare and must be decoded, by name."""
     images: dict[str, bytes] = corpus.odd()
     return images
+
+
+@dataclass
+class Locked:
+    """A service with API keys, a Redis and signatures, and a port of its own for the metrics."""
+
+    service: ServiceProcess
+    redis: RedisServer
+    keys_file: Path
+    metrics_url: str
+    mac_key: str
+    keys: dict[str, str]
+
+    @property
+    def url(self) -> str:
+        return self.service.url
+
+    def client(self, name: str) -> httpx.Client:
+        """An HTTP client with the key of this name; "" has none."""
+        headers = {"Authorization": f"Bearer {self.keys[name]}"} if name else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=30)
+
+
+def make_key(identity: str, tenant: str, *scopes: str, **fields: object) -> tuple[str, str]:
+    """An API key, and its entry for the keys file."""
+    secret = secrets.token_hex(32)
+    values = {"id": identity, "sha256": hashlib.sha256(secret.encode()).hexdigest(), "tenant": tenant}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in {**values, "scopes": scopes, **fields}.items()]
+    return f"ick_{identity}_{secret}", "[[keys]]\n" + "\n".join(lines) + "\n"
+
+
+def write_keys(path: Path, made: dict[str, tuple[str, str]]) -> dict[str, str]:
+    """Write a keys file; name -> key."""
+    path.write_text("\n".join(entry for _, entry in made.values()), encoding="utf-8")
+    return {name: key for name, (key, _) in made.items()}
+
+
+@pytest.fixture(scope="session")
+def locked(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locked]:
+    """One locked service for all tests that leave its keys and its Redis as they found them."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("there is no redis-server on this machine")
+    folder = tmp_path_factory.mktemp("locked")
+    made = {
+        "acme": make_key("acme1", "acme", "infer", "probe"),
+        "acme-2": make_key("acme2", "acme", "infer", "probe"),
+        "beta": make_key("beta1", "beta", "infer", "probe"),
+        "open": make_key("open1", "", "infer", "probe"),
+        "prober": make_key("prober1", "acme", "probe"),
+        "watcher": make_key("watcher1", "", "metrics"),
+        "expired": make_key("expired1", "acme", "infer", expires="2020-01-01T00:00:00Z"),
+        "slow": make_key("slow1", "slow", "infer", points_per_minute=1, burst=20),
+        "quick": make_key("quick1", "quick", "infer", points_per_minute=600, burst=5),
+        "paying": make_key("paying1", "paying", "infer", "probe", points_per_minute=1, burst=100_000),
+        "other-paying": make_key("paying2", "paying-2", "infer", "probe", points_per_minute=1, burst=100_000),
+    }
+    keys = write_keys(folder / "keys.toml", made)
+    redis, metrics_port, mac_key = RedisServer(), free_port(), "0123456789abcdef" * 4
+    redis.start()
+    service = launch_service(
+        folder,
+        encoders=f"tiny={tiny_artifact}",
+        redis_url=redis.url,
+        redis_mac_key=mac_key,
+        redis_timeout_ms=500,
+        keys_file=folder / "keys.toml",
+        metrics_port=metrics_port,
+        cors_origins="https://app.example",
+    )
+    try:
+        service.wait_ready()
+        yield Locked(service, redis, folder / "keys.toml", f"http://127.0.0.1:{metrics_port}", mac_key, keys)
+    finally:
+        service.stop()
+        redis.kill()

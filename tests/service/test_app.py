@@ -289,7 +289,7 @@ def test_a_dead_worker_is_told_on_readyz_and_to_whoever_asks(tiny_artifact: Path
         while client.get("/readyz").status_code != 200:
             time.sleep(0.05)
         assert client.portal is not None
-        client.portal.call(app.state.service.served["tiny"].images.stop)
+        client.portal.call(app.state.service.encoder("tiny").images.stop)
         refused = client.get("/readyz")
         assert (refused.status_code, refused.json()["reason"]) == (503, "a worker of tiny is not running or not moving")
         answer = client.post("/classify", json={"image": IMAGE, "labels": ["a"]})

@@ -81,7 +81,7 @@ def test_a_served_bank_is_the_librarys(tiny_encoder: Encoder) -> None:
 
 def test_small_requests_pass_by_a_large_label_set(tiny_encoder: Encoder) -> None:
     async def scenario(served: ServedEncoder) -> None:
-        telemetry.watch_encoder(served)
+        telemetry.watch_encoder("tiny", lambda: [served])
         large = asyncio.create_task(served.text_bank(labels(20_000)))  # 10 s at least
         await asyncio.sleep(0.3)
         start = time.perf_counter()

@@ -152,7 +152,7 @@ def test_a_tree_as_text_goes_with_every_form(client: httpx.Client) -> None:
 
 
 def test_top_k_is_taken_after_the_cache(client: httpx.Client) -> None:
-    asked = {"image": as_base64(picture(9)), "labels": LABELS}
+    asked = {"image": as_base64(picture(90_009)), "labels": LABELS}
     one = client.post("/classify", json={**asked, "top_k": 1})
     three = client.post("/classify", json={**asked, "top_k": 3})
     assert one.headers["cache-status"] == "ironclip; fwd=miss"

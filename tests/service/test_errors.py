@@ -21,9 +21,11 @@ import ironclip.errors as lib
 from service.app import create_app
 from service.errors import STATUS, error_classes, error_response, problem, problem_types, status_of
 from service.settings import Settings
+from tests.service.conftest import make_key, write_keys
 
 LABELS = ["a", "b"]
-# Raised while loading, before there is anybody to answer; or only ever as one of their subclasses.
+# Raised while loading, before there is anybody to answer, or as the process ends; or only ever as one of their
+# subclasses; or by a device that has too little memory (test_admission.py).
 NEVER_ANSWERED = {
     "ironclip-error",
     "input-invalid",
@@ -35,6 +37,17 @@ NEVER_ANSWERED = {
     "architecture-mismatch",
     "artifact-invalid",
     "settings-invalid",
+    "worker-lost",
+    "out-of-memory",
+    "access-denied",
+}
+# Encoders that come and go need a service of their own: test_models.py and test_supervisor.py ask for these.
+OF_MODELS = {
+    "encoder-busy",
+    "encoder-in-use",
+    "encoder-spec-forbidden",
+    "encoder-version-lost",
+    "golden-mismatch",
 }
 PROVOKED: set[str] = set()
 
@@ -58,7 +71,7 @@ def test_every_error_class_has_a_status_and_a_code_of_its_own() -> None:
 
 
 def test_a_problem_carries_what_a_client_can_act_on() -> None:
-    error = lib.Overloaded("The queue is full.", retry_after=1.2, limit=512)
+    error = lib.Overloaded("The queue is full.", limit_name="queue-ms", retry_after=1.2, limit=512)
     form = problem(error, "request-1")
     assert form == {
         "type": "/problems/overloaded",
@@ -68,11 +81,15 @@ def test_a_problem_carries_what_a_client_can_act_on() -> None:
         "code": "overloaded",
         "instance": "urn:request:request-1",
         "limit": 512,
+        "limit_name": "queue-ms",
         "retry_after_ms": 1200,
     }
     assert error_response(error, "/classify", None).headers["retry-after"] == "2"
     openai = json.loads(bytes(error_response(error, "/v1/embeddings", None).body))
     assert openai["error"]["type"] == "rate_limit_error"
+    oip = error_response(error, "/v2/models/demo/infer", None)
+    assert (json.loads(bytes(oip.body)), oip.headers["retry-after"]) == ({"error": "The queue is full."}, "2")
+    assert b'"error"' not in error_response(error, "/v2x", None).body
 
 
 def test_an_unlisted_subclass_has_the_status_of_the_class_above() -> None:
@@ -101,6 +118,8 @@ def small(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         max_image_bytes=100_000,
         max_side=5000,
         cache_bytes=0,
+        image_url_hosts=("localhost:1",),  # where nobody listens
+        image_url_networks=("127.0.0.0/8", "::1/128"),
     )
     app = create_app(settings)
 
@@ -125,7 +144,7 @@ def check(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
     assert body["status"] == status
     assert body["instance"] == f"urn:request:{response.headers['x-request-id']}"
     assert set(body) <= {
-        *["type", "title", "status", "detail", "code", "instance", "errors", "limit", "retry_after_ms"]
+        *["type", "title", "status", "detail", "code", "instance", "errors", "limit", "limit_name", "retry_after_ms"]
     }
     return body
 
@@ -140,7 +159,8 @@ def classify(small: TestClient, **change: Any) -> httpx.Response:
     [
         ({"image": "####"}, 422, "image-invalid", "/image"),
         ({"image": base64.b64encode(b"GIF89a" + b"\0" * 40).decode()}, 422, "image-unsupported", "/image"),
-        ({"image": "https://example.com/a.png"}, 422, "image-unsupported", "/image"),
+        ({"image": "https://elsewhere.test/a.png"}, 422, "image-url-refused", "/image"),
+        ({"image": "https://localhost:1/a.png"}, 424, "image-url-failed", "/image"),
         ({"image": base64.b64encode(png(5001, 1)).decode()}, 413, "image-too-large", "/image"),
         ({"image": "A" * 200_000}, 413, "image-too-large", "/image"),
         ({"labels": ["a", "a"]}, 422, "labels-invalid", "/labels/1"),
@@ -356,6 +376,32 @@ def test_a_probe_that_is_not_known_is_not_found(small: TestClient) -> None:
     check(small.get("/probes/nowhere"), 404, "probe-not-found")
 
 
+def test_without_the_right_key(tiny_artifact: Path, tmp_path: Path) -> None:
+    made = {
+        "prober": make_key("prober1", "acme", "probe"),
+        "old": make_key("old1", "acme", "infer", expires="2020-01-01T00:00:00Z"),
+        "poor": make_key("poor1", "acme", "infer", points_per_minute=1, burst=1),
+    }
+    keys = write_keys(tmp_path / "keys.toml", made)
+    settings = Settings(
+        keys_file=tmp_path / "keys.toml",
+        encoders={"tiny": str(tiny_artifact)},
+        dtype="float32",
+        state_dir=tmp_path,
+    )
+    with TestClient(create_app(settings)) as client:
+        while client.get("/readyz").status_code != 200:
+            time.sleep(0.05)
+        check(client.get("/models"), 401, "key-missing")
+        check(client.get("/models", headers={"x-api-key": "no"}), 401, "key-unknown")
+        check(client.get("/models", headers={"x-api-key": keys["old"]}), 401, "key-expired")
+        check(client.get("/models", headers={"x-api-key": keys["prober"]}), 403, "scope-missing")
+        poor = {"x-api-key": keys["poor"]}
+        check(client.post("/embed", json={"texts": ["a"] * 9}, headers=poor), 413, "cost-too-high")
+        assert client.post("/embed", json={"texts": ["a"] * 4}, headers=poor).status_code == 200
+        check(client.post("/embed", json={"texts": ["a"] * 4}, headers=poor), 429, "rate-limited")
+
+
 def test_every_code_can_be_looked_up(small: TestClient) -> None:
     for code, known in problem_types().items():
         assert small.get(f"/problems/{code}").json() == known
@@ -364,4 +410,4 @@ def test_every_code_can_be_looked_up(small: TestClient) -> None:
 
 def test_every_code_was_provoked() -> None:
     """Last in this file: the tests above have asked for each error that a caller can see."""
-    assert set(problem_types()) - NEVER_ANSWERED - PROVOKED == set()
+    assert set(problem_types()) - NEVER_ANSWERED - OF_MODELS - PROVOKED == set()

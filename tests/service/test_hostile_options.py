@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,7 +65,7 @@ def test_labels_that_read_like_a_registered_set_are_not_taken_for_it(app: TestCl
     asks = [(Options(label_set=name), LABELS), (Options(labels=[name, digest]), [name, digest])]
     for options, wanted in asks if set_first else asks[::-1]:
         assert app.portal is not None
-        assert list(app.portal.call(service.plan, options).label_set.names) == wanted
+        assert list(app.portal.call(partial(service.plan, options, tenant="")).label_set.names) == wanted
 
 
 NESTED = '{"a":' * 400 + "1" + "}" * 400
@@ -236,7 +237,7 @@ def where_planned(app: TestClient, monkeypatch: pytest.MonkeyPatch, entry: Regis
 
     monkeypatch.setattr(plans, "parse_defence", parse_defence)
     options = Options(label_set="x", defence="none") if entry is not None else Options(labels=LABELS, defence="none")
-    plan = asyncio.run(plans.Plans(service.label_limits, 16).get(service.encoder("tiny"), None, options, entry, size))
+    plan = asyncio.run(plans.Plans(service.label_limits, 16).get(service.encoder("tiny"), options, entry, size))
     assert "key" in vars(plan)  # its digests too were not left for the loop
     return threads == [threading.get_ident()]
 

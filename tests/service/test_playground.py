@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.service.conftest import ROOT, ServiceProcess, free_port, launch_service, picture
+from tests.service.conftest import ROOT, ServiceProcess, free_port, launch_service, make_key, picture, write_keys
 from tests.service.gateway import PREFIX, gateway
 from tests.service.playground_page import (
     COUNT_EVENTS,
@@ -31,6 +31,7 @@ from tests.service.playground_page import (
 )
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+sync_api.expect.set_options(timeout=20_000)  # the page answers at once; a busy machine does not
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
@@ -370,6 +371,45 @@ def test_an_error_of_the_service_is_shown(probing: str, open_page: Callable[...,
     assert page.locator(".bars li").count() == 0
     page.locator("#labels").fill("")
     sync_api.expect(page.locator("#status")).to_have_text("Write at least one label.")
+
+
+def test_a_service_with_keys_asks_for_one(tiny_artifact: Path, tmp_path: Path, open_page: Callable[..., Page]) -> None:
+    made = {"whole": make_key("whole1", "acme", "infer", "probe"), "half": make_key("half1", "acme", "infer")}
+    keys = write_keys(tmp_path / "keys.toml", made)
+    settings = {"encoders": f"tiny={tiny_artifact}", "keys_file": tmp_path / "keys.toml", "dtype": "float32"}
+    locked = launch_service(tmp_path, **settings)
+    try:
+        locked.wait_ready()
+        page = open_page(locked.url, view="#sample=carrot&labels=carrot,rocket&eps=4")
+        dialog, entry = page.locator("#key-dialog"), page.locator("#key")
+        sync_api.expect(dialog).to_be_visible()
+        sync_api.expect(entry).to_be_focused()
+        assert axe(page) == []
+        for wrong in ("hunter2", "ick_whole1_" + "0" * 64):
+            entry.fill(wrong)
+            entry.press("Enter")
+            sync_api.expect(dialog).to_be_visible()
+        sync_api.expect(page.locator("#key-why")).to_contain_text("not known")
+        entry.fill(f" {keys['half']} ")
+        entry.press("Enter")
+        classified(page, encoders=1)
+        sync_api.expect(dialog).to_be_hidden()
+        attack(page)
+        sync_api.expect(page.locator(".card .fault").first).to_contain_text("scope probe")
+        page.evaluate("sessionStorage.clear()")
+        page.reload()
+        entry.fill(keys["whole"])
+        entry.press("Enter")
+        classified(page, encoders=1)
+        page.reload()  # the tab remembers it
+        classified(page, encoders=1)
+        attack(page)
+        sync_api.expect(page.locator("#status")).to_contain_text("/255")
+        assert page.locator(".curve").first.get_attribute("data-points") != "0"
+        assert keys["whole"] not in page.content() + page.url
+        assert page.evaluate("JSON.stringify(localStorage)").find("ick_") == -1
+    finally:
+        locked.stop()
 
 
 def test_a_service_without_probing_says_so(tiny_artifact: Path, tmp_path: Path, open_page: Callable[..., Page]) -> None:

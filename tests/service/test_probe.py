@@ -9,7 +9,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from ironclip.loading import load_encoder
 from ironclip.probe import ProbeOptions, probe
 from service.app import create_app
 from service.settings import Settings
-from tests.service.conftest import RedisServer, ServiceProcess, as_base64, launch_service, metric, picture
+from tests.service.conftest import RedisServer, ServiceProcess, as_base64, launch_service, metric, picture, until
 
 LABELS = ["carrot", "rocket", "cat face", "horse", "boat"]
 TREE = {
@@ -98,13 +98,6 @@ def events(client: httpx.Client, identity: str, **headers: str) -> list[tuple[in
             elif name == "data":
                 found.append((number, kind, json.loads(value)))
     return found
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to be"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("name", ["none", "cola", "ttc"])
@@ -188,7 +181,7 @@ def test_a_stream_tells_everything_and_may_be_taken_up_again(client: httpx.Clien
 
 def test_a_cancelled_probe_ends(client: httpx.Client) -> None:
     identity = start(client, 52, **LONG)
-    wait_until(lambda: client.get(f"/probes/{identity}").json()["status"] == "running")
+    until(lambda: client.get(f"/probes/{identity}").json()["status"] == "running")
     assert client.delete(f"/probes/{identity}").status_code == 204
     assert ended(client, identity, 5)["status"] == "cancelled"
     assert client.delete(f"/probes/{identity}").status_code == 204
@@ -202,12 +195,12 @@ def test_a_cancelled_probe_ends(client: httpx.Client) -> None:
 def test_work_stops_when_the_caller_has_gone(client: httpx.Client) -> None:
     url = str(client.base_url)
     running = 'ironclip_probes_running{encoder="tiny"}'
-    wait_until(lambda: metric(url, running) == 0)
+    until(lambda: metric(url, running) == 0)
     with contextlib.suppress(httpx.ReadTimeout):
         body = {"image": as_base64(picture(53)), "labels": LABELS, **LONG}
         httpx.post(f"{url}/attack-probe", json=body, timeout=httpx.Timeout(5, read=1.0))
         raise AssertionError("it should have taken longer")
-    wait_until(lambda: metric(url, running) == 0, 3)
+    until(lambda: metric(url, running) == 0, 3)
     steps = metric(url, "ironclip_probe_steps_total")
     time.sleep(0.5)
     assert metric(url, "ironclip_probe_steps_total") == steps
@@ -216,8 +209,8 @@ def test_work_stops_when_the_caller_has_gone(client: httpx.Client) -> None:
 def test_classifications_and_probes_leave_each_other_room(client: httpx.Client) -> None:
     # A cosine is never below -1: this one goes on until it is cancelled.
     identity = start(client, 54, objective="embedding", cosine_below=-1, effort="thorough", seconds=60)
-    wait_until(lambda: client.get(f"/probes/{identity}").json()["status"] == "running")
-    wait_until(lambda: "progress" in client.get(f"/probes/{identity}").json())
+    until(lambda: client.get(f"/probes/{identity}").json()["status"] == "running")
+    until(lambda: "progress" in client.get(f"/probes/{identity}").json())
     stop, answered = threading.Event(), []
 
     def classify(first: int) -> None:
@@ -306,7 +299,7 @@ def test_a_probe_that_fails_fails_alone(small: TestClient, monkeypatch: pytest.M
     bad = {"image": as_base64(picture(55)), "labels": LABELS, "seed": 666, "eps": [1]}
     identity = small.post("/attack-probe", json=bad, headers={"Prefer": "respond-async"}).json()["id"]
     assert ask(small, 56, eps=[1]).status_code == 200
-    wait_until(lambda: small.get(f"/probes/{identity}").json()["status"] == "failed")
+    until(lambda: small.get(f"/probes/{identity}").json()["status"] == "failed")
     assert small.get(f"/probes/{identity}").json()["error"]["code"] == "internal-error"
     assert broken
 
@@ -428,7 +421,7 @@ def test_too_many_probes_are_turned_away(small: TestClient) -> None:
     assert int(turned_away.headers["retry-after"]) >= 1
     for identity in started:
         small.delete(f"/probes/{identity}")
-    wait_until(lambda: ask(small, 62, eps=[1]).status_code == 200, 30)
+    until(lambda: ask(small, 62, eps=[1]).status_code == 200, 30)
 
 
 def test_a_service_may_have_no_probes(tiny_artifact: Path, tmp_path: Path) -> None:
@@ -447,7 +440,7 @@ def test_a_probe_ends_with_what_it_knows_when_the_service_stops(tiny_artifact: P
         service.wait_ready()
         with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=service.url) as client:
             waiting = pool.submit(ask, client, 64, **LONG)
-            wait_until(lambda: metric(service.url, "ironclip_probe_steps_total") > 5)
+            until(lambda: metric(service.url, "ironclip_probe_steps_total") > 5)
             began = time.monotonic()
             service.process.send_signal(signal.SIGTERM)
             answer = waiting.result(30)
@@ -484,7 +477,7 @@ def test_any_replica_tells_of_a_probe_and_cancels_it(replicas: list[ServiceProce
         assert told[-1][1] == "done"
         assert ended(there, identity)["result"] == ended(here, identity)["result"]
         long = start(here, 66, **LONG)
-        wait_until(lambda: there.get(f"/probes/{long}").json().get("status") == "running")
+        until(lambda: there.get(f"/probes/{long}").json().get("status") == "running")
         assert there.delete(f"/probes/{long}").status_code == 204
         assert ended(here, long, 5)["status"] == "cancelled"
         # What somebody else writes there is not told.

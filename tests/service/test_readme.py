@@ -46,7 +46,7 @@ def service_url(start_service: Callable[..., Any], tmp_path: Path) -> str:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_curl_commands_get_answers(service_url: str) -> None:
-    commands = [block for block in _blocks("sh") if "curl" in block]
+    commands = [block for block in _blocks("sh") if "curl" in block and "$KEY" not in block]
     assert commands
     answers = []
     for block in commands:
@@ -59,6 +59,28 @@ def test_curl_commands_get_answers(service_url: str) -> None:
     assert best == ["carrot", "penguin", "guitar", "octopus"]
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_commands_that_lock_it(start_service: Callable[..., Any], tiny_artifact: Path, tmp_path: Path) -> None:
+    make, serve, ask = re.findall(r"^```sh\n(.*?)^```", README.split("## Lock it")[1].split("\n## ")[0], re.M | re.S)
+    keys_file = tmp_path / "keys.toml"
+
+    def run(script: str, **variables: str) -> str:
+        script = script.replace(".venv/bin/python", sys.executable).replace("keys.toml", str(keys_file))
+        command = ["bash", "-euo", "pipefail", "-c", script]
+        environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **variables}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+    made = run(make + 'echo "$KEY"')
+    key = made.split()[-1]
+    assert key.startswith("ick_")
+    settings = dict(re.findall(r"IRONCLIP_(\w+)=(\S+)", serve))
+    assert settings == {"KEYS_FILE": "keys.toml"}
+    service = start_service(keys_file=keys_file, encoders=f"tiny={tiny_artifact}")
+    answer = run(ask.replace(ADDRESS, service.url), KEY=key)
+    assert json.loads(answer)["encoder"]["name"] == "tiny"
+    assert json.loads(run(ask.replace(ADDRESS, service.url), KEY="none"))["code"] == "key-unknown"
+
+
 def test_python_blocks_run(
     service_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,5 +88,8 @@ def test_python_blocks_run(
     blocks = _blocks("python")
     assert blocks
     for block in blocks:
-        exec(block.replace(ADDRESS, service_url), {"__name__": "readme"})
-    assert "2 vectors" in capsys.readouterr().out
+        host, ours = ADDRESS.removeprefix("http://"), service_url.removeprefix("http://")
+        exec(block.replace(host, ours), {"__name__": "readme"})
+    printed = capsys.readouterr().out
+    assert "2 vectors" in printed
+    assert "b'carrot'" in printed

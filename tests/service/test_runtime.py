@@ -15,11 +15,12 @@ from ironclip.defences import Defence, make_defence
 from ironclip.encoder import Encoder
 from ironclip.errors import LabelError, NotReady, OptionError
 from ironclip.labels import LabelSet
+from ironclip.loading import load_encoder
 from ironclip.preprocessing import to_float
 from ironclip.textbank import build_text_bank
 from service import dtype as dtype_module
 from service.dtype import choose_dtype
-from service.runtime import ServedEncoder, load_served_encoder
+from service.runtime import ServedEncoder
 
 NONE = make_defence()
 
@@ -175,7 +176,8 @@ def test_a_pinned_dtype_is_kept_and_an_unknown_one_refused(tiny_encoder: Encoder
 
 @pytest.mark.slow
 def test_vit_b_32_is_served_in_the_faster_dtype() -> None:
-    served = load_served_encoder("big", "random:ViT-B-32", max_batch=4)
+    served = ServedEncoder("big", load_encoder("random:ViT-B-32"), max_batch=4)
+    served.start()
     report = served.dtype_report
     assert all(trial.min_cosine > 0.999 for trial in report.trials)
 

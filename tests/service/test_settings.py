@@ -96,6 +96,12 @@ def test_what_kubernetes_puts_beside_a_service_called_ironclip_is_passed_over(mo
     load_settings()
 
 
+def test_the_clients_variables_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IRONCLIP_URL", "http://127.0.0.1:8000")
+    monkeypatch.setenv("IRONCLIP_API_KEY", "secret")
+    assert "secret" not in repr(load_settings())
+
+
 def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IRONCLIP_REDIS_URL", "redis://:hunter2@localhost")
     assert "hunter2" not in repr(load_settings())

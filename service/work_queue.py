@@ -1,0 +1,132 @@
+"""What waits for a worker, in the order in which it is to be done: earliest deadline first within a class.
+
+Interactive work goes before batch work; batch work that has waited for long gets a share of each batch, so that it is
+not starved. Nothing here locks: whoever holds a queue sees to that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import math
+import time
+from collections import deque
+from typing import Any, Generic, TypeVar
+
+from service.tracing import place
+from service.urgency import BATCH, CLASSES, INTERACTIVE, Urgency
+
+Item = TypeVar("Item")
+
+# Of each batch this share goes to batch work that has waited too long.
+_LATE_SHARE = 8
+
+
+class Entry(Generic[Item]):
+    """One item on its way: who waits for it, what it costs, how urgent it is."""
+
+    __slots__ = ("alone", "cost", "future", "item", "place", "queued_at", "urgency")
+
+    def __init__(self, item: Item, future: asyncio.Future[Any], cost: int, urgency: Urgency) -> None:
+        self.item = item
+        self.future = future
+        self.cost = cost
+        self.urgency = urgency
+        self.alone = False  # it was in a batch that killed its worker, so it shares no further one
+        self.queued_at = time.perf_counter()
+        self.place = place()  # in the request's trace, where that is recorded
+
+
+class WorkQueue(Generic[Item]):
+    """Entries by class and deadline.
+
+    Args:
+        patience: seconds after which batch work is late.
+    """
+
+    def __init__(self, patience: float = math.inf) -> None:
+        self.patience = patience
+        self._entries: dict[int, Entry[Item]] = {}
+        self._heaps: list[list[tuple[float, int]]] = [[] for _ in CLASSES]
+        self._arrivals: deque[int] = deque()  # of batch work, the oldest first
+        self._costs = [0 for _ in CLASSES]
+        self._next_id = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def added(self) -> int:
+        """How many entries ever came."""
+        return self._next_id
+
+    def cost(self, rank: int = BATCH) -> int:
+        """What waits of this class and of those before it, in items."""
+        return sum(self._costs[: rank + 1])
+
+    def add(self, entry: Entry[Item]) -> int:
+        """Put an entry in; returns what `discard` knows it by."""
+        identity, rank = self._next_id, entry.urgency.rank
+        self._next_id += 1
+        self._entries[identity] = entry
+        # What has been tried alone keeps nobody waiting by its deadline: it goes first.
+        heapq.heappush(self._heaps[rank], (-math.inf if entry.alone else entry.urgency.deadline, identity))
+        if rank == BATCH:
+            self._arrivals.append(identity)
+        self._costs[rank] += entry.cost
+        return identity
+
+    def discard(self, identity: int) -> None:
+        """Take an entry out that nobody waits for any more, if it is still there."""
+        entry = self._entries.pop(identity, None)
+        if entry is not None:
+            self._costs[entry.urgency.rank] -= entry.cost
+
+    def take(self, most: float) -> tuple[list[Entry[Item]], list[Entry[Item]]]:
+        """Take the most urgent entries out, up to a cost of ``most`` but at least one.
+
+        Returns:
+            Those to be done, and those whose deadline has passed. What nobody waits for is in neither.
+        """
+        taken: list[Entry[Item]] = []
+        expired: list[Entry[Item]] = []
+        cost, late, now = 0, 0, time.monotonic()
+        while self._entries:
+            identity, is_late = self._next(late * _LATE_SHARE < most)
+            entry = self._entries[identity]
+            if taken and (cost + entry.cost > most or entry.alone):
+                break
+            self.discard(identity)
+            if entry.future.cancelled():
+                continue
+            if entry.urgency.deadline <= now:
+                expired.append(entry)
+                continue
+            taken.append(entry)
+            cost += entry.cost
+            late += entry.cost if is_late else 0
+            if entry.alone:
+                break
+        return taken, expired
+
+    def peek(self, most: int) -> list[Entry[Item]]:
+        """About what `take` would take now, up to so many entries, left where they are; late work is not seen to."""
+        found: list[Entry[Item]] = []
+        for rank in (INTERACTIVE, BATCH):
+            there = (pair for pair in self._heaps[rank] if pair[1] in self._entries)
+            found += [self._entries[identity] for _, identity in heapq.nsmallest(most - len(found), there)]
+        return found
+
+    def _next(self, late_may: bool) -> tuple[int, bool]:
+        """The next entry, and whether it is batch work that goes before its turn. There must be one."""
+        interactive, batch = self._heaps[INTERACTIVE], self._heaps[BATCH]
+        for heap in (interactive, batch):
+            while heap and heap[0][1] not in self._entries:
+                heapq.heappop(heap)
+        while self._arrivals and self._arrivals[0] not in self._entries:
+            self._arrivals.popleft()
+        if interactive and self._arrivals and late_may:
+            oldest = self._arrivals[0]
+            if time.perf_counter() - self._entries[oldest].queued_at > self.patience:
+                return oldest, True
+        return (interactive or batch)[0][1], False

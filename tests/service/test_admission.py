@@ -1,0 +1,315 @@
+"""Who is let in, in which order work is done, and how long it is said to take."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ironclip.errors import DeadlineExceeded, NotReady, OutOfMemory, Overloaded
+from service import urgency
+from service.batching import Batcher
+from service.decisions import SingleFlight
+from service.pace import Pace
+from service.urgency import BATCH, INTERACTIVE, Urgency, rank_of
+from service.work_queue import Entry, WorkQueue
+from tests.service.test_batching import Model, hold, running, until
+
+
+def test_pace_knows_that_a_batch_is_cheaper_than_its_items() -> None:
+    pace = Pace()
+    assert pace.seconds(10) == 0  # nothing is known
+    for size, seconds in ((1, 0.04), (4, 0.07), (8, 0.10), (8, 0.30)):  # the first of a size may set things up
+        pace.measured(size, seconds)
+    assert pace.seconds(0) == 0
+    assert pace.seconds(1) == pytest.approx(0.04)
+    assert pace.seconds(6) == pytest.approx(0.085)  # between its neighbours
+    assert pace.seconds(8) == pytest.approx(0.10)
+    assert pace.seconds(20) == pytest.approx(2 * 0.10 + 0.07)
+    for _ in range(40):  # the machine has become half as fast, as batches of one size tell
+        pace.observe(1, 0.08)
+    assert pace.seconds(8) == pytest.approx(0.20, rel=0.01)
+
+
+def test_one_stray_batch_does_not_upset_the_pace() -> None:
+    pace = Pace()
+    pace.measured(1, 0.01)
+    pace.observe(1, 100.0)
+    assert pace.seconds(1) < 0.02
+    pace.observe(1, 0.0)  # a clock that stood still
+    assert pace.seconds(1) > 0.01
+
+
+def test_without_measurements_time_grows_with_the_items() -> None:
+    pace = Pace()
+    pace.observe(4, 0.2)
+    assert pace.seconds(10) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("header", "rank"),
+    [
+        ("", INTERACTIVE),
+        ("u=0", INTERACTIVE),
+        ("u=3, i", INTERACTIVE),
+        ("u=4", BATCH),
+        ("i, u=7", BATCH),
+        ("u=7, u=1", INTERACTIVE),  # the last one counts (RFC 8941)
+        ("u=9", INTERACTIVE),
+        ("u=-1", INTERACTIVE),
+        ("nonsense u=7", INTERACTIVE),
+        ("u=5;x", BATCH),
+        ("u" * 100_000, INTERACTIVE),
+    ],
+)
+def test_priority_header(header: str, rank: int) -> None:
+    assert rank_of(header) == rank
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([INTERACTIVE, BATCH]), st.integers(0, 5), st.integers(1, 4), st.booleans()),
+        max_size=40,
+    ),
+    st.integers(1, 8),
+)
+def test_order_is_by_class_then_deadline_and_nothing_is_lost(
+    given_entries: list[tuple[int, int, int, bool]], most: int
+) -> None:
+    loop = asyncio.new_event_loop()
+    queue: WorkQueue[int] = WorkQueue()
+    now, kept = time.monotonic(), []
+    for number, (rank, deadline, cost, gone) in enumerate(given_entries):
+        entry = Entry(number, loop.create_future(), cost, Urgency(rank, now + 1000 + deadline))
+        identity = queue.add(entry)
+        if gone:
+            queue.discard(identity)
+        else:
+            kept.append((rank, deadline, number))
+    seen = []
+    while len(queue):
+        taken, expired = queue.take(most)
+        assert not expired
+        assert len(taken) == 1 or sum(entry.cost for entry in taken) <= most
+        seen += [entry.item for entry in taken]
+    assert seen == [number for _, _, number in sorted(kept)]
+    assert queue.cost() == 0
+    loop.close()
+
+
+def test_late_batch_work_gets_a_share_and_no_more() -> None:
+    loop = asyncio.new_event_loop()
+    queue: WorkQueue[str] = WorkQueue(patience=0.0)
+    for _ in range(40):
+        queue.add(Entry("interactive", loop.create_future(), 1, Urgency(INTERACTIVE, math.inf)))
+        queue.add(Entry("batch", loop.create_future(), 1, Urgency(BATCH, math.inf)))
+    time.sleep(0.001)
+    taken, _ = queue.take(16)
+    assert [entry.item for entry in taken].count("batch") == 2
+    loop.close()
+
+
+async def as_request(rank: int, deadline: float, work: Callable[[], object]) -> object:
+    """Run in a context of its own, as a request does."""
+    urgency.CURRENT.set(Urgency(rank, deadline))
+    return work()
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_same_rule_for_one_item_and_for_many(count: int) -> None:
+    """What is ahead decides, not what is brought (R6)."""
+
+    async def scenario() -> None:
+        model = Model()
+        with running(model, max_batch=1, max_wait=0.5) as batcher:
+            batcher.pace.measured(1, 0.1)
+            held = await hold(model, batcher, 100)
+            waiting: list[asyncio.Task[list[int | Exception]]] = []
+            while batcher.ahead_seconds(BATCH) <= 0.5:
+                waiting.append(asyncio.create_task(batcher.submit_many(range(count))))
+                await asyncio.sleep(0)
+            with pytest.raises(Overloaded) as caught:
+                await batcher.submit_many(range(count))
+            assert caught.value.limit_name == "queue-ms"
+            assert caught.value.limit == 500
+            assert "IRONCLIP_MAX_QUEUE_MS" in caught.value.detail
+            assert caught.value.retry_after is not None
+            assert 0 < caught.value.retry_after <= batcher.ahead_seconds(BATCH)
+            assert batcher.queued <= 5 + count  # half a second of work, and what the last one brought
+            model.gate.set()
+            await asyncio.gather(held, *waiting)
+
+    asyncio.run(scenario())
+
+
+def test_a_burst_of_reservations_is_seen_before_any_item_is_there() -> None:
+    async def scenario() -> None:
+        with running(Model(), max_batch=2, max_wait=1.0) as batcher:
+            batcher.pace.measured(1, 0.4)
+            with batcher.reserve(2), batcher.reserve(2):
+                with pytest.raises(Overloaded), batcher.reserve(1):
+                    pass
+                assert batcher.estimated_wait_seconds == pytest.approx(1.6)
+            assert batcher.estimated_wait_seconds == 0  # given back
+            with batcher.reserve(3) as room:
+                assert await batcher.submit_many([1, 2], room) == [1, 4]
+                assert batcher.estimated_wait_seconds == pytest.approx(0.4, rel=0.9)  # one has not come
+            assert batcher.estimated_wait_seconds == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_deadline_that_cannot_be_kept_is_refused_and_one_that_passes_is_dropped() -> None:
+    async def scenario() -> None:
+        model = Model()
+        expired: list[int] = []
+        with running(model, max_batch=1, max_wait=60) as batcher:
+            batcher.on_expired = expired.append
+            batcher.pace.measured(1, 1.0)
+            held = await hold(model, batcher, 7)
+            now = time.monotonic()
+            with pytest.raises(Overloaded) as caught:
+                await as_request(INTERACTIVE, now + 0.2, lambda: batcher._enqueue([1]))
+            assert caught.value.limit_name == "deadline"
+            (late,) = await asyncio.create_task(as_request(INTERACTIVE, now + 1.5, lambda: batcher._enqueue([2])))  # type: ignore[misc]
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(asyncio.shield(late), 1.6)
+            model.gate.set()
+            await held
+            with pytest.raises(DeadlineExceeded):
+                await late
+        assert model.batches == [[7]]  # what came too late was never begun
+        assert expired == [1]
+
+    asyncio.run(scenario())
+
+
+def test_interactive_work_goes_first_and_does_not_wait_for_batch_work() -> None:
+    async def scenario() -> None:
+        model = Model()
+        with running(model, max_batch=2, max_wait=1.0) as batcher:
+            batcher.pace.measured(1, 0.15)
+            held = await hold(model, batcher, 100)
+
+            async def ask(rank: int, items: list[int]) -> None:
+                urgency.CURRENT.set(Urgency(rank))
+                await batcher.submit_many(items)
+
+            tasks = [asyncio.create_task(ask(BATCH, [10, 11, 12, 13, 14, 15, 16]))]
+            await asyncio.sleep(0)
+            with pytest.raises(Overloaded):  # there is more than a second of work ahead of batch work
+                await ask(BATCH, [20])
+            tasks.append(asyncio.create_task(ask(INTERACTIVE, [1, 2])))
+            await until(lambda: batcher.queued == 9)
+            model.gate.set()
+            await asyncio.gather(held, *tasks)
+        assert model.batches[1] == [1, 2]
+
+    asyncio.run(scenario())
+
+
+def test_no_memory_makes_batches_smaller_and_larger_again_later() -> None:
+    async def scenario() -> None:
+        most, batches = 4, []
+
+        def run(items: list[int]) -> list[int]:
+            batches.append(len(items))
+            if len(items) > most:
+                raise MemoryError
+            return list(items)
+
+        with running(run, max_batch=16) as batcher:
+            assert await batcher.submit_many(range(16)) == list(range(16))
+            assert batcher.fits == 4
+            batches.clear()
+            assert await batcher.submit_many(range(16)) == list(range(16))
+            assert set(batches) == {4}  # nothing is tried that is known not to fit
+            most = 16
+            for _ in range(60):
+                await batcher.submit(1)
+            assert batcher.fits == 8
+            most = 0
+            with pytest.raises(OutOfMemory):
+                await batcher.submit(1)
+
+    asyncio.run(scenario())
+
+
+def test_a_supervised_worker_that_dies_loses_only_what_killed_it() -> None:
+    async def scenario() -> None:
+        batches: list[list[int]] = []
+
+        def run(items: list[int]) -> list[int]:
+            batches.append(list(items))
+            if 3 in items:
+                raise SystemExit("the device is gone")
+            return [item * item for item in items]
+
+        batcher: Batcher[int, int] = Batcher("test", run, max_batch=8, idle_wait_ms=0, supervised=True)
+        batcher.start()
+        tasks = [asyncio.create_task(batcher.submit(n)) for n in range(6)]
+        for _ in range(200):
+            await asyncio.sleep(0.01)
+            if not batcher.alive:
+                if len(tasks) == 6:
+                    tasks.append(asyncio.create_task(batcher.submit(9)))  # who comes now is not sent away
+                await asyncio.sleep(0.01)
+                batcher.start()
+            if all(task.done() for task in tasks):
+                break
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(outcomes[3], NotReady)
+        assert [outcome for i, outcome in enumerate(outcomes) if i != 3] == [0, 1, 4, 16, 25, 81]
+        assert sum(3 in batch for batch in batches) == 2  # once among others, once alone
+        await batcher.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_hangs_is_replaced_and_what_waits_is_answered() -> None:
+    async def scenario() -> None:
+        model = Model()
+        with running(model, max_batch=1) as batcher:
+            held = await hold(model, batcher, 3)
+            waiting = asyncio.create_task(batcher.submit(4))
+            await until(lambda: batcher.queued == 1)
+            await asyncio.sleep(0.05)
+            assert batcher.hangs(0.04)
+            assert not batcher.hangs(10)
+            old, model.gate = model.gate, type(model.gate)()
+            model.gate.set()
+            batcher.replace()
+            assert await waiting == 16
+            with pytest.raises(NotReady, match="hung"):
+                await held
+            old.set()  # it comes back after all, and nobody hears it
+            assert await batcher.submit(5) == 25
+            assert not batcher.hangs(0.04)
+
+    asyncio.run(scenario())
+
+
+def test_work_that_is_shared_does_not_end_with_the_first_callers_deadline() -> None:
+    async def scenario() -> None:
+        flight, seen = SingleFlight(), []
+
+        async def work() -> str:
+            seen.append(urgency.CURRENT.get())
+            await asyncio.sleep(0.01)
+            return "done"
+
+        async def ask(deadline: float) -> str:
+            urgency.CURRENT.set(Urgency(BATCH, deadline))
+            found = await flight.run("key", work)
+            assert urgency.CURRENT.get().deadline == deadline  # its own is as it was
+            return found
+
+        assert await asyncio.gather(ask(1.0), ask(2.0)) == ["done", "done"]
+        assert seen == [Urgency(BATCH, math.inf)]
+
+    asyncio.run(scenario())

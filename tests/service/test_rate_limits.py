@@ -1,0 +1,237 @@
+"""Rate limits in points: what requests cost, what comes back, what the answers say, and what holds without Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import time
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+import redis as sync_redis
+
+from service.keys import Caller
+from service.rate_limits import Bucket, Limiter, Meter
+from service.redis_link import RedisLink
+from tests.service.conftest import Locked, RedisServer, as_base64, metric, picture
+
+LABELS = ["carrot", "rocket"]
+SLOW = Caller("acme", "key1", frozenset({"infer"}), points_per_minute=1, burst=20)
+
+
+def left(answer: httpx.Response) -> int:
+    """Points left, as the answer says."""
+    form = re.fullmatch(r'"points";r=(\d+);t=(\d+)', answer.headers["ratelimit"])
+    assert form is not None
+    return int(form.group(1))
+
+
+def ask(client: httpx.Client, seed: int, **others: object) -> httpx.Response:
+    return client.post("/classify", json={"image": as_base64(picture(seed)), "labels": LABELS, **others})
+
+
+@pytest.fixture
+async def link(redis_server: RedisServer) -> AsyncIterator[RedisLink]:
+    link = RedisLink(redis_server.url, 2.0)
+    await link.start()
+    yield link
+    await link.close()
+
+
+def test_a_bucket_fills_at_its_rate_and_never_over() -> None:
+    bucket = Bucket(10, 0.0)
+    assert bucket.take(8, 10, 2.0, 0.0)
+    assert not bucket.take(3, 10, 2.0, 0.0)
+    assert bucket.take(3, 10, 2.0, 0.5)
+    assert bucket.left == 0
+    assert bucket.take(-50, 10, 2.0, 0.5)
+    assert bucket.left == 10
+    assert bucket.take(10, 10, 2.0, 1e6)
+    assert not bucket.take(1, 10, 2.0, 5.0)  # a clock that goes back fills nothing
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("store", ["redis", "local"])
+async def test_points_that_are_there_are_given_once_however_many_ask(link: RedisLink, store: str) -> None:
+    there = link if store == "redis" else None
+    replicas = [Limiter(there, "test") for _ in range(2 if there else 1)]
+    taken = await asyncio.gather(*(replicas[i % len(replicas)].take(SLOW, 1) for i in range(50)))
+    assert sum(one.paid for one in taken) == 20
+    assert {one.store for one in taken} == {store}
+    assert (await replicas[0].take(SLOW, 0)).left < 1
+    assert (await replicas[0].take(SLOW, -5)).left == pytest.approx(5, abs=0.2)
+    assert (await replicas[0].take(SLOW, -500)).left == 20
+
+
+@pytest.mark.anyio
+async def test_points_come_back_at_the_rate(link: RedisLink) -> None:
+    fast = Caller("acme", "key2", frozenset({"infer"}), points_per_minute=600, burst=5)
+    for limiter in (Limiter(link, "test"), Limiter(None, "test")):
+        assert (await limiter.take(fast, 5)).paid
+        assert not (await limiter.take(fast, 5)).paid
+        began = time.monotonic()
+        while not (await limiter.take(fast, 2)).paid:
+            assert time.monotonic() - began < 10
+            await asyncio.sleep(0.02)
+        assert time.monotonic() - began > 0.1  # two points at ten a second
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "planted",
+    [{"left": "nan", "at": "nan"}, {"left": "1e300", "at": "1"}, {"left": "x"}, {"left": "-inf", "at": "9e15"}],
+)
+async def test_what_another_writer_puts_there_is_between_empty_and_full(
+    link: RedisLink, redis_server: RedisServer, planted: dict[str, str]
+) -> None:
+    sync_redis.Redis.from_url(redis_server.url).hset("test:rate:key1", mapping=planted)
+    limiter = Limiter(link, "test")
+    seen = await limiter.take(SLOW, 0)
+    assert 0 <= seen.left <= 20
+    assert (await limiter.take(SLOW, -20)).left == pytest.approx(20)
+    assert (await limiter.take(SLOW, 20)).paid
+
+
+@pytest.mark.anyio
+async def test_a_key_of_another_kind_does_not_stop_anybody(link: RedisLink, redis_server: RedisServer) -> None:
+    sync_redis.Redis.from_url(redis_server.url).set("test:rate:key1", "a text")
+    taken = await Limiter(link, "test").take(SLOW, 1)
+    assert (taken.paid, taken.store) == (True, "fallback")
+
+
+@pytest.mark.anyio
+async def test_what_the_service_does_not_do_is_not_paid_for(link: RedisLink) -> None:
+    from ironclip.errors import DeadlineExceeded, ImageInvalid, Overloaded
+
+    limiter = Limiter(link, "test")
+
+    async def spend(error: Exception) -> float:
+        with pytest.raises(type(error)):
+            async with Meter(limiter, SLOW).paid(5):
+                raise error
+        return (await limiter.take(SLOW, 0)).left
+
+    assert await spend(Overloaded("full", retry_after=1)) == pytest.approx(20, abs=0.2)
+    assert await spend(RuntimeError("a fault")) == pytest.approx(20, abs=0.2)
+    assert await spend(ImageInvalid("broken")) == pytest.approx(15, abs=0.3)
+    assert await spend(DeadlineExceeded("late")) == pytest.approx(10, abs=0.4)
+
+
+def test_every_answer_of_a_limited_key_says_what_is_left(locked: Locked) -> None:
+    with locked.client("paying") as client:
+        for answer in (client.get("/models"), client.get("/nowhere"), client.post("/classify", content=b"x")):
+            assert answer.headers["ratelimit-policy"] == '"points";q=100000;w=6000000'
+            assert left(answer) <= 100_000
+        refused = client.get("/metrics")
+        assert (refused.status_code, "ratelimit" in refused.headers) == (404, True)
+    with locked.client("acme") as client:
+        assert "ratelimit" not in client.get("/models").headers
+    assert "ratelimit" not in httpx.get(f"{locked.url}/livez").headers
+
+
+def test_what_requests_cost(locked: Locked) -> None:
+    with locked.client("paying") as client:
+
+        def cost(answer: httpx.Response, expected: int = 200) -> int:
+            nonlocal before
+            assert answer.status_code == expected, answer.text
+            spent, before = before - left(answer), left(answer)
+            return spent
+
+        before = left(client.get("/models"))
+        assert cost(ask(client, 1, labels=["a", "b", "c", "d"], templates=["{}"])) == 2  # one picture, four texts
+        assert cost(ask(client, 2, labels=["a", "b", "c", "d"], templates=["{}"])) == 1  # the texts are known
+        assert cost(ask(client, 2, labels=["a", "b", "c", "d"], templates=["{}"])) == 1  # a known picture is as dear
+        cola = {"name": "cola", "views": 5}
+        forwards = next(one for one in client.get("/models").json()["defence_details"] if one["name"] == "cola")["cost"]
+        assert forwards > 1
+        asked = cost(ask(client, 3, labels=["a", "b", "c", "d"], templates=["{}"], defence=cola))
+        assert asked in (forwards, forwards + 1)  # its text bank may be another one
+        image = as_base64(picture(4))
+        assert cost(client.post("/embed", json={"images": [image, "?"], "texts": ["a", "b", "c", "d"]})) == 2
+        assert cost(client.post("/v1/embeddings", json={"input": ["a"] * 8})) == 2
+        # Refused before any work, and after it was paid for.
+        assert cost(client.post("/classify", json={"image": image}), 422) == 0
+        assert cost(ask(client, 5, labels=["long " * 150, "b"], templates=["{}"]), 422) == 0
+        assert cost(client.post("/classify", json={"image": image, "labels": ["a"], "encoder": "none"}), 404) == 0
+
+
+def test_a_probe_is_paid_for_by_the_gradients_it_took(locked: Locked) -> None:
+    body = {"image": as_base64(picture(7)), "labels": LABELS, "effort": "quick", "max_eps": 4}
+    with locked.client("paying") as client:
+        ask(client, 7)  # so that the texts are known
+        before = left(client.get("/models"))
+        dry = client.post("/attack-probe", json={**body, "dry_run": True})
+        most = dry.json()["dry_run"]["points_at_most"]
+        assert most == dry.json()["dry_run"]["gradients_at_most"]
+        assert left(dry) == before
+        done = client.post("/attack-probe", json=body)
+        assert done.status_code == 200
+        assert before - left(done) == done.json()["cost"]["gradients"] < most
+        before = left(done)
+        started = client.post("/attack-probe", json=body, headers={"prefer": "respond-async"})
+        where = started.headers["location"]
+        deadline = time.monotonic() + 30
+        while (standing := client.get(where).json())["status"] not in ("done", "failed"):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        used = standing["result"]["cost"]["gradients"]
+        while before - left(client.get("/models")) != used:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        wrong = client.post("/attack-probe", json={**body, "label": "not there"})
+        assert wrong.status_code == 422
+        assert before - left(wrong) == used
+
+
+def test_a_spent_key_is_told_when_to_come_again_and_is_then_served(locked: Locked) -> None:
+    with locked.client("quick") as client:
+        ask(client, 10)
+        for seed in range(11, 40):
+            answer = ask(client, seed)
+            if answer.status_code == 429:
+                break
+        problem = answer.json()
+        assert (answer.status_code, problem["code"], problem["limit"]) == (429, "rate-limited", 5)
+        assert answer.headers["retry-after"] == "1"
+        assert 0 < problem["retry_after_ms"] <= 1000
+        assert "burst of the API key quick1 in the keys file" in problem["detail"]
+        assert left(answer) == 0
+        time.sleep(int(answer.headers["retry-after"]))
+        assert ask(client, 99).status_code == 200
+    label = 'ironclip_rate_limits_total{result="refused",store="redis"}'
+    assert metric(locked.metrics_url, label) >= 1
+
+
+def test_what_can_never_be_paid_is_refused_for_good(locked: Locked) -> None:
+    with locked.client("slow") as client:
+        answer = client.post("/embed", json={"texts": ["x"] * 100})
+        assert (answer.status_code, answer.json()["code"]) == (413, "cost-too-high")
+        assert "retry-after" not in answer.headers
+        assert answer.json()["limit"] == 20
+        openai = client.post("/v1/embeddings", json={"input": ["x"] * 100})
+        assert (openai.status_code, openai.json()["error"]["code"]) == (413, "cost-too-high")
+        assert client.post("/v1/embeddings", json={"input": ["x"] * 40}).status_code == 200
+        spent = [client.post("/v1/embeddings", json={"input": ["x"] * 40}) for _ in range(3)][-1]
+        assert (spent.status_code, spent.json()["error"]["type"]) == (429, "rate_limit_error")
+        assert int(spent.headers["retry-after"]) > 60
+
+
+def test_without_redis_each_replica_counts_for_itself_and_nobody_is_refused(locked: Locked) -> None:
+    label = 'ironclip_rate_limits_total{result="allowed",store="fallback"}'
+    before = metric(locked.metrics_url, label)
+    locked.redis.send(signal.SIGSTOP)
+    try:
+        with locked.client("other-paying") as client:
+            answers = [ask(client, seed) for seed in range(50, 56)]
+            assert [answer.status_code for answer in answers] == [200] * 6
+            assert left(answers[-1]) < left(answers[0])
+        assert metric(locked.metrics_url, label) > before
+    finally:
+        locked.redis.send(signal.SIGCONT)
+    deadline = time.monotonic() + 20
+    while metric(locked.metrics_url, "ironclip_redis_up") != 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
