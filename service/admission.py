@@ -53,14 +53,18 @@ class Admission(Generic[Item]):
 
     def ahead_seconds(self, rank: int, running: float) -> float:
         """Seconds of work of this class and those before it: running, waiting, and let in but still on its way."""
-        return self._pace.seconds(self._queue.cost(rank) + sum(self._reserved[: rank + 1])) + running
+        return self._pace.seconds(self._items(rank)) + running
 
-    def admit(self, cost: int, running: float) -> None:
+    def _items(self, rank: int) -> int:
+        return self._queue.cost(rank) + sum(self._reserved[: rank + 1])
+
+    def admit(self, cost: int, running: float, batch: int = 0) -> None:
         """Let a request of the current urgency in.
 
         Args:
             cost: of its items.
             running: seconds that the batch under way still takes.
+            batch: items that the next batch is likely to have: others come meanwhile, and it ends for all at once.
 
         Raises:
             Overloaded: what waits, or the time that it takes, is over a limit or leaves too little of the deadline.
@@ -87,22 +91,25 @@ class Admission(Generic[Item]):
                 limit=round(1000 * most),
             )
         left = max(0.0, urgency.deadline - time.monotonic())
-        if ahead > left:
+        # Where nothing is ahead it is let in whatever the estimate says: to try is how that is mended.
+        done = running + self._pace.seconds(max(self._items(urgency.rank) + cost, batch))
+        if ahead > 0 and done > left:
             raise Overloaded(
-                f"{1000 * ahead:.0f} ms of work are ahead of this request at the {self.name} model, and its deadline "
-                f"is {1000 * left:.0f} ms away (X-Request-Timeout-Ms, within IRONCLIP_REQUEST_TIMEOUT_MS).",
+                f"{1000 * ahead:.0f} ms of work are ahead of this request at the {self.name} model; with its own it "
+                f"takes {1000 * done:.0f} ms, and its deadline is {1000 * left:.0f} ms away (X-Request-Timeout-Ms, "
+                "within IRONCLIP_REQUEST_TIMEOUT_MS).",
                 limit_name="deadline",
                 retry_after=ahead,
                 limit=round(1000 * left),
             )
 
-    def reserve(self, cost: int, running: float) -> Room:
+    def reserve(self, cost: int, running: float, batch: int = 0) -> Room:
         """Let a request in whose items are still to come; give the room back with `release`.
 
         Raises:
             Overloaded: as `admit`.
         """
-        self.admit(cost, running)
+        self.admit(cost, running, batch)
         room = Room(CURRENT.get().rank, cost)
         self._reserved[room.rank] += cost
         return room

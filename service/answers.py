@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ _IMAGE_SCHEMA: Schema = {"pixels": ("uint8", (32,)), "warnings": ("uint8", (None
 _WARNING_CODES = tuple(WARNINGS)
 # Deciding about this many scores is left to a thread, so that it does not hold up other requests.
 _THREAD_SCORES = 50_000
+# As many numbers of features are normalised in less time than it takes to wake a thread.
+_THREAD_NUMBERS = 50_000
 
 
 @dataclass
@@ -152,7 +155,9 @@ class Answers:
         done = [item for item in _open(items) if item.features is not None]
         if done:
             features = torch.from_numpy(np.stack([item.features for item in done if item.features is not None]))
-            vectors = await asyncio.to_thread(_vectors, served, defence, classifier, features)
+            work = partial(_vectors, served, defence, classifier, features)
+            inline = classifier is None and features.numel() <= _THREAD_NUMBERS
+            vectors = work() if inline else await asyncio.to_thread(work)
             for item, vector in zip(done, vectors, strict=True):
                 item.vector = vector
         return items

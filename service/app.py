@@ -47,6 +47,7 @@ _CORS_ASKED = (
     "If-None-Match",
     "Last-Event-ID",
     "Prefer",
+    "Priority",
     "X-API-Key",
     "X-Request-Id",
     "X-Request-Timeout-Ms",

@@ -231,6 +231,10 @@ class Batcher(Generic[Item, Result]):
         """Seconds of work of this class and those before it: running, waiting, and let in but still on its way."""
         return self.admission.ahead_seconds(rank, self._seconds_left())
 
+    def _likely(self) -> int:
+        """Items that the next batch will have, if it is like the last; holds the lock."""
+        return self._last_cost if self._current else 0
+
     def _seconds_left(self) -> float:
         """Of the running batch."""
         cost = sum(entry.cost for entry in self._current)
@@ -276,7 +280,7 @@ class Batcher(Generic[Item, Result]):
         """
         with self._changed:
             self._open()
-            room = self.admission.reserve(cost, self._seconds_left())
+            room = self.admission.reserve(cost, self._seconds_left(), self._likely())
         try:
             yield room
         finally:
@@ -301,7 +305,7 @@ class Batcher(Generic[Item, Result]):
     def _admit(self, cost: int) -> None:
         """Let a request in, or raise; holds the lock."""
         self._open()
-        self.admission.admit(cost, self._seconds_left())
+        self.admission.admit(cost, self._seconds_left(), self._likely())
 
     def _open(self) -> None:
         just_died = self.supervised and self._dead and time.monotonic() - self._died_at < _GRACE

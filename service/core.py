@@ -32,6 +32,7 @@ from service.probe_job import Job
 from service.probe_ledger import Ledger
 from service.rate_limits import TEXT, Bill, Limiter, Meter
 from service.redis_link import RedisLink
+from service.remembered import Memory
 from service.runtime import ServedEncoder, use_threads
 from service.schemas import Options
 from service.seal import Seal
@@ -103,10 +104,11 @@ class Service:
             max_pending=max(settings.max_queue, settings.max_images),
         )
         vectors = settings.cache_bytes
+        self.memory = Memory(self.encoder, self._registered, vectors // 8, settings.cache_ttl_seconds)
         self._caches = [
             self._cache("images", vectors // 8),
             self._cache("features", vectors // 4),
-            self._cache("scores", vectors - vectors // 8 - vectors // 4),
+            self._cache("scores", vectors // 2),
             self._cache("text-banks", settings.text_cache_bytes // 2, _BANK_SECONDS),
         ]
         images, features, scores, banks = self._caches
@@ -204,6 +206,9 @@ class Service:
         name = options.label_set
         entry = await self.label_sets.get(name, tenant=tenant) if name is not None else None
         return await self._plans.get(served, options, entry, size, tenant)
+
+    async def _registered(self, name: str, tenant: str) -> Registered:
+        return await self.label_sets.get(name, tenant=tenant)
 
     def warm(self, entry: Registered, meter: Meter) -> None:
         """Begin to encode a newly registered set for the default encoder, before the first picture asks for it.

@@ -84,7 +84,7 @@ async def read_json(request: Request, model: type[M]) -> M:
         BodyMalformed, RequestInvalid, InputTooLarge: as their names say.
     """
     kind = media_type(request)
-    if kind != "application/json" and not kind.endswith("+json"):
+    if not is_json(kind):
         raise MediaTypeUnsupported(f"Send application/json (Content-Type), not {_shown(kind)}.")
     body = await request.body()
     parsed: M = await off_loop(len(body), parse_json, body, model)
@@ -105,15 +105,17 @@ async def read_ask(request: Request, model: type[M], options: type[M], limits: I
         IronclipError: the request as a whole cannot be read.
     """
     kind = media_type(request)
-    if request.query_params and not _is_raw(kind):
+    if request.query_params and not is_raw(kind):
         raise RequestInvalid("Put the options into the body; query parameters go with a bare image only.")
     if kind == "multipart/form-data":
         return await _read_multipart(request, options, limits, max_images)
-    if _is_raw(kind):
+    if is_raw(kind):
         data = await request.body()
         asked, size = await _read_fields(options, request.query_params.multi_items())
-        return Ask(asked, [await off_loop(len(data), picture_from_bytes, data, kind, limits)], True, size)
-    if kind != "application/json" and not kind.endswith("+json"):
+        digest = getattr(request.state, "body_digest", "")
+        picture = await off_loop(len(data), picture_from_bytes, data, kind, limits, "", digest)
+        return Ask(asked, [picture], True, size)
+    if not is_json(kind):
         raise MediaTypeUnsupported(f"Send {_ACCEPTED} (Content-Type), not {_shown(kind)}.")
     asked = await read_json(request, model)
     one: str | None = getattr(asked, "image", None)
@@ -262,17 +264,28 @@ def picture_from_text(text: str, limits: ImageLimits, pointer: str) -> Picture:
     return picture_from_bytes(data, declared, limits, pointer)
 
 
-def picture_from_bytes(data: bytes, declared: str | None, limits: ImageLimits, pointer: str = "") -> Picture:
-    """A picture from an encoded file; what can be told from the first bytes is checked, also for one a cache knows."""
+def picture_from_bytes(
+    data: bytes, declared: str | None, limits: ImageLimits, pointer: str = "", digest: str = ""
+) -> Picture:
+    """A picture from an encoded file; what can be told from the first bytes is checked, also for one a cache knows.
+
+    `digest` is that of the bytes, where it is known already.
+    """
     try:
         limits.check_bytes(len(data))
         check_declared_type(sniff(data), declared)
     except ImageError as error:
         return Picture(error=error.at(pointer))
-    return Picture(data, bytes_digest(data), declared, pointer)
+    return Picture(data, digest or bytes_digest(data), declared, pointer)
 
 
-def _is_raw(kind: str) -> bool:
+def is_json(kind: str) -> bool:
+    """Whether a media type is JSON."""
+    return kind == "application/json" or kind.endswith("+json")
+
+
+def is_raw(kind: str) -> bool:
+    """Whether a body of this media type is the picture itself."""
     return kind.startswith("image/") or kind == "application/octet-stream"
 
 

@@ -119,6 +119,7 @@ class Meter:
         self.caller = caller
         self._limiter = limiter
         self._last: Taken | None = None
+        self.spent = 0.0  # points taken and not given back
 
     @property
     def limited(self) -> bool:
@@ -145,6 +146,7 @@ class Meter:
         self._last = taken = await self._limiter.take(caller, points)
         telemetry.RATE_LIMITS.labels(taken.store, "allowed" if taken.paid else "refused").inc()
         if taken.paid:
+            self.spent += points
             return taken.store
         rate = (caller.points_per_minute or 1) / 60
         raise RateLimited(
@@ -158,6 +160,7 @@ class Meter:
     async def give_back(self, points: float, store: str) -> None:
         """Give back what was taken and not used."""
         if store and points > 0:
+            self.spent -= points
             self._last = await self._limiter.take(self.caller, -points, store)
 
     @asynccontextmanager

@@ -239,10 +239,10 @@ class Settings(BaseSettings):
         "replicas, so that another writer to Redis cannot plant any. With API keys and Redis it is needed.",
     )
     cache_bytes: int = Field(
-        default=64 * MIB, ge=0, description="Memory for cached score and embedding vectors; 0 turns caching off."
+        default=64 * MIB, ge=0, description="Memory for cached answers, scores and vectors; 0 turns caching off."
     )
     cache_ttl_seconds: int = Field(
-        default=3600, ge=1, le=31_536_000, description="Age at which a cached vector is dropped."
+        default=3600, ge=1, le=31_536_000, description="Age at which a cached value is dropped."
     )
     text_cache_bytes: int = Field(
         default=256 * MIB, ge=0, description="Memory for the text banks of label sets, kept between requests."

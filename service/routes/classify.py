@@ -21,9 +21,10 @@ from service.errors import problem
 from service.forms import Picture, read_ask
 from service.rate_limits import PICTURE, TEXT, Meter
 from service.routes.common import Deadline, fetched, json_response, meter_of, service_of, stages_of
+from service.routes.remembering import RememberingRoute, remember
 from service.schemas import ClassifyRequest, Options
 
-router = APIRouter(tags=["inference"])
+router = APIRouter(tags=["inference"], route_class=RememberingRoute)
 
 DEFAULT_TOP_K = 100
 # Bounds on one request: predictions in its answer, and scores to take them from, over all images and levels.
@@ -48,7 +49,7 @@ async def classify(request: Request) -> Response:
     in which an image that cannot be used has `{"error": problem}` in its place.
     """
     service, stages, meter = service_of(request), stages_of(request), meter_of(request)
-    deadline = Deadline(request)
+    deadline = Deadline.of(request)
     with deadline.receiving():
         ask = await read_ask(request, ClassifyRequest, Options, service.image_limits, service.settings.max_images)
     top_k = ask.options.top_k or DEFAULT_TOP_K
@@ -75,7 +76,9 @@ async def classify(request: Request) -> Response:
         return json_response(content, stages, headers={"Cache-Status": cache_status(items)})
 
     written = predictions_of(plan, top_k) + scores_of(plan) // _SCORES_PER_PREDICTION
-    return await asyncio.to_thread(write) if written * len(items) > _THREAD_PREDICTIONS else write()
+    answer = await asyncio.to_thread(write) if written * len(items) > _THREAD_PREDICTIONS else write()
+    remember(request, answer, ask.options.encoder, plan.served, ask.pictures, items, plan, ask.options.label_set)
+    return answer
 
 
 async def points_of(plan: Plan, pictures: Sequence[Picture], meter: Meter, answers: Answers) -> float:

@@ -108,6 +108,14 @@ class Deadline:
         urgency.CURRENT.set(Urgency(rank_of(request.headers.get("priority", "")), self._end))
         self._request = request
 
+    @classmethod
+    def of(cls, request: Request) -> Deadline:
+        """The request's, made now if it has none yet; raises RequestInvalid as the constructor does."""
+        found: Deadline | None = getattr(request.state, "deadline", None)
+        if found is None:
+            found = request.state.deadline = cls(request)
+        return found
+
     @property
     def seconds_left(self) -> float:
         """Until the time is up."""

@@ -23,11 +23,12 @@ from service.forms import Picture, read_ask
 from service.rate_limits import PICTURE, TEXT
 from service.routes.classify import cache_status
 from service.routes.common import Deadline, fetched, json_response, meter_of, service_of, stages_of
+from service.routes.remembering import RememberingRoute, remember
 from service.runtime import ServedEncoder
 from service.schemas import EmbedOptions, EmbedRequest, Options
 from service.telemetry import Stages
 
-router = APIRouter(tags=["inference"])
+router = APIRouter(tags=["inference"], route_class=RememberingRoute)
 
 Floats = NDArray[np.float32]
 TextOutcome = Floats | IronclipError
@@ -50,7 +51,7 @@ async def embed(request: Request) -> Response:
     pictures alone; texts are embedded as they are.
     """
     service, stages = service_of(request), stages_of(request)
-    deadline = Deadline(request)
+    deadline = Deadline.of(request)
     with deadline.receiving():
         ask = await read_ask(request, EmbedRequest, EmbedOptions, service.image_limits, service.settings.max_images)
     options = ask.options
@@ -91,7 +92,10 @@ async def embed(request: Request) -> Response:
         "images": [image_answer(item) for item in items],
         "texts": [text_answer(vector) for vector in vectors],
     }
-    return json_response(content, stages, headers={"Cache-Status": cache_status(items)})
+    answer = json_response(content, stages, headers={"Cache-Status": cache_status(items)})
+    if not texts:  # those are embedded each time
+        remember(request, answer, options.encoder, served, ask.pictures, items, None, options.label_set)
+    return answer
 
 
 def points_of(pictures: Sequence[Picture], defence: Defence, texts: Sequence[str]) -> float:
