@@ -44,16 +44,19 @@ class Ledger:
         self._jobs: OrderedDict[tuple[str, str], tuple[Job, float]] = OrderedDict()
         self._mirrors: set[asyncio.Task[None]] = set()
 
-    def add(self, job: Job, tenant: str = "") -> None:
-        """Remember a tenant's probe of this process, and let the other replicas know of it."""
+    async def add(self, job: Job, tenant: str = "") -> None:
+        """Remember a tenant's probe of this process; returns when the other replicas know of it, or cannot."""
         for known, (old, since) in list(self._jobs.items()):
             if self._expired(old, since) or (old.ended and len(self._jobs) >= self._most):
                 del self._jobs[known]
         self._jobs[tenant, job.id] = (job, time.monotonic())
         if self._link is not None:
-            task = asyncio.create_task(self._mirror(self._link, job, tenant))
+            known_of = asyncio.Event()
+            task = asyncio.create_task(self._mirror(self._link, job, tenant, known_of))
             self._mirrors.add(task)
             task.add_done_callback(self._mirrors.discard)
+            task.add_done_callback(lambda _: known_of.set())
+            await known_of.wait()
 
     def _expired(self, job: Job, since: float) -> bool:
         return job.ended and time.monotonic() - since > self._ttl + job.seconds
@@ -130,8 +133,11 @@ class Ledger:
         """Where a probe's events are in Redis; signatures are bound to it."""
         return f"{self._prefix}:tenant:{tenant}:probe:{identity}" if tenant else f"{self._prefix}:probe:{identity}"
 
-    async def _mirror(self, link: RedisLink, job: Job, tenant: str) -> None:
-        """Write a probe's events to Redis as they come, and look whether somebody wants it cancelled."""
+    async def _mirror(self, link: RedisLink, job: Job, tenant: str, known_of: asyncio.Event) -> None:
+        """Write a probe's events to Redis as they come, and look whether somebody wants it cancelled.
+
+        `known_of` is set after the first try to write.
+        """
         key, after = self._key(job.id, tenant), 0
 
         async def write(redis: Redis) -> bool:
@@ -149,6 +155,7 @@ class Ledger:
                 if await link.call(write, timeout=_CALL):
                     job.cancelled = True
                 after = max(after, events[-1].number + 1)
+            known_of.set()
             tries += ended
             if ended and (after > job.events[-1].number or tries > _LAST_TRIES):
                 return

@@ -120,7 +120,7 @@ async def attack_probe(request: Request) -> Response:
         raise
     settled = service.settle(job, bill)
     if later:
-        service.probes.add(job, meter.caller.tenant)
+        await service.probes.add(job, meter.caller.tenant)
         where = f"/probes/{job.id}"
         return json_response(
             {"id": job.id, "status": job.status, "events": f"{where}/events"},

@@ -276,7 +276,7 @@ async def test_a_probe_of_another_replica_is_found_by_its_own_tenant_alone(redis
         raise AssertionError
 
     job = Job(never, asyncio.get_running_loop(), seconds=5)
-    here.add(job, "acme")
+    await here.add(job, "acme")
     job.emit("cancelled", {})
     await job.wait()
     await here.close()
