@@ -121,12 +121,33 @@ def save_artifact(
 def update_meta(folder: Path | str, **changes: Any) -> None:
     """Change keys of an artifact's `ironclip.json` (scores measured later, say); atomic, raises ArtifactError."""
     folder = Path(folder)
-    content = {"format": FORMAT, **read_meta(folder), **_checked(changes)}
+    _write_meta(folder, {"format": FORMAT, **read_meta(folder), **_checked(changes)})
+
+
+def _write_meta(folder: Path, content: Mapping[str, Any]) -> None:
     try:
         with _Staged(folder) as staged:
             staged.path(META_FILE).write_bytes(_json(content))
     except OSError as error:
         raise ArtifactError(f"{folder / META_FILE} cannot be written: {error.strerror or error}.") from error
+
+
+def add_golden(folder: Path | str, encoder: Encoder) -> None:
+    """Put golden features into an artifact's `ironclip.json`, for one that was saved without; atomic.
+
+    Args:
+        folder: of the artifact.
+        encoder: in float32, as it was loaded from there.
+
+    Raises:
+        ArtifactError: the folder has no `ironclip.json`, or it cannot be written; features that are not finite.
+    """
+    folder = Path(folder)
+    known = read_meta(folder)
+    if not known:
+        raise ArtifactError(f"{folder} has no {META_FILE}: golden features are kept in it.")
+    content = {"format": FORMAT, **known, "golden": golden_features(encoder)}
+    _write_meta(folder, content)
 
 
 def read_meta(folder: Path | str) -> dict[str, Any]:

@@ -111,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     domain.add_argument("--artifact", type=Path, required=True)
     domain.add_argument("--data", type=Path, default=Path("data/demo"))
     domain.add_argument("--photos", type=Path, required=True, help="a folder of photographs, searched in depth")
+    golden = added.add_parser("golden", help="put golden features into an artifact that was saved without")
+    golden.add_argument("artifact", type=Path, help="its folder")
+
     demo = added.add_parser("demo", help="write label sets, tree and sample pictures of the demo")
     demo.add_argument("--data", type=Path, default=Path("data/demo"))
     demo.add_argument("--out", type=Path, default=Path("ironclip/demo"))
@@ -170,6 +173,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "study": commands.study,
     "defences": commands.defences,
     "domain": commands.domain,
+    "golden": commands.golden,
     "demo": commands.demo,
     "trees": commands.trees,
     "figure": commands.figure,

@@ -242,6 +242,15 @@ def domain(arguments: argparse.Namespace) -> None:
     print(measure_domain(arguments.artifact, arguments.data, arguments.photos))
 
 
+def golden(arguments: argparse.Namespace) -> None:
+    """Put golden features into an artifact that was saved without."""
+    from ironclip.artifact import add_golden
+    from ironclip.loading import load_encoder
+
+    add_golden(arguments.artifact, load_encoder(str(arguments.artifact)))
+    print(f"{arguments.artifact}: golden features added")
+
+
 def demo(arguments: argparse.Namespace) -> None:
     """Write the demo's label sets, tree and sample pictures."""
     from training.demo_files import write_demo_files

@@ -21,7 +21,7 @@ from ironclip.probe import Probe, ProbeOptions, Target, VectorTarget, estimate, 
 from service.answers import Item
 from service.decisions import Plan
 from service.errors import RequestInvalid
-from service.forms import read_ask
+from service.forms import Ask, read_ask
 from service.probe_job import ENDS, Event, Job
 from service.probe_schemas import ProbeFields, ProbeRequest
 from service.probing import Prober
@@ -51,65 +51,14 @@ async def attack_probe(request: Request) -> Response:
     each radius that was tried and the bracket `[robust_to, broken_at]`. It is empirical: not a certificate. With
     `Prefer: respond-async` the answer is 202 and the probe is found at `/probes/{id}`.
     """
-    service, stages, meter = service_of(request), stages_of(request), meter_of(request)
+    service, stages = service_of(request), stages_of(request)
     deadline = Deadline(request)
     with deadline.receiving():
         ask = await read_ask(request, ProbeRequest, ProbeFields, service.image_limits, 1)
-    fields = ask.options
-    asked = probe_options(fields, service.settings)
-    if len(ask.pictures) != 1:
-        raise RequestInvalid("Give one image: a probe is about one decision.")
-
-    bill = Bill(meter)
-
-    async def prepare() -> tuple[Prober, Job | None, dict[str, Any]]:
-        if ask.pictures[0].error is not None:
-            raise ask.pictures[0].error
-        plan = await service.plan(
-            _decision(fields, service.encoder(fields.encoder)), ask.size, tenant=meter.caller.tenant
-        )
-        check_size(plan, 1, 1, _MAX_COMPARISONS)
-        prober = plan.served.prober
-        if prober is None:
-            raise NotReady("This encoder is not probed.")
-        options = within_limit(asked, fields, plan.defence.cost, service.settings)
-        aim = {"targeted": fields.target is not None, "vector": fields.objective == "embedding"}
-        options.attacks(**aim)
-        cost = estimate(options, plan.defence, **aim)
-        each = GRADIENT * plan.defence.cost
-        if fields.dry_run:
-            priced = {"points_at_most": each * cost["gradients_at_most"]} if meter.limited else {}
-            return prober, None, cost | priced
-        await bill.pay(cost["gradients_at_most"], each)
-        (picture,) = await fetched(request, ask.pictures)
-        item = await service.answers.pixels(plan.served, meter.caller.tenant, picture, stages)
-        with stages.time("labels"):
-            classifiers = service.answers.classifiers
-            texts = await classifiers.texts_to_encode(plan) if meter.limited else 0
-            async with meter.paid(TEXT * texts):
-                both = await classifiers.attacked(plan)
-            build, about = await asyncio.to_thread(_attacked, plan, *both, item, fields, options)
-        job = Job(
-            build,
-            asyncio.get_running_loop(),
-            seconds=asked.seconds,
-            artefacts=tuple(fields.artefacts),
-            about=about,
-            resized=item.resized,
-        )
-        request.state.audit = {
-            "probe": job.id,
-            "picture": picture.digest,
-            "encoder": plan.served.digest,
-            "labels": plan.reference["digest"],
-            "norm": fields.norm,
-            "gradients_at_most": cost["gradients_at_most"],
-        }
-        return prober, job, {}
-
     later = "respond-async" in request.headers.get("prefer", "").lower()
+    bill = Bill(meter_of(request))
     try:
-        prober, job, cost = await deadline.within(prepare())
+        prober, job, cost = await deadline.within(_prepare(request, ask, bill))
         if job is None:
             return json_response({"dry_run": cost}, stages)
         if not later:
@@ -120,13 +69,7 @@ async def attack_probe(request: Request) -> Response:
         raise
     settled = service.settle(job, bill)
     if later:
-        await service.probes.add(job, meter.caller.tenant)
-        where = f"/probes/{job.id}"
-        return json_response(
-            {"id": job.id, "status": job.status, "events": f"{where}/events"},
-            status=202,
-            headers={"Location": where, "Preference-Applied": "respond-async", "Retry-After": "1"},
-        )
+        return await _accepted(request, job)
     try:
         with stages.time("model"):
             await deadline.within(job.wait())
@@ -136,6 +79,67 @@ async def attack_probe(request: Request) -> Response:
     if job.error is not None:
         raise job.error
     return json_response(job.events[-1].data, stages)
+
+
+async def _prepare(request: Request, ask: Ask[ProbeFields], bill: Bill) -> tuple[Prober, Job | None, dict[str, Any]]:
+    """Everything up to the probe's first step, paid for; None in place of the job where only its cost is asked."""
+    service, stages, meter = service_of(request), stages_of(request), meter_of(request)
+    fields = ask.options
+    asked = probe_options(fields, service.settings)
+    if len(ask.pictures) != 1:
+        raise RequestInvalid("Give one image: a probe is about one decision.")
+    if ask.pictures[0].error is not None:
+        raise ask.pictures[0].error
+    plan = await service.plan(_decision(fields, service.encoder(fields.encoder)), ask.size, tenant=meter.caller.tenant)
+    check_size(plan, 1, 1, _MAX_COMPARISONS)
+    prober = plan.served.prober
+    if prober is None:
+        raise NotReady("This encoder is not probed.")
+    options = within_limit(asked, fields, plan.defence.cost, service.settings)
+    aim = {"targeted": fields.target is not None, "vector": fields.objective == "embedding"}
+    options.attacks(**aim)
+    cost = estimate(options, plan.defence, **aim)
+    each = GRADIENT * plan.defence.cost
+    if fields.dry_run:
+        priced = {"points_at_most": each * cost["gradients_at_most"]} if meter.limited else {}
+        return prober, None, cost | priced
+    await bill.pay(cost["gradients_at_most"], each)
+    (picture,) = await fetched(request, ask.pictures)
+    item = await service.answers.pixels(plan.served, meter.caller.tenant, picture, stages)
+    with stages.time("labels"):
+        classifiers = service.answers.classifiers
+        texts = await classifiers.texts_to_encode(plan) if meter.limited else 0
+        async with meter.paid(TEXT * texts):
+            both = await classifiers.attacked(plan)
+        build, about = await asyncio.to_thread(_attacked, plan, *both, item, fields, options)
+    job = Job(
+        build,
+        asyncio.get_running_loop(),
+        seconds=asked.seconds,
+        artefacts=tuple(fields.artefacts),
+        about=about,
+        resized=item.resized,
+    )
+    request.state.audit = {
+        "probe": job.id,
+        "picture": picture.digest,
+        "encoder": plan.served.digest,
+        "labels": plan.reference["digest"],
+        "norm": fields.norm,
+        "gradients_at_most": cost["gradients_at_most"],
+    }
+    return prober, job, {}
+
+
+async def _accepted(request: Request, job: Job) -> Response:
+    """The answer to who asks for the probe later, once any replica can tell of it."""
+    await service_of(request).probes.add(job, caller_of(request).tenant)
+    where = f"/probes/{job.id}"
+    return json_response(
+        {"id": job.id, "status": job.status, "events": f"{where}/events"},
+        status=202,
+        headers={"Location": where, "Preference-Applied": "respond-async", "Retry-After": "1"},
+    )
 
 
 @router.get("/probes/{id}", operation_id="getProbe", summary="How a probe stands")

@@ -13,7 +13,7 @@ import torch
 from open_clip.pretrained import get_pretrained_cfg
 from safetensors.torch import load_file, save_file
 
-from ironclip.artifact import CONFIG_FILE, META_FILE, WEIGHTS_FILE, read_meta, save_artifact, update_meta
+from ironclip.artifact import CONFIG_FILE, META_FILE, WEIGHTS_FILE, add_golden, read_meta, save_artifact, update_meta
 from ironclip.encoder import Encoder
 from ironclip.errors import (
     ArchitectureMismatch,
@@ -24,6 +24,7 @@ from ironclip.errors import (
     UnknownEncoder,
     WeightsUnavailable,
 )
+from ironclip.golden import check_golden
 from ironclip.loading import load_encoder
 from tests.conftest import make_tiny_encoder
 
@@ -387,3 +388,24 @@ def test_published_weights_load(spec: str) -> None:
         pytest.skip(f"needs the hub: {error}")
     features = torch.nn.functional.normalize(encoder.encode_text(["a photo of a cat", "a photo of a dog"]), dim=-1)
     assert 0.7 < (features[0] @ features[1]).item() < 0.99
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-vit", "demo-robust"])
+def test_the_demo_encoders_compute_what_was_measured(name: str) -> None:
+    encoder = load_encoder(name)
+    assert min(check_golden(encoder, encoder.provenance["golden"]).values()) > 0.9999
+
+
+def test_golden_features_are_added_to_an_artifact_without(folder: Path) -> None:
+    path = folder / META_FILE
+    whole = json.loads(path.read_text())
+    expected = whole.pop("golden")
+    path.write_text(json.dumps(whole))
+    encoder = load_encoder(str(folder))
+    add_golden(folder, encoder)
+    added = json.loads(path.read_text())
+    assert {**added, "golden": 0} == {**whole, "golden": 0}
+    assert check_golden(encoder, expected) == check_golden(encoder, added["golden"])
+    path.unlink()
+    with pytest.raises(ArtifactError, match="golden"):
+        add_golden(folder, encoder)
