@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -23,6 +23,7 @@ from service.errors import handle_error
 from service.middleware import ENCODER_HEADER, Accounting, BodyGuard, HeadAsGet, Holding
 from service.routes import classify, embed, label_sets, models, oip, oip_infer, ops, playground, probe
 from service.routes import openai as openai_routes
+from service.routes.remembering import Remembering
 from service.settings import Settings, load_settings
 from service.tracing import Exporter
 
@@ -117,16 +118,26 @@ def create_app(
         app.add_exception_handler(kind, handle_error)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
+    _add_layers(app, service, included, traces)
+    return app
+
+
+def _add_layers(app: FastAPI, service: Service, included: Sequence[APIRouter], traces: Exporter | None) -> None:
+    """Put the layers around the routes, the innermost first."""
+    settings = service.settings
     ops_names = frozenset(
         getattr(route.endpoint, "__name__", "")
         for router in ROUTERS
         for route in router.routes
         if hasattr(route, "endpoint")
     )
-    app.add_middleware(Holding)
-    app.add_middleware(BodyGuard, max_bytes=settings.max_body_bytes, max_held_bytes=settings.max_held_bytes)
     # Not app.routes alone: what is included there may stand as one entry for a whole router.
     routes = [*app.routes, *(route for router in included for route in router.routes)]
+    remembered = (classify.classify, embed.embed)
+    known = {route.path: route for route in routes if isinstance(route, Route) and route.endpoint in remembered}
+    app.add_middleware(Remembering, routes=known)
+    app.add_middleware(Holding)
+    app.add_middleware(BodyGuard, max_bytes=settings.max_body_bytes, max_held_bytes=settings.max_held_bytes)
     app.add_middleware(Access, routes=routes, keys=service.keys, limiter=service.limiter)
     app.add_middleware(
         Accounting,
@@ -145,7 +156,6 @@ def create_app(
             expose_headers=_CORS_ANSWERED,
         )
     app.add_middleware(HeadAsGet)
-    return app
 
 
 def _of_admins() -> frozenset[str]:

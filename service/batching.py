@@ -4,8 +4,8 @@ The batch is cut late: only when the worker is free, so it grows by itself while
 item when nobody else asks. An idle worker waits a moment for company, but only where company is known to be on
 its way (`more_expected`). Where the device is the CPU, waiting for items that are being prepared wastes nothing,
 since the same cores prepare them: there every batch waits for them (`shares_cores`). Items are counted, not
-requests; a request's items may be split over batches and are joined again. What fails is the item that fails: a
-batch that raises is halved and run again.
+requests; a request's items may be split over batches and are joined again. What fails is the item that fails: see
+`service.attempts`.
 
 What is let in is bounded by time: see `Admission`. `reserve` asks before a request's items are prepared.
 """
@@ -19,12 +19,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
-from ironclip.errors import DeadlineExceeded, IronclipError, NotReady, OutOfMemory
+from ironclip.errors import DeadlineExceeded, IronclipError, NotReady
 from service.admission import Admission, Room
+from service.attempts import Attempts, Failure, deliver
 from service.pace import Pace
 from service.tracing import note_batch
 from service.urgency import BATCH, CURRENT
@@ -41,12 +41,6 @@ _LOOK = 0.002  # seconds between looks whether what was expected has come
 _HANG = 10  # a batch that takes so many times what was estimated, and the limit at least, is not waited for
 _SUSPICIOUS = 3  # batches in a row of which nothing came but faults
 _GRACE = 1.0  # seconds after a death for which items are still taken: the next worker is about to start
-_GROW_AFTER = 50  # batches after one that memory did not suffice for
-
-
-@dataclass(frozen=True)
-class _Failure:
-    error: Exception
 
 
 class Gaps(Protocol):
@@ -118,7 +112,7 @@ class Batcher(Generic[Item, Result]):
         self.last_progress = time.monotonic()
         self.pace = Pace()
         self.on_expired: Callable[[int], None] | None = None  # told how many items' deadlines had passed
-        self._run = run
+        self._attempts: Attempts[Item, Result] = Attempts(name, run, max_batch, out_of_memory)
         self._idle_wait = idle_wait_ms / 1000
         self._more_expected = more_expected or (lambda: True)
         self._gaps_yield = more_expected or (lambda: False)
@@ -127,7 +121,6 @@ class Batcher(Generic[Item, Result]):
         self._on_batch = on_batch
         self._cost = cost or (lambda item: 1)
         self._gaps = gaps
-        self._out_of_memory = out_of_memory or (lambda error: isinstance(error, MemoryError))
         self._gap_due = 0.0  # when a gap is made even though items wait
         self._changed = threading.Condition(threading.Lock())
         self._queue: WorkQueue[Item] = WorkQueue(max_wait)
@@ -141,7 +134,6 @@ class Batcher(Generic[Item, Result]):
         self.supervised = supervised
         self._thread: threading.Thread | None = None
         self._turn = 0  # of the worker: one that was replaced has an older one
-        self._fits, self._since_full = max_batch, 0  # what memory suffices for
         self._faults = 0  # batches in a row of which nothing came but faults
         self.batches = 0  # that gave at least one result
 
@@ -184,7 +176,7 @@ class Batcher(Generic[Item, Result]):
         The batch itself is still cut when the worker is free: to cut it now would shut out whoever comes meanwhile.
         """
         with self._changed:
-            return [entry.item for entry in self._queue.peek(min(self.max_batch, self._fits))]
+            return [entry.item for entry in self._queue.peek(self.fits)]
 
     @property
     def busy(self) -> bool:
@@ -204,7 +196,7 @@ class Batcher(Generic[Item, Result]):
     @property
     def fits(self) -> int:
         """Items that a batch may have: fewer than `max_batch` after memory did not suffice."""
-        return self._fits
+        return self._attempts.fits
 
     @property
     def stalled_seconds(self) -> float:
@@ -376,7 +368,7 @@ class Batcher(Generic[Item, Result]):
                 if not len(self._queue):
                     continue  # a gap has work
                 idle = False
-                self._current, expired = self._queue.take(min(self.max_batch, self._fits))
+                self._current, expired = self._queue.take(self.fits)
                 self._began = self.last_progress = time.monotonic()
             self._expire(expired)
             if self._current:
@@ -458,10 +450,10 @@ class Batcher(Generic[Item, Result]):
 
     def _serve(self, batch: list[Entry[Item]], turn: int) -> None:
         began = time.perf_counter()
-        outcomes = self._attempt([entry.item for entry in batch])
+        outcomes = self._attempts.run([entry.item for entry in batch])
         seconds = time.perf_counter() - began
         cost = sum(entry.cost for entry in batch)
-        faults = [outcome for outcome in outcomes if isinstance(outcome, _Failure)]
+        faults = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
         with self._changed:
             if turn != self._turn:
                 return
@@ -473,9 +465,9 @@ class Batcher(Generic[Item, Result]):
             ours = sum(not isinstance(fault.error, IronclipError) for fault in faults)
             self._faults = self._faults + 1 if ours == len(outcomes) else 0
             self.batches += ours < len(outcomes)
-            self._grow()
+            self._attempts.grow()
         self._note(batch, cost, began, seconds)
-        _deliver([(entry.future, outcome) for entry, outcome in zip(batch, outcomes, strict=True)])
+        deliver([(entry.future, outcome) for entry, outcome in zip(batch, outcomes, strict=True)])
         if self._on_batch is not None:
             try:
                 self._on_batch(cost, seconds, began - batch[0].queued_at)
@@ -491,63 +483,12 @@ class Batcher(Generic[Item, Result]):
             except Exception:
                 _LOG.exception("a batch of the %s worker could not be traced", self.name)
 
-    def _attempt(self, items: list[Item]) -> list[Result | _Failure]:
-        """Run items; where that raises, halve until the guilty ones stand alone."""
-        try:
-            results = self._run(items)
-        except Exception as error:
-            memory = self._out_of_memory(error)
-            if memory:
-                _LOG.warning("no memory for a batch of %d of the %s model", len(items), self.name)
-            if len(items) == 1:
-                return [_Failure(OutOfMemory(f"The {self.name} model has no memory for this.") if memory else error)]
-            middle = len(items) // 2
-            if memory:
-                self._fits, self._since_full = min(self._fits, max(1, middle)), 0
-            return self._attempt(items[:middle]) + self._attempt(items[middle:])
-        if len(results) != len(items):
-            # Results of unknown owners: nobody may be given one.
-            text = f"the {self.name} model returned {len(results)} results for {len(items)} items"
-            return [_Failure(RuntimeError(text)) for _ in items]
-        return list(results)
-
-    def _grow(self) -> None:
-        """Try larger batches again some time after memory did not suffice for one."""
-        if self._fits < self.max_batch:
-            self._since_full += 1
-            if self._since_full >= _GROW_AFTER:
-                self._fits, self._since_full = min(self.max_batch, 2 * self._fits), 0
-
     def _expire(self, entries: list[Entry[Item]]) -> None:
         if entries:
             if self.on_expired is not None:
                 self.on_expired(len(entries))
             error = DeadlineExceeded("The deadline passed before this request's turn came; it was dropped unstarted.")
-            _deliver([(entry.future, _Failure(error)) for entry in entries])
+            deliver([(entry.future, Failure(error)) for entry in entries])
 
     def _fail(self, entries: list[Entry[Item]], text: str) -> None:
-        _deliver([(entry.future, _Failure(NotReady(text, retry_after=1))) for entry in entries])
-
-
-def _deliver(outcomes: list[tuple[asyncio.Future[Any], Any]]) -> None:
-    """Hand outcomes to their futures with one wake-up of each event loop."""
-    loops: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
-    for future, outcome in outcomes:
-        loops.setdefault(future.get_loop(), []).append((future, outcome))
-    for loop, pairs in loops.items():
-        try:
-            loop.call_soon_threadsafe(_resolve, pairs)
-        except RuntimeError:
-            _LOG.debug("a caller's event loop is closed; %d results dropped", len(pairs))
-
-
-def _resolve(pairs: list[tuple[asyncio.Future[Any], Any]]) -> None:
-    for future, outcome in pairs:
-        if future.done():
-            continue
-        if not isinstance(outcome, _Failure):
-            future.set_result(outcome)
-        elif isinstance(outcome.error, StopIteration):  # a future cannot carry one
-            future.set_exception(RuntimeError("the model raised StopIteration"))
-        else:
-            future.set_exception(outcome.error)
+        deliver([(entry.future, Failure(NotReady(text, retry_after=1))) for entry in entries])

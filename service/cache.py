@@ -195,8 +195,7 @@ class ArrayCache:
             await pipe.execute()
 
     def _count(self, result: str, times: int = 1) -> None:
-        if times:
-            telemetry.CACHE.labels(self.name, result).inc(times)
+        telemetry.count_cache(self.name, result, times)
 
 
 def _size(arrays: Arrays) -> int:

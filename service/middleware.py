@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -63,7 +63,7 @@ class Accounting:
             return
         asked = Headers(scope=scope)
         given = asked.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
+        request_id = given if _REQUEST_ID.match(given) else secrets.token_hex(16)
         trace = Trace(read_context(asked.getlist("traceparent"), asked.getlist("tracestate")), self.traces)
         tracing.CURRENT.set(trace)
         stages = Stages(trace)
@@ -75,16 +75,17 @@ class Accounting:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = request_id
-                headers["X-Content-Type-Options"] = "nosniff"
-                headers["traceparent"] = trace.context.header()
+                about = [("x-request-id", request_id), ("x-content-type-options", "nosniff")]
+                about.append(("traceparent", trace.context.header()))
                 if trace.context.state:
-                    headers["tracestate"] = trace.context.state
+                    about.append(("tracestate", trace.context.state))
                 if self.draining():
-                    headers["Connection"] = "close"  # or the next request would meet a closed connection
+                    about.append(("connection", "close"))  # or the next request would meet a closed connection
                 if stages.seconds:
-                    headers["Server-Timing"] = stages.header()
+                    about.append(("server-timing", stages.header()))
+                # None of these comes from a route, so nothing is looked for before it is put there.
+                given_by_route = message.get("headers", ())
+                message["headers"] = [*given_by_route, *((name.encode(), value.encode()) for name, value in about)]
             await send(message)
 
         start = time.perf_counter()
@@ -105,8 +106,7 @@ class Accounting:
 
     def _account(self, scope: Scope, status: int, seconds: float, stages: Stages) -> None:
         op, state = self._op(scope), scope["state"]
-        telemetry.REQUESTS.labels(op, str(status)).inc()
-        telemetry.REQUEST_SECONDS.labels(op).observe(seconds)
+        telemetry.observe_request(op, status, seconds)
         stages.observe()
         code = state["error_code"]
         if code:

@@ -79,7 +79,7 @@ class Memory:
         """The answer to a request of this key, if there is one that still holds."""
         found = self._kept.get(key)
         fits = found is not None and await self._holds(found.terms, tenant)
-        telemetry.CACHE.labels(NAME, "hit" if fits else "miss").inc()
+        telemetry.count_cache(NAME, "hit" if fits else "miss")
         return found if fits else None
 
     def keep(self, key: bytes, terms: Terms, body: bytes, headers: dict[str, str]) -> None:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import lru_cache, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ REQUEST_SECONDS = Histogram(
     "ironclip_request_seconds", "Time from the first byte to the answer.", ["op"], buckets=_LATENCY
 )
 STAGE_SECONDS = Histogram("ironclip_stage_seconds", "Time of one stage of a request.", ["stage"], buckets=_LATENCY)
+_STAGES = {stage: STAGE_SECONDS.labels(stage) for stage in STAGES}
 ERRORS = Counter("ironclip_errors", "Problems answered, by their stable code.", ["code"])
 IN_FLIGHT = Gauge("ironclip_requests_in_flight", "Requests being worked on.")
 DROPPED = Counter("ironclip_dropped", "Requests given up before an answer.", ["reason"])
@@ -138,6 +139,29 @@ _QUEUES: dict[str, Callable[[ServedEncoder], Any]] = {
 }
 # An API key, or a data: URI as far as it goes.
 _SECRETS = re.compile(r"ick_[A-Za-z0-9]{1,32}_[A-Za-z0-9_-]+|data:[A-Za-z0-9.+/;=_-]*,[^\s\"'\\]*")
+
+
+@lru_cache(maxsize=4096)
+def _request_series(op: str, status: int) -> tuple[Counter, Histogram]:
+    return REQUESTS.labels(op, str(status)), REQUEST_SECONDS.labels(op)
+
+
+def observe_request(op: str, status: int, seconds: float) -> None:
+    """Count one request."""
+    count, times = _request_series(op, status)
+    count.inc()
+    times.observe(seconds)
+
+
+@lru_cache(maxsize=4096)
+def _cache_series(cache: str, result: str) -> Counter:
+    return CACHE.labels(cache, result)
+
+
+def count_cache(cache: str, result: str, times: int = 1) -> None:
+    """Count look-ups in a cache."""
+    if times:
+        _cache_series(cache, result).inc(times)
 
 
 def observe_batch(tower: str, items: int, seconds: float, waited: float) -> None:
@@ -272,7 +296,7 @@ class Stages:
     def observe(self) -> None:
         """Put the stages into the histogram; called once, when the answer goes out."""
         for stage, seconds in self.seconds.items():
-            STAGE_SECONDS.labels(stage).observe(seconds)
+            _STAGES[stage].observe(seconds)
 
     def header(self) -> str:
         """The `Server-Timing` value, durations in milliseconds."""

@@ -21,10 +21,10 @@ from service.errors import problem
 from service.forms import Picture, read_ask
 from service.rate_limits import PICTURE, TEXT, Meter
 from service.routes.common import Deadline, fetched, json_response, meter_of, service_of, stages_of
-from service.routes.remembering import RememberingRoute, remember
+from service.routes.remembering import remember
 from service.schemas import ClassifyRequest, Options
 
-router = APIRouter(tags=["inference"], route_class=RememberingRoute)
+router = APIRouter(tags=["inference"])
 
 DEFAULT_TOP_K = 100
 # Bounds on one request: predictions in its answer, and scores to take them from, over all images and levels.
@@ -50,7 +50,7 @@ async def classify(request: Request) -> Response:
     """
     service, stages, meter = service_of(request), stages_of(request), meter_of(request)
     deadline = Deadline.of(request)
-    with deadline.receiving():
+    async with deadline.receiving():
         ask = await read_ask(request, ClassifyRequest, Options, service.image_limits, service.settings.max_images)
     top_k = ask.options.top_k or DEFAULT_TOP_K
 

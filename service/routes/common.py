@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
-from collections.abc import Awaitable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import anyio
 from pydantic_core import to_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -24,6 +23,11 @@ from service.urgency import Urgency, rank_of
 
 if TYPE_CHECKING:
     from service.core import Service
+
+if sys.version_info >= (3, 11):
+    from asyncio import timeout
+else:
+    from async_timeout import timeout
 
 T = TypeVar("T")
 
@@ -106,7 +110,7 @@ class Deadline:
         self._end = time.monotonic() + self.milliseconds / 1000
         # Every queue on the way sees it.
         urgency.CURRENT.set(Urgency(rank_of(request.headers.get("priority", "")), self._end))
-        self._request = request
+        self.request = request
 
     @classmethod
     def of(cls, request: Request) -> Deadline:
@@ -121,15 +125,9 @@ class Deadline:
         """Until the time is up."""
         return max(0.0, self._end - time.monotonic())
 
-    @contextmanager
-    def receiving(self) -> Iterator[None]:
+    def receiving(self) -> _Receiving:
         """Read the body inside: it has to arrive in time too. Raises DeadlineExceeded."""
-        with stages_of(self._request).time("receive"):
-            try:
-                with anyio.fail_after(self._end - time.monotonic()):
-                    yield
-            except TimeoutError:
-                raise self._exceeded("The request had not arrived in full") from None
+        return _Receiving(self)
 
     async def within(self, work: Awaitable[T]) -> T:
         """Wait for the work, as long as there is time and somebody who waits for it; else cancel it.
@@ -141,7 +139,7 @@ class Deadline:
             ClientDisconnect: the caller has gone.
         """
         task = asyncio.ensure_future(work)
-        gone = asyncio.ensure_future(_disconnected(self._request))
+        gone = asyncio.ensure_future(_disconnected(self.request))
         left = max(0.0, self._end - time.monotonic())
         try:
             done, _ = await asyncio.wait({task, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
@@ -150,18 +148,44 @@ class Deadline:
             if gone in done:
                 telemetry.DROPPED.labels("disconnect").inc()
                 raise ClientDisconnect()
-            raise self._exceeded("The answer was not ready")
+            raise self.exceeded("The answer was not ready")
         finally:
             task.cancel()
             gone.cancel()
 
-    def _exceeded(self, what: str) -> DeadlineExceeded:
+    def exceeded(self, what: str) -> DeadlineExceeded:
+        """The error to raise, counted; ``what`` begins its text."""
         telemetry.DROPPED.labels("deadline").inc()
         return DeadlineExceeded(
             f"{what} within {self.milliseconds} ms; what had not begun was dropped. Allow more with "
             "X-Request-Timeout-Ms (the service's own limit is IRONCLIP_REQUEST_TIMEOUT_MS).",
             limit=self.milliseconds,
         )
+
+
+class _Receiving:
+    """The time in which a body arrives: no longer than its deadline, and a stage of its request.
+
+    A class, and asyncio's own timeout: every answer from memory passes through here.
+    """
+
+    __slots__ = ("_began", "_deadline", "_timeout")
+
+    def __init__(self, deadline: Deadline) -> None:
+        self._deadline = deadline
+
+    async def __aenter__(self) -> None:
+        self._began = time.perf_counter()
+        self._timeout = timeout(self._deadline.seconds_left)
+        await self._timeout.__aenter__()
+
+    async def __aexit__(self, *error: Any) -> None:
+        try:
+            await self._timeout.__aexit__(*error)
+        except (TimeoutError, asyncio.TimeoutError):  # two before Python 3.11
+            raise self._deadline.exceeded("The request had not arrived in full") from None
+        finally:
+            stages_of(self._deadline.request).add("receive", time.perf_counter() - self._began)
 
 
 async def _disconnected(request: Request) -> None:

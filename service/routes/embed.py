@@ -23,12 +23,12 @@ from service.forms import Picture, read_ask
 from service.rate_limits import PICTURE, TEXT
 from service.routes.classify import cache_status
 from service.routes.common import Deadline, fetched, json_response, meter_of, service_of, stages_of
-from service.routes.remembering import RememberingRoute, remember
+from service.routes.remembering import remember
 from service.runtime import ServedEncoder
 from service.schemas import EmbedOptions, EmbedRequest, Options
 from service.telemetry import Stages
 
-router = APIRouter(tags=["inference"], route_class=RememberingRoute)
+router = APIRouter(tags=["inference"])
 
 Floats = NDArray[np.float32]
 TextOutcome = Floats | IronclipError
@@ -52,7 +52,7 @@ async def embed(request: Request) -> Response:
     """
     service, stages = service_of(request), stages_of(request)
     deadline = Deadline.of(request)
-    with deadline.receiving():
+    async with deadline.receiving():
         ask = await read_ask(request, EmbedRequest, EmbedOptions, service.image_limits, service.settings.max_images)
     options = ask.options
     texts = options.texts

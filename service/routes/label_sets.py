@@ -56,7 +56,7 @@ async def put_label_set(request: Request, name: str) -> Response:
     201 if the name is new, else 200. `If-None-Match: *` keeps from replacing a set, `If-Match: "digest"` from
     replacing one that somebody else has changed.
     """
-    with Deadline(request).receiving():
+    async with Deadline(request).receiving():
         document = await read_json(request, LabelSetDocument)
     content = {key: value for key, value in document if value is not None}
     service, meter = service_of(request), meter_of(request)

@@ -82,7 +82,7 @@ async def put_model(request: Request, name: str) -> Response:
     where it is. 200 if this digest is served already. With `canary` the version gets that share of the name's
     requests, until it is promoted or deleted. It holds for this process, until it ends.
     """
-    with Deadline(request).receiving():
+    async with Deadline(request).receiving():
         asked = await read_json(request, ModelDocument)
     service = service_of(request)
     _check_name(name)

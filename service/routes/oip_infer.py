@@ -81,7 +81,7 @@ async def _infer(request: Request, model: str, version: str | None) -> Response:
     limits = Limits(
         replace(service.image_limits, urls=False), settings.max_images, settings.max_texts, settings.max_labels
     )
-    with deadline.receiving():
+    async with deadline.receiving():
         body = await request.body()
     header = request.headers.get(HEADER_LENGTH)
     resolution = served.encoder.resolution

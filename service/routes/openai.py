@@ -35,7 +35,7 @@ async def openai_embeddings(request: Request) -> Response:
     """Unit vectors for texts and pictures mixed in one `input`, as OpenAI's clients ask for them."""
     service, stages = service_of(request), stages_of(request)
     deadline = Deadline(request)
-    with deadline.receiving():
+    async with deadline.receiving():
         asked = await read_json(request, OpenAIEmbeddingRequest)
     served = service.encoder(asked.model)
     if asked.dimensions is not None and asked.dimensions != served.encoder.dim:

@@ -53,7 +53,7 @@ async def attack_probe(request: Request) -> Response:
     """
     service, stages = service_of(request), stages_of(request)
     deadline = Deadline(request)
-    with deadline.receiving():
+    async with deadline.receiving():
         ask = await read_ask(request, ProbeRequest, ProbeFields, service.image_limits, 1)
     later = "respond-async" in request.headers.get("prefer", "").lower()
     bill = Bill(meter_of(request))

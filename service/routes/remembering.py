@@ -1,15 +1,18 @@
-"""Routes that answer a repeated request from memory, before it is taken apart: see `service.remembered`."""
+"""A layer that answers a repeated request from memory, before the framework sees it: see `service.remembered`."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Mapping, Sequence
 
-from fastapi.routing import APIRoute
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ironclip.errors import IronclipError
 from service.answers import Item
 from service.decisions import Plan
+from service.errors import error_response
 from service.forms import Picture, is_json, is_raw, media_type, off_loop
 from service.images import bytes_digest
 from service.remembered import Terms, request_key
@@ -17,34 +20,75 @@ from service.routes.common import Deadline, meter_of, service_of, stages_of
 from service.runtime import ServedEncoder
 
 
-class RememberingRoute(APIRoute):
-    """A route whose endpoint calls `remember` when every picture of an answer came from the caches."""
+class Remembering:
+    """Answer what is remembered; the rest goes on with its body read.
 
-    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
-        """The route's handler, asked only for what is not remembered."""
-        handler = super().get_route_handler()
+    Args:
+        app: the layers below.
+        routes: by path, those whose endpoints call `remember`.
+    """
 
-        async def answer(request: Request) -> Response:
-            kind = media_type(request)
-            memory = service_of(request).memory
-            if not memory.enabled or not (is_raw(kind) or is_json(kind)):
-                return await handler(request)
-            with Deadline.of(request).receiving():
-                body = await request.body()
-            meter, state = meter_of(request), request.state
-            with stages_of(request).time("cache"):
-                state.body_digest = await off_loop(len(body), bytes_digest, body)
-                key = request_key(
-                    meter.caller.tenant, request.scope["path"], request.scope["query_string"], kind, state.body_digest
-                )
-                found = await memory.find(key, meter.caller.tenant)
-            if found is None:
-                state.remember_as = key
-                return await handler(request)
-            async with meter.paid(found.terms.points):
-                return Response(found.body, 200, found.headers, "application/json")
+    def __init__(self, app: ASGIApp, routes: Mapping[str, Route]) -> None:
+        self.app = app
+        self.routes = routes
 
-        return answer
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        route = self.routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if route is None:
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        kind = media_type(request)
+        if not service_of(request).memory.enabled or not (is_raw(kind) or is_json(kind)):
+            await self.app(scope, receive, send)
+            return
+        scope.update(route=route, endpoint=route.endpoint)  # as the router would
+        answer: Response | None
+        try:
+            answer = await self._answer(request, kind)
+        except IronclipError as error:
+            scope["state"]["error_code"] = error.code
+            answer = error_response(error, scope["path"], scope["state"]["request_id"])
+        except ClientDisconnect:
+            answer = Response(status_code=499)
+        if answer is not None:
+            await answer(scope, receive, send)
+        else:
+            await self.app(scope, _again(await request.body(), receive), send)
+
+    async def _answer(self, request: Request, kind: str) -> Response | None:
+        """The answer, paid for, if there is one that holds; if not, `remember` will know the request by its key.
+
+        Raises:
+            IronclipError: the body does not arrive in time or is too large, or there are no points left.
+        """
+        async with Deadline.of(request).receiving():
+            body = await request.body()
+        state, meter = request.state, meter_of(request)
+        with stages_of(request).time("cache"):
+            state.body_digest = await off_loop(len(body), bytes_digest, body)
+            path, query = request.scope["path"], request.scope["query_string"]
+            state.remember_as = key = request_key(meter.caller.tenant, path, query, kind, state.body_digest)
+            found = await service_of(request).memory.find(key, meter.caller.tenant)
+        if found is None:
+            return None
+        async with meter.paid(found.terms.points):
+            return Response(found.body, 200, found.headers, "application/json")
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """The body, told once more to whoever reads it."""
+    told = False
+
+    async def receive_again() -> Message:
+        nonlocal told
+        if told:
+            return await receive()
+        told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive_again
 
 
 def remember(
