@@ -65,7 +65,8 @@ def find_saturation(sustained: Callable[[float], bool], start: float, steps: int
 
 def measure_round(server: Running, requests: list[bytes], number: int, options: argparse.Namespace) -> dict[str, Any]:
     """One round: own time, saturation, then each level."""
-    following = cycle(requests[len(requests) // 2 :])  # the search begins with the first half
+    # The search begins with the first half. Here all wait, however long: no deadline is sent.
+    following = cycle(_requests(options, deadline=False)[len(requests) // 2 :])
     loop = closed_loop(server.port, following, options.batch, options.search_seconds, lambda: 0.0, patient=True)
     loaded = asyncio.run(loop)
     own = loaded.percentile(0.95)
@@ -172,8 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _requests(options: argparse.Namespace) -> list[bytes]:
-    headers = {"X-Request-Timeout-Ms": str(round(options.deadline_ms))} if options.send_deadline else {}
+def _requests(options: argparse.Namespace, deadline: bool = True) -> list[bytes]:
+    sent = deadline and options.send_deadline
+    headers = {"X-Request-Timeout-Ms": str(round(options.deadline_ms))} if sent else {}
     pictures = make_pictures(parse_size(options.size), options.pictures, options.seed)
     return [post("/embed?encoding_format=base64", picture, "image/jpeg", headers) for picture in pictures]
 

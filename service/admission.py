@@ -58,13 +58,12 @@ class Admission(Generic[Item]):
     def _items(self, rank: int) -> int:
         return self._queue.cost(rank) + sum(self._reserved[: rank + 1])
 
-    def admit(self, cost: int, running: float, batch: int = 0) -> None:
+    def admit(self, cost: int, running: float) -> None:
         """Let a request of the current urgency in.
 
         Args:
             cost: of its items.
             running: seconds that the batch under way still takes.
-            batch: items that the next batch is likely to have: others come meanwhile, and it ends for all at once.
 
         Raises:
             Overloaded: what waits, or the time that it takes, is over a limit or leaves too little of the deadline.
@@ -92,7 +91,7 @@ class Admission(Generic[Item]):
             )
         left = max(0.0, urgency.deadline - time.monotonic())
         # Where nothing is ahead it is let in whatever the estimate says: to try is how that is mended.
-        done = running + self._pace.seconds(max(self._items(urgency.rank) + cost, batch))
+        done = running + self._pace.surely(self._items(urgency.rank) + cost)
         if ahead > 0 and done > left:
             raise Overloaded(
                 f"{1000 * ahead:.0f} ms of work are ahead of this request at the {self.name} model; with its own it "
@@ -103,13 +102,13 @@ class Admission(Generic[Item]):
                 limit=round(1000 * left),
             )
 
-    def reserve(self, cost: int, running: float, batch: int = 0) -> Room:
+    def reserve(self, cost: int, running: float) -> Room:
         """Let a request in whose items are still to come; give the room back with `release`.
 
         Raises:
             Overloaded: as `admit`.
         """
-        self.admit(cost, running, batch)
+        self.admit(cost, running)
         room = Room(CURRENT.get().rank, cost)
         self._reserved[room.rank] += cost
         return room

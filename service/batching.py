@@ -223,10 +223,6 @@ class Batcher(Generic[Item, Result]):
         """Seconds of work of this class and those before it: running, waiting, and let in but still on its way."""
         return self.admission.ahead_seconds(rank, self._seconds_left())
 
-    def _likely(self) -> int:
-        """Items that the next batch will have, if it is like the last; holds the lock."""
-        return self._last_cost if self._current else 0
-
     def _seconds_left(self) -> float:
         """Of the running batch."""
         cost = sum(entry.cost for entry in self._current)
@@ -272,7 +268,7 @@ class Batcher(Generic[Item, Result]):
         """
         with self._changed:
             self._open()
-            room = self.admission.reserve(cost, self._seconds_left(), self._likely())
+            room = self.admission.reserve(cost, self._seconds_left())
         try:
             yield room
         finally:
@@ -297,7 +293,7 @@ class Batcher(Generic[Item, Result]):
     def _admit(self, cost: int) -> None:
         """Let a request in, or raise; holds the lock."""
         self._open()
-        self.admission.admit(cost, self._seconds_left(), self._likely())
+        self.admission.admit(cost, self._seconds_left())
 
     def _open(self) -> None:
         just_died = self.supervised and self._dead and time.monotonic() - self._died_at < _GRACE
@@ -368,7 +364,7 @@ class Batcher(Generic[Item, Result]):
                 if not len(self._queue):
                     continue  # a gap has work
                 idle = False
-                self._current, expired = self._queue.take(self.fits)
+                self._current, expired = self._queue.take(self.fits, self.pace.surely)
                 self._began = self.last_progress = time.monotonic()
             self._expire(expired)
             if self._current:
@@ -425,7 +421,7 @@ class Batcher(Generic[Item, Result]):
         patience = _PATIENCE * self._idle_wait
         if self._shares_cores:
             patience = max(patience, _CORE_PATIENCE * self.pace.seconds(self.max_batch))
-        last = time.monotonic() + patience
+        last = min(time.monotonic() + patience, self._queue.earliest() - self.pace.surely(self.max_batch))
         seen, due = self._queue.added, time.monotonic() + self._idle_wait
         while self._queue.cost() < self.max_batch and not self._stopping:
             coming = self._more_expected()

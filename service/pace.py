@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import bisect
+import math
 
 # Weight of the newest batch in the running (geometric) mean, and how far one batch may move it.
 _NEWEST = 0.2
 _MOST = 10.0
+# What is kept in hand where a deadline is to be met: so many mean deviations of the last batches, and how much at least
+# and at most. With errors as a normal distribution has them, nine batches of ten are over sooner.
+_DEVIATIONS = 1.6
+_LEAST_SURE, _MOST_SURE = 1.1, 3.0
 
 
 class Pace:
@@ -22,6 +27,7 @@ class Pace:
         self._seconds: list[float] = []
         self._factor = 1.0
         self._known = False
+        self._deviation = 0.0  # mean of how far batches are from the estimate, as a logarithm
 
     def measured(self, items: int, seconds: float) -> None:
         """Enter what a batch of ``items`` took at start; the quickest counts."""
@@ -42,11 +48,16 @@ class Pace:
             self._factor, self._known = ratio, True
             return
         ratio = min(max(ratio, self._factor / _MOST), self._factor * _MOST)
+        self._deviation += _NEWEST * (abs(math.log(ratio / self._factor)) - self._deviation)
         self._factor *= (ratio / self._factor) ** _NEWEST
 
     def seconds(self, items: int) -> float:
         """Estimated seconds of ``items`` in batches as large as were measured; 0 before anything is known."""
         return self._factor * self._shape(items) if self._known and items > 0 else 0.0
+
+    def surely(self, items: int) -> float:
+        """Seconds that few such batches exceed, by how far the last ones were from their estimates."""
+        return min(max(math.exp(_DEVIATIONS * self._deviation), _LEAST_SURE), _MOST_SURE) * self.seconds(items)
 
     def _shape(self, items: int) -> float:
         if not self._sizes:

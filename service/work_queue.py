@@ -11,6 +11,7 @@ import heapq
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from service.tracing import place
@@ -82,32 +83,65 @@ class WorkQueue(Generic[Item]):
         if entry is not None:
             self._costs[entry.urgency.rank] -= entry.cost
 
-    def take(self, most: float) -> tuple[list[Entry[Item]], list[Entry[Item]]]:
+    def earliest(self) -> float:
+        """The first deadline of all that waits, by the monotonic clock."""
+        self._tidy()
+        return min((heap[0][0] for heap in self._heaps if heap), default=math.inf)
+
+    def take(
+        self, most: float, seconds: Callable[[int], float] = lambda items: 0.0
+    ) -> tuple[list[Entry[Item]], list[Entry[Item]]]:
         """Take the most urgent entries out, up to a cost of ``most`` but at least one.
 
+        A batch is no larger than what ends before the first deadline in it, and what cannot be done in time any more
+        makes way for what can. Where nothing can, one entry is tried all the same, for estimates may be wrong.
+
+        Args:
+            most: items.
+            seconds: how long a batch of so many items takes.
+
         Returns:
-            Those to be done, and those whose deadline has passed. What nobody waits for is in neither.
+            Those to be done, and those whose deadline has passed or will have. What nobody waits for is in neither.
         """
+        taken, expired, hopeless = self._cut(most, seconds)
+        if taken or not hopeless:
+            return taken, expired + hopeless
+        # The one with most time left: it alone, or those that come meanwhile would be late too.
+        best = max(hopeless, key=lambda entry: entry.urgency.deadline)
+        return [best], expired + [entry for entry in hopeless if entry is not best]
+
+    def _cut(
+        self, most: float, seconds: Callable[[int], float]
+    ) -> tuple[list[Entry[Item]], list[Entry[Item]], list[Entry[Item]]]:
+        """What is to be done, what has expired, and what will have before it is done."""
         taken: list[Entry[Item]] = []
         expired: list[Entry[Item]] = []
-        cost, late, now = 0, 0, time.monotonic()
+        hopeless: list[Entry[Item]] = []
+        cost, late, now, first = 0, 0, time.monotonic(), math.inf
         while self._entries:
             identity, is_late = self._next(late * _LATE_SHARE < most)
             entry = self._entries[identity]
+            deadline = entry.urgency.deadline
             if taken and (cost + entry.cost > most or entry.alone):
+                break
+            if taken and now + seconds(cost + entry.cost) > min(first, deadline):
                 break
             self.discard(identity)
             if entry.future.cancelled():
                 continue
-            if entry.urgency.deadline <= now:
+            if deadline <= now:
                 expired.append(entry)
                 continue
+            if not entry.alone and now + seconds(entry.cost) > deadline:
+                hopeless.append(entry)
+                continue
             taken.append(entry)
+            first = min(first, deadline)
             cost += entry.cost
             late += entry.cost if is_late else 0
             if entry.alone:
                 break
-        return taken, expired
+        return taken, expired, hopeless
 
     def peek(self, most: int) -> list[Entry[Item]]:
         """About what `take` would take now, up to so many entries, left where they are; late work is not seen to."""
@@ -117,12 +151,16 @@ class WorkQueue(Generic[Item]):
             found += [self._entries[identity] for _, identity in heapq.nsmallest(most - len(found), there)]
         return found
 
+    def _tidy(self) -> None:
+        """Bring entries that are still there to the front of each class."""
+        for heap in self._heaps:
+            while heap and heap[0][1] not in self._entries:
+                heapq.heappop(heap)
+
     def _next(self, late_may: bool) -> tuple[int, bool]:
         """The next entry, and whether it is batch work that goes before its turn. There must be one."""
         interactive, batch = self._heaps[INTERACTIVE], self._heaps[BATCH]
-        for heap in (interactive, batch):
-            while heap and heap[0][1] not in self._entries:
-                heapq.heappop(heap)
+        self._tidy()
         while self._arrivals and self._arrivals[0] not in self._entries:
             self._arrivals.popleft()
         if interactive and self._arrivals and late_may:

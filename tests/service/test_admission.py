@@ -114,6 +114,55 @@ def test_late_batch_work_gets_a_share_and_no_more() -> None:
     loop.close()
 
 
+def test_on_a_restless_machine_more_is_kept_in_hand() -> None:
+    calm, restless = Pace(), Pace()
+    for pace in (calm, restless):
+        pace.measured(1, 0.1)
+    for i in range(40):
+        calm.observe(1, 0.1)
+        restless.observe(1, 0.05 if i % 2 else 0.2)
+    assert calm.surely(1) == pytest.approx(0.11)
+    assert 0.2 <= restless.surely(1) <= 3 * restless.seconds(1)
+    assert restless.seconds(1) == pytest.approx(0.1, rel=0.2)
+
+
+def entries_of(loop: asyncio.AbstractEventLoop, queue: WorkQueue[str], **left: float) -> None:
+    """Add one entry for each name, with so many seconds left."""
+    for name, seconds in left.items():
+        queue.add(Entry(name, loop.create_future(), 1, Urgency(INTERACTIVE, time.monotonic() + seconds)))
+
+
+def named(entries: list[Entry[str]]) -> list[str]:
+    return [entry.item for entry in entries]
+
+
+def test_a_batch_is_no_larger_than_its_deadlines_allow() -> None:
+    """At 0.1 s an item: five end in half a second, the sixth would make all of them late."""
+    loop = asyncio.new_event_loop()
+    queue: WorkQueue[str] = WorkQueue()
+    entries_of(loop, queue, a=0.55, b=0.56, c=0.57, d=0.58, e=0.59, f=0.95, g=50.0)
+    assert queue.earliest() == pytest.approx(time.monotonic() + 0.55, abs=0.05)
+    taken, expired = queue.take(32, lambda items: 0.1 * items)
+    assert (named(taken), named(expired)) == (["a", "b", "c", "d", "e"], [])
+    taken, expired = queue.take(32, lambda items: 0.1 * items)
+    assert (named(taken), named(expired)) == (["f", "g"], [])
+    assert queue.earliest() == math.inf
+    loop.close()
+
+
+def test_what_will_be_late_makes_way_and_is_tried_alone_where_all_is() -> None:
+    loop = asyncio.new_event_loop()
+    queue: WorkQueue[str] = WorkQueue()
+    entries_of(loop, queue, late=0.05, later=0.06, fine=5.0)
+    taken, expired = queue.take(32, lambda items: 0.1 * items)
+    assert (named(taken), named(expired)) == (["fine"], ["late", "later"])
+    entries_of(loop, queue, a=0.03, b=0.08, c=0.05)
+    taken, expired = queue.take(32, lambda items: 0.1 * items)
+    assert (named(taken), sorted(named(expired))) == (["b"], ["a", "c"])
+    assert not len(queue)
+    loop.close()
+
+
 async def as_request(rank: int, deadline: float, work: Callable[[], object]) -> object:
     """Run in a context of its own, as a request does."""
     urgency.CURRENT.set(Urgency(rank, deadline))
