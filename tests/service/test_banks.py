@@ -35,14 +35,14 @@ def serve(
 
     async def run() -> None:
         served = ServedEncoder("tiny", encoder, dtype="float32", **options)
-        plain = served.texts._run
+        plain = served.texts._attempts._run
 
         def run_texts(tokens: Sequence[Tensor]) -> Sequence[Tensor]:
             time.sleep(PER_TEXT * len(tokens))
             return plain(tokens)
 
         if slow:
-            served.texts._run = run_texts
+            served.texts._attempts._run = run_texts
         served.start()
         try:
             await scenario(served)
