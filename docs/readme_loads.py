@@ -31,9 +31,10 @@ def _made_by(found: dict[str, Any], name: str) -> str:
     machine = found["machine"]
     made = [cell.get("made", found) for cell in found.get("cells", {}).values()] or [found]
     commits = sorted({one["commit"][:12] + " with changes" * bool(one["modified"]) for one in made})
+    apart = " (parts of different commits were taken at different times)" if len(commits) > 1 else ""
     return (
         f"`{found['command'].strip()}`; {machine['cpu']}, {machine['cores']} cores; "
-        f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}; [all numbers](loadtests/results/{name}.json)."
+        f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}{apart}; [all numbers](loadtests/results/{name}.json)."
     )
 
 

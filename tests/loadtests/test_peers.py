@@ -111,7 +111,7 @@ def test_misses_absences_and_failures_are_told(tmp_path: Path) -> None:
     assert "commit 0123456789ab;" in text
     made = {"commit": "fedcba9876543210", "modified": True}
     (tmp_path / "peers.json").write_text(json.dumps(result(**{**cells, "2_float32_mosec": {**speed(9), "made": made}})))
-    assert "commits 0123456789ab, fedcba987654 with changes;" in docs().peers(tmp_path)
+    assert "commits 0123456789ab, fedcba987654 with changes (parts of different commits" in docs().peers(tmp_path)
 
 
 def test_what_is_not_measured_says_so(tmp_path: Path) -> None:
