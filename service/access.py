@@ -10,11 +10,12 @@ import re
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ironclip.errors import IronclipError
-from service.errors import KeyMissing, KeyUnknown, RouteNotFound, ScopeMissing, error_response
+from service.errors import KeyMissing, KeyUnknown, RouteNotFound, ScopeMissing, handle_error
 from service.keys import ANYBODY, Caller, Keyring
 from service.keys import Scope as KeyScope
 from service.rate_limits import Limiter, Meter
@@ -125,8 +126,7 @@ class Access:
             try:
                 self._admit(scope, self.keys)
             except IronclipError as error:
-                state["error_code"] = error.code
-                answer = error_response(error, scope["path"], state["request_id"])
+                answer = handle_error(Request(scope), error)
         state["meter"] = meter = Meter(self.limiter, state["caller"])
         await answer(scope, receive, _with_limits(meter, send) if meter.limited else send)
 

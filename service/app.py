@@ -10,8 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from ironclip import __version__
@@ -19,7 +18,7 @@ from ironclip.errors import IronclipError
 from service import openapi
 from service.access import ACCESS, Access, operation
 from service.core import Service
-from service.errors import handle_error
+from service.errors import handle_error, handle_gone
 from service.middleware import ENCODER_HEADER, Accounting, BodyGuard, HeadAsGet, Holding
 from service.routes import classify, embed, label_sets, models, oip, oip_infer, ops, playground, probe
 from service.routes import openai as openai_routes
@@ -116,7 +115,7 @@ def create_app(
         app.include_router(router)
     for kind in (IronclipError, HTTPException, RequestValidationError, ValidationError):
         app.add_exception_handler(kind, handle_error)
-    app.add_exception_handler(ClientDisconnect, _gone)
+    app.add_exception_handler(ClientDisconnect, handle_gone)
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     _add_layers(app, service, included, traces)
     return app
@@ -168,8 +167,3 @@ def _of_admins() -> frozenset[str]:
         for method in route.methods or ()
         if ACCESS.get(operation(method, route.path)) == ("admin",)
     )
-
-
-async def _gone(request: Request, error: Exception) -> Response:
-    """Nobody reads this; 499 is what the log and the metrics call it."""
-    return Response(status_code=499)

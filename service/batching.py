@@ -483,7 +483,7 @@ class Batcher(Generic[Item, Result]):
         if entries:
             if self.on_expired is not None:
                 self.on_expired(len(entries))
-            error = DeadlineExceeded("The deadline passed before this request's turn came; it was dropped unstarted.")
+            error = DeadlineExceeded("The deadline passed, or would before this is done; it was dropped unstarted.")
             deliver([(entry.future, Failure(error)) for entry in entries])
 
     def _fail(self, entries: list[Entry[Item]], text: str) -> None:

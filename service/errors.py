@@ -409,6 +409,11 @@ def handle_error(request: Request, error: Exception) -> Response:
     return response
 
 
+def handle_gone(request: Request, error: Exception) -> Response:
+    """Exception handler for a caller who has gone: nobody reads this; 499 is what the log and the metrics call it."""
+    return Response(status_code=499)
+
+
 def as_ironclip(error: Exception) -> lib.IronclipError:
     """Return the error itself if it is ours, else the one of ours that stands for it."""
     if isinstance(error, lib.IronclipError):

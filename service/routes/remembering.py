@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ironclip.errors import IronclipError
 from service.answers import Item
 from service.decisions import Plan
-from service.errors import error_response
+from service.errors import handle_error, handle_gone
 from service.forms import Picture, is_json, is_raw, media_type, off_loop
 from service.images import bytes_digest
 from service.remembered import Terms, request_key
@@ -48,10 +48,9 @@ class Remembering:
         try:
             answer = await self._answer(request, kind)
         except IronclipError as error:
-            scope["state"]["error_code"] = error.code
-            answer = error_response(error, scope["path"], scope["state"]["request_id"])
-        except ClientDisconnect:
-            answer = Response(status_code=499)
+            answer = handle_error(request, error)
+        except ClientDisconnect as error:
+            answer = handle_gone(request, error)
         if answer is not None:
             await answer(scope, receive, send)
         else:

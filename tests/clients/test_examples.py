@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.conftest import ServiceProcess, launch_service
+from tests.service.conftest import ServiceProcess, served
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = "http://127.0.0.1:8000"
@@ -27,12 +27,8 @@ def blocks(path: Path, language: str) -> list[str]:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     """A service with the demo encoder."""
-    service = launch_service(tmp_path_factory.mktemp("demo"), encoders="demo")
-    try:
-        service.wait_ready()
+    with served(tmp_path_factory.mktemp("demo"), encoders="demo") as service:
         yield service
-    finally:
-        service.stop()
 
 
 def run(service: ServiceProcess, *command: str, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:

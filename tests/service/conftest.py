@@ -171,6 +171,17 @@ def launch_service(folder: Path, *, module: str = "service", **settings: object)
     return ServiceProcess(port, process, log)
 
 
+@contextlib.contextmanager
+def served(folder: Path, **settings: object) -> Iterator[ServiceProcess]:
+    """A service that is ready, as `launch_service` starts it; stopped at the end of the block."""
+    service = launch_service(folder, **settings)  # type: ignore[arg-type]
+    try:
+        service.wait_ready()
+        yield service
+    finally:
+        service.stop()
+
+
 @pytest.fixture
 def start_service(tmp_path: Path) -> Iterator[Callable[..., ServiceProcess]]:
     """Start services with the given settings; they are stopped at the end of the test."""
@@ -191,14 +202,9 @@ def start_service(tmp_path: Path) -> Iterator[Callable[..., ServiceProcess]]:
 @pytest.fixture(scope="session")
 def tiny_service(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     """One service with a tiny encoder, for all tests that change nothing in it but label sets of their own."""
-    service = launch_service(
-        tmp_path_factory.mktemp("service"), encoders=f"tiny={tiny_artifact}", request_timeout_ms=10_000
-    )
-    try:
-        service.wait_ready()
+    folder = tmp_path_factory.mktemp("service")
+    with served(folder, encoders=f"tiny={tiny_artifact}", request_timeout_ms=10_000) as service:
         yield service
-    finally:
-        service.stop()
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from pydantic import SecretStr
 from starlette.testclient import TestClient
 
 import ironclip.errors as lib
+from service import telemetry
 from service.app import create_app
 from service.errors import STATUS, error_classes, error_response, problem, problem_types, status_of
 from service.settings import Settings
@@ -271,11 +272,14 @@ def test_bytes_are_counted_as_they_arrive(small: TestClient) -> None:
 
 def test_bodies_together_are_bounded_too(tiny_artifact: Path, tmp_path: Path) -> None:
     settings = Settings(encoders={"tiny": str(tiny_artifact)}, state_dir=tmp_path, max_held_bytes=100_000)
+    refused = telemetry.REFUSED.labels("held-bytes")
     with TestClient(create_app(settings)) as client:
+        before = refused._value.get()
         for _ in range(3):
             response = client.post("/embed", content=b"x" * 100_001, headers={"content-type": "image/png"})
             check(response, 429, "overloaded")
             assert response.headers["retry-after"] == "1"
+        assert refused._value.get() == before + 3
         response = client.post("/embed", content=b"x" * 90_000, headers={"content-type": "image/png"})
         assert response.status_code != 429  # what was refused is not held any longer
 

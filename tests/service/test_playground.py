@@ -15,7 +15,16 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.service.conftest import ROOT, ServiceProcess, free_port, launch_service, make_key, picture, write_keys
+from tests.service.conftest import (
+    ROOT,
+    ServiceProcess,
+    free_port,
+    launch_service,
+    make_key,
+    picture,
+    served,
+    write_keys,
+)
 from tests.service.gateway import PREFIX, gateway
 from tests.service.playground_page import (
     COUNT_EVENTS,
@@ -42,12 +51,8 @@ SAMPLE = ROOT / "ironclip" / "demo" / "samples" / "guitar.png"
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     """The service itself, with the encoders that ship with it."""
-    process = launch_service(tmp_path_factory.mktemp("playground"), encoders="demo=demo,demo-robust=demo-robust")
-    try:
-        process.wait_ready()
+    with served(tmp_path_factory.mktemp("playground"), encoders="demo=demo,demo-robust=demo-robust") as process:
         yield process
-    finally:
-        process.stop()
 
 
 @pytest.fixture(scope="module")
@@ -413,12 +418,8 @@ def test_a_service_with_keys_asks_for_one(tiny_artifact: Path, tmp_path: Path, o
 
 
 def test_a_service_without_probing_says_so(tiny_artifact: Path, tmp_path: Path, open_page: Callable[..., Page]) -> None:
-    bare = launch_service(tmp_path, encoders=f"tiny={tiny_artifact}", probes=False, dtype="float32")
-    try:
-        bare.wait_ready()
+    with served(tmp_path, encoders=f"tiny={tiny_artifact}", probes=False, dtype="float32") as bare:
         page = open_page(bare.url, view="#sample=carrot&labels=carrot,rocket")
         classified(page, encoders=1)
         attack(page)
         sync_api.expect(page.locator(".card .fault").first).to_have_text("This service has probing switched off.")
-    finally:
-        bare.stop()
