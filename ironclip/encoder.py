@@ -24,6 +24,7 @@ from ironclip.errors import ArtifactError, LabelError, OptionError
 from ironclip.folding import convolutional, folded
 from ironclip.preprocessing import Preprocessing
 from ironclip.tokenizing import CopyableLock, bound_tokenizer, check_words
+from ironclip.upcast import pays, upcast
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 HEADS: dict[str, tuple[str, ...]] = {
@@ -130,6 +131,7 @@ class Encoder(nn.Module):
         self.register_buffer("mean", _channels(self.preprocess_cfg, "mean"), persistent=False)
         self.register_buffer("std", _channels(self.preprocess_cfg, "std"), persistent=False)
         self.form = "trained"
+        self._upcast_from: torch.dtype | None = None
         self._memory_format = torch.contiguous_format
         self._digest: tuple[object, str] | None = None
         # Hugging Face's fast tokenizers hold their padding as state: two threads at once would mix it up.
@@ -137,8 +139,13 @@ class Encoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the towers compute in."""
-        return next(self.model.visual.parameters()).dtype  # type: ignore[union-attr]
+        """The dtype of the towers."""
+        return self._upcast_from or self.arithmetic
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """The dtype that products are computed in: the towers', or float32 on a CPU that has none for it."""
+        return torch.float32 if self._upcast_from else next(self.model.visual.parameters()).dtype  # type: ignore[union-attr]
 
     @property
     def device(self) -> torch.device:
@@ -280,8 +287,9 @@ class Encoder(nn.Module):
         """A frozen copy that answers fastest, and the same up to rounding: what the service runs, and what is attacked.
 
         Towers hold and compute in `dtype`; a convolutional image tower has its batch norms folded (`ironclip.folding`)
-        and its channels last. It has this encoder's digest and cannot be saved. Where nothing would change it is this
-        encoder itself: weights are not held twice.
+        and its channels last, and on a CPU that has no arithmetic for `dtype` products are float32 (`ironclip.upcast`).
+        It has this encoder's digest and cannot be saved. Where nothing would change it is this encoder itself: weights
+        are not held twice.
 
         Raises:
             ValueError: as `astype`.
@@ -294,6 +302,9 @@ class Encoder(nn.Module):
             other._memory_format = torch.channels_last
             other.model.visual = visual.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         other.requires_grad_(False)
+        if self.device.type == "cpu" and pays(dtype):
+            upcast(other.model, dtype)
+            other._upcast_from = dtype
         other.form = "served"
         other._digest = (other._versions(), self.digest)
         return other

@@ -97,7 +97,7 @@ def choose_dtype(encoder: Encoder, requested: str = "auto", *, seconds: float = 
     timed = candidates if requested == "auto" else {requested: candidates[requested]}
     sizes = _BATCH_SIZES.get(encoder.device.type, _BATCH_SIZES["cpu"])
     speeds = _time(timed, pictures, sizes, seconds if requested == "auto" else 0)
-    trials = [_judge(name, speeds, cosines[name], requested) for name in timed]
+    trials = [_judge(name, speeds, cosines[name], requested, candidates[name].arithmetic) for name in timed]
     chosen = requested
     if requested == "auto":
         sound = [trial for trial in trials if trial.rejected is None]
@@ -105,13 +105,17 @@ def choose_dtype(encoder: Encoder, requested: str = "auto", *, seconds: float = 
     return candidates[chosen], DtypeReport(requested, chosen, torch.get_num_threads(), trials=trials)
 
 
-def _judge(name: str, speeds: dict[str, dict[int, float]], cosine: float, requested: str) -> Trial:
+def _judge(
+    name: str, speeds: dict[str, dict[int, float]], cosine: float, requested: str, arithmetic: torch.dtype
+) -> Trial:
     rejected = None
     if requested == "auto" and name != "float32":
         largest = max(speeds[name])
         gain = speeds[name][largest] / speeds["float32"][largest]
         if not cosine >= MIN_COSINE:  # also where it is NaN
             rejected = f"drift: least cosine with float32 is {cosine:.6f}, {MIN_COSINE} is needed"
+        elif arithmetic != DTYPES[name]:
+            rejected = f"this CPU has no arithmetic for {name}: products are made in float32"
         elif gain < MIN_SPEEDUP:
             rejected = f"not worth it: {gain:.2f} times the speed of float32"
     return Trial(name, speeds[name], cosine, rejected)

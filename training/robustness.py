@@ -339,6 +339,7 @@ def named(encoder: Encoder) -> dict[str, Any]:
         "name": encoder.provenance.get("name", encoder.spec),
         "digest": encoder.digest,
         "dtype": str(encoder.dtype).removeprefix("torch."),
+        "arithmetic": str(encoder.arithmetic).removeprefix("torch."),
         "form": encoder.form,
         "head": encoder.head.type,
         "device": device_name(encoder.device),

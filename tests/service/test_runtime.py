@@ -144,10 +144,23 @@ def test_auto_dtype_is_measured_and_reported(tiny_encoder: Encoder) -> None:
     assert encoder.digest == tiny_encoder.digest
 
 
+def test_a_dtype_without_arithmetic_is_served_where_asked_for(
+    tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ironclip.encoder.pays", lambda dtype: dtype == torch.bfloat16)
+    _, found = choose_dtype(tiny_encoder, "auto")
+    assert found.chosen == "float32"
+    assert "no arithmetic for bfloat16" in str(found.trials[1].rejected)
+    pinned, found = choose_dtype(tiny_encoder, "bfloat16")
+    assert (found.chosen, pinned.dtype, pinned.arithmetic) == ("bfloat16", torch.bfloat16, torch.float32)
+    assert found.trials[0].min_cosine > 0.999
+
+
 def test_a_dtype_that_drifts_is_not_chosen(tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     # A clock that calls bfloat16 ten times faster, so that only the drift speaks against it.
     fast = {"float32": {1: 1.0, 8: 1.0}, "bfloat16": {1: 10.0, 8: 10.0}}
     monkeypatch.setattr(dtype_module, "_time", lambda candidates, *_: {name: fast[name] for name in candidates})
+    monkeypatch.setattr("ironclip.encoder.pays", lambda dtype: False)
     assert choose_dtype(tiny_encoder, "auto")[1].chosen == "bfloat16"
     with monkeypatch.context() as strict:
         strict.setattr(dtype_module, "MIN_COSINE", 0.9999999)
