@@ -130,8 +130,46 @@ def plot_path(folder: Path, encoder: str) -> Path:
     return folder / f"ladder-{folder_of(encoder)}.png"
 
 
-def measured(ladder: Ladder, command: str) -> list[str]:
-    """How the cells were made, as lines of Markdown."""
+def arithmetic(ladder: Ladder, again: Ladder) -> list[str]:
+    """Which cells were made without arithmetic for their dtype, and what cells came to that were made again.
+
+    Args:
+        ladder: the cells.
+        again: some of them, made anew elsewhere.
+    """
+    lines = []
+    places = [
+        f"{name} {row} {rung}"
+        for name, rows in ladder.cells.items()
+        for row, cells in rows.items()
+        for rung, cell in cells.items()
+        if cell["encoder"].get("arithmetic", cell["encoder"]["dtype"]) != cell["encoder"]["dtype"]
+    ]
+    if places:
+        lines.append(
+            "On a CPU that has no arithmetic for that dtype, products of the same numbers made in float32 and rounded "
+            f"(`ironclip.upcast`): {', '.join(f'`{place}`' for place in places)}."
+        )
+    pairs = [
+        (cell, ladder.cells.get(name, {}).get(row, {}).get(rung))
+        for name, rows in again.cells.items()
+        for row, cells in rows.items()
+        for rung, cell in cells.items()
+    ]
+    same = [(new["outcomes"], old["outcomes"]) for new, old in pairs if old is not None and new["key"] == old["key"]]
+    if same:
+        pictures = sum(len(old) for _, old in same)
+        changed = sum(one != other for new, old in same for one, other in zip(new, old, strict=True))
+        how = sorted({cell["encoder"].get("arithmetic", cell["encoder"]["dtype"]) for cell, _ in pairs})
+        lines.append(
+            f"Made again on another machine, products in {', '.join(how)}: {len(same)} cells; of their {pictures} "
+            f"outcomes {changed} came out otherwise."
+        )
+    return lines
+
+
+def measured(ladder: Ladder, again: Ladder, command: str) -> list[str]:
+    """How the cells were made, as lines of Markdown; ``again`` has some of them made anew."""
     config, cells = ladder.config, ladder.every()
     devices = sorted({cell["encoder"]["device"] for cell in cells})
     dtypes = sorted({cell["encoder"]["dtype"] for cell in cells})
@@ -145,6 +183,7 @@ def measured(ladder: Ladder, command: str) -> list[str]:
         f"Encoders in the form that is served, in {', '.join(dtypes) or config.dtype}, gradients too; measured on "
         f"{', '.join(devices) or 'nothing yet'}; commit{'s' * (len(commits) != 1)} {', '.join(commits) or 'none yet'}."
     )
+    lines += arithmetic(ladder, again)
     for rung in ladder.transfer:
         attack, options = TRANSFER[rung]
         said = "".join(f", {key} {_value(value)}" for key, value in options.items())
@@ -197,10 +236,10 @@ def write_report(config: LadderConfig, cells: Path, folder: Path, command: str =
     Args:
         config: what was to be measured.
         cells: folder of the cells.
-        folder: of the report.
+        folder: of the report; cells in its ``again`` are those that were made anew elsewhere.
         command: that makes the cells, for the report.
     """
-    ladder = read_ladder(cells, config)
+    ladder, again = read_ladder(cells, config), read_ladder(folder / "again", config)
     parts = ["# Defences at decision time", "", BRACKETS, "", legend(ladder), ""]
     for encoder in config.encoders:
         parts += [f"## {encoder}", ""]
@@ -221,7 +260,7 @@ def write_report(config: LadderConfig, cells: Path, folder: Path, command: str =
     said = doubts(ladder)
     parts += [PAIRED, "", "## Doubtful", ""]
     parts += [*(f"- {line}" for line in said or ["Nothing: every sanity gate holds on the cells that are there."]), ""]
-    parts += ["## How it was measured", "", *(f"- {line}" for line in measured(ladder, command)), ""]
+    parts += ["## How it was measured", "", *(f"- {line}" for line in measured(ladder, again, command)), ""]
     path = folder / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts), encoding="utf-8")

@@ -304,6 +304,28 @@ def test_what_is_missing_is_a_dash_and_not_spoken_of(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def test_cells_made_otherwise_or_again_are_named(tmp_path: Path) -> None:
+    native = {"digest": "d", "dtype": "bfloat16", "device": "cpu", "arithmetic": "bfloat16"}
+    put(tmp_path / "cells", "none", "white-box", 2.0, of(5, 55), encoder=native, key="one")
+    put(tmp_path / "cells", "none", "ensemble", 2.0, of(5, 55), encoder=native, key="two")
+    put(tmp_path / "cells", "cola", "white-box", 2.0, of(5, 55), encoder={**native, "arithmetic": "float32"}, key="x")
+    report = partial(write_report, CONFIG, tmp_path / "cells", tmp_path)
+    said = report().read_text(encoding="utf-8")
+    assert (
+        "products of the same numbers made in float32 and rounded (`ironclip.upcast`): `demo cola white-box-2`." in said
+    )
+    assert "Made again" not in said
+    wide = {**native, "arithmetic": "float32"}
+    put(tmp_path / "again", "none", "white-box", 2.0, of(5, 55), encoder=wide, key="one")
+    other = of(5, 55).replace(HELD, FOOLED, 1)
+    assert other != of(5, 55)
+    put(tmp_path / "again", "none", "ensemble", 2.0, other, encoder=wide, key="two")
+    # Of another key: not the same cell.
+    put(tmp_path / "again", "cola", "white-box", 2.0, of(0, 60), encoder=wide, key="y")
+    said = report().read_text(encoding="utf-8")
+    assert f"products in float32: 2 cells; of their {2 * len(other)} outcomes 1 came out otherwise." in said
+
+
 def test_words_say_what_the_intervals_say(tmp_path: Path) -> None:
     for eps in (1.0, 2.0):
         put(tmp_path, "none", "transfer-pgd", eps, of(5, 55))
