@@ -19,9 +19,11 @@ import open_clip
 import torch
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from ironclip.errors import ArtifactError, LabelError, OptionError
 from ironclip.folding import convolutional, folded
+from ironclip.int8 import quantize
 from ironclip.preprocessing import Preprocessing
 from ironclip.tokenizing import CopyableLock, bound_tokenizer, check_words
 from ironclip.upcast import pays, upcast
@@ -33,6 +35,8 @@ HEADS: dict[str, tuple[str, ...]] = {
 }
 """Types of head, and the numbers that each has."""
 
+# Least cosine of features before and after layers were exchanged, for a tower that is not broken by it.
+_ALIKE = 0.9
 # Texts whose token ids identify a tokenizer by what it does (case, accents, other scripts, digits, emoji).
 _TOKENIZER_PROBES = (
     "a photo of a dog.",
@@ -131,7 +135,9 @@ class Encoder(nn.Module):
         self.register_buffer("mean", _channels(self.preprocess_cfg, "mean"), persistent=False)
         self.register_buffer("std", _channels(self.preprocess_cfg, "std"), persistent=False)
         self.form = "trained"
-        self._upcast_from: torch.dtype | None = None
+        # Where it is not that of the first parameter; and whether products are made in float32 for it.
+        self._dtype: torch.dtype | None = None
+        self._upcast = False
         self._memory_format = torch.contiguous_format
         self._digest: tuple[object, str] | None = None
         # Hugging Face's fast tokenizers hold their padding as state: two threads at once would mix it up.
@@ -139,13 +145,18 @@ class Encoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the towers."""
-        return self._upcast_from or self.arithmetic
+        """The dtype of the towers; int8 where the image tower's products are."""
+        return self._dtype or next(self.model.visual.parameters()).dtype  # type: ignore[union-attr]
 
     @property
     def arithmetic(self) -> torch.dtype:
-        """The dtype that products are computed in: the towers', or float32 on a CPU that has none for it."""
-        return torch.float32 if self._upcast_from else next(self.model.visual.parameters()).dtype  # type: ignore[union-attr]
+        """The dtype that products are computed in: `dtype`, or float32 on a CPU that has no arithmetic for it."""
+        return torch.float32 if self._upcast else self.dtype
+
+    @property
+    def _between(self) -> torch.dtype:
+        """The dtype of what lies between layers."""
+        return torch.float32 if self.dtype == torch.int8 else self.dtype
 
     @property
     def device(self) -> torch.device:
@@ -174,7 +185,7 @@ class Encoder(nn.Module):
         if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side) or not pixels.is_floating_point():
             raise ValueError(f"pixels must be float [N, 3, {side}, {side}], got {pixels.dtype} {list(pixels.shape)}")
         normalised = (pixels.float() - self.mean) / self.std
-        images = normalised.to(self.dtype).contiguous(memory_format=self._memory_format)
+        images = normalised.to(self._between).contiguous(memory_format=self._memory_format)
         features: Tensor = self.model.encode_image(images, normalize=False)  # type: ignore[operator]
         return features.float()
 
@@ -260,8 +271,8 @@ class Encoder(nn.Module):
         length = int(_lengths(tokens).max())
         tokens = tokens[:, :length]
         embedded = model.token_embedding(tokens) + model.positional_embedding[:length]
-        x = (embedded if shift is None else embedded + shift[:, :length]).to(self.dtype)
-        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length].to(self.dtype)))
+        x = (embedded if shift is None else embedded + shift[:, :length]).to(self._between)
+        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length].to(self._between)))
         pooled: Tensor = text_global_pool(x, tokens, "argmax")
         return pooled
 
@@ -286,28 +297,56 @@ class Encoder(nn.Module):
     def served(self, dtype: torch.dtype = torch.float32) -> Encoder:
         """A frozen copy that answers fastest, and the same up to rounding: what the service runs, and what is attacked.
 
-        Towers hold and compute in `dtype`; a convolutional image tower has its batch norms folded (`ironclip.folding`)
+        Towers hold and compute in `dtype`, and int8 is for the image tower's linear layers alone (`ironclip.int8`); a
+        convolutional image tower has its batch norms folded (`ironclip.folding`)
         and its channels last, and on a CPU that has no arithmetic for `dtype` products are float32 (`ironclip.upcast`).
         It has this encoder's digest and cannot be saved. Where nothing would change it is this encoder itself: weights
         are not held twice.
 
         Raises:
             ValueError: as `astype`.
+            OptionError: int8 on a GPU, or for a tower without linear layers.
         """
+        if dtype == torch.int8 and self.device.type != "cpu":
+            raise OptionError("int8 is for CPUs: on a GPU set the dtype to float16, bfloat16 or auto.")
         if dtype == self.dtype and not (self.form == "trained" and convolutional(self.model.visual)):  # type: ignore[arg-type]
             return self
+        other = self._frozen(torch.float32 if dtype == torch.int8 else dtype)
+        if dtype == torch.int8:
+            quantize(other.model.visual)  # type: ignore[arg-type]
+            other._dtype = dtype
+            if not self._answered_alike(other):
+                raise OptionError("int8: this image tower reads its weights past its layers: set the dtype to auto.")
+        elif self.device.type == "cpu" and pays(dtype):
+            upcast(other.model)
+            other._dtype, other._upcast = dtype, True
+            if not self._answered_alike(other):
+                other = self._frozen(dtype)
+        other.form = "served"
+        other._digest = (other._versions(), self.digest)
+        return other
+
+    def _frozen(self, dtype: torch.dtype) -> Encoder:
+        """A copy in `dtype` that takes no gradients of its weights, a convolutional image tower in its fastest form."""
         other = self.astype(dtype)
         if convolutional(self.model.visual):  # type: ignore[arg-type]
             visual = folded(self.model.visual)  # type: ignore[arg-type]
             other._memory_format = torch.channels_last
             other.model.visual = visual.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         other.requires_grad_(False)
-        if self.device.type == "cpu" and pays(dtype):
-            upcast(other.model, dtype)
-            other._upcast_from = dtype
-        other.form = "served"
-        other._digest = (other._versions(), self.digest)
         return other
+
+    @torch.inference_mode()
+    def _answered_alike(self, other: Encoder) -> bool:
+        """Whether a copy with exchanged layers still computes the same: foreign blocks may read weights past them."""
+        side = self.resolution
+        pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(self.device)
+        tokens = self.tokenize(_TOKENIZER_PROBES[:1], truncate=True)
+        try:
+            ours, theirs = ((one.encode_image(pixels), one.encode_tokens(tokens)) for one in (self, other))
+        except (AttributeError, RuntimeError, TypeError):
+            return False
+        return all(float(cosine_similarity(one, two)) > _ALIKE for one, two in zip(ours, theirs, strict=True))
 
     @property
     def digest(self) -> str:

@@ -14,90 +14,66 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, linear, scaled_dot_product_attention
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.functional import conv2d, linear
+
+from ironclip.layers import TakenApart, exchange, is_attention, is_linear
 
 # How much faster products must be as float32 for a tower to be turned up: hardware for a dtype wins by more.
 _GAIN = 1.25
 _ROUNDS = 5
 
 
-class UpcastLinear(nn.Linear):
-    """A linear layer that takes and gives a 16-bit dtype and multiplies in float32."""
+class UpcastLinear(nn.Module):
+    """A linear layer that takes and gives a 16-bit dtype and multiplies in float32.
+
+    Args:
+        layer: whose numbers it takes.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        # open_clip asks its layers what to turn embeddings into, and this is where it looks before the weight.
+        self.int8_original_dtype = layer.weight.dtype
+        self.weight = _wide(layer.weight)
+        self.bias = None if layer.bias is None else _wide(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in the dtype that came."""
         return linear(x.float(), self.weight, self.bias).to(x.dtype)
 
 
-class UpcastConv2d(nn.Conv2d):
-    """A convolution that takes and gives a 16-bit dtype and multiplies in float32."""
+class UpcastConv2d(nn.Module):
+    """A convolution that takes and gives a 16-bit dtype and multiplies in float32.
+
+    Args:
+        layer: whose numbers it takes; it becomes part of this one.
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.wide = layer.float()
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H', W'], in the dtype that came."""
-        answer: Tensor = self._conv_forward(x.float(), self.weight, self.bias)
+        answer: Tensor = self.wide(x.float())
         return answer.to(x.dtype)
 
 
-class UpcastAttention(nn.MultiheadAttention):
-    """Attention that takes and gives a 16-bit dtype and multiplies in float32; it gives no weights."""
-
-    def forward(  # type: ignore[override]
-        self, query: Tensor, key: Tensor, value: Tensor, *, need_weights: bool = False, attn_mask: Tensor | None = None
-    ) -> tuple[Tensor, None]:
-        """As `nn.MultiheadAttention` in eval mode with ``need_weights=False``.
-
-        Args:
-            query, key, value: [N, L, embed_dim] if `batch_first`, else [L, N, embed_dim].
-            need_weights: must be false.
-            attn_mask: [L, L] or [N * heads, L, L]: added to the scores, or true where nothing is to be looked at.
-        """
-        assert not need_weights
-        dtype = query.dtype
-        parts = [query, key, value] if self.batch_first else [x.transpose(0, 1) for x in (query, key, value)]
-        if query is key and key is value:
-            projected = linear(parts[0].float(), self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        else:
-            weights = self.in_proj_weight.chunk(3)
-            biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-            projected = tuple(linear(x.float(), w, b) for x, w, b in zip(parts, weights, biases, strict=True))
-        heads = [x.to(dtype).float().reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2) for x in projected]
-        mask = attn_mask
-        if mask is not None:
-            mask = torch.zeros(mask.shape).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask.float()
-            mask = mask.view(-1, self.num_heads, *mask.shape[1:]) if mask.ndim == 3 else mask
-        answer = scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask=mask)
-        answer = self.out_proj(answer.transpose(1, 2).flatten(2).to(dtype))
-        return (answer if self.batch_first else answer.transpose(0, 1)), None
+def _wide(parameter: Tensor) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().float(), requires_grad=False)
 
 
-_LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
+def upcast(model: nn.Module) -> None:
+    """Turn up the products of a frozen 16-bit model in eval mode, in place; layers of other types stay as they are."""
 
+    def other(module: nn.Module) -> nn.Module | None:
+        if is_attention(module):
+            return TakenApart(module, UpcastLinear)
+        if is_linear(module):
+            return UpcastLinear(module)
+        return UpcastConv2d(module) if type(module) is nn.Conv2d else None
 
-def upcast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Turn up the products of a frozen model of ``dtype`` in eval mode, in place; layers of other types stay.
-
-    Parameters keep their names; those of products are float32 from now on, their values unchanged.
-    """
-    for module in list(model.modules()):
-        if type(module) is nn.MultiheadAttention and _plain(module):
-            module.__class__ = UpcastAttention
-            for parameter in (module.in_proj_weight, module.in_proj_bias):
-                if parameter is not None:
-                    parameter.data = parameter.data.float()
-        elif type(module) in _LINEAR:
-            module.__class__ = UpcastLinear
-            # open_clip asks its layers what to turn embeddings into, and this is where it looks before the weight.
-            module.int8_original_dtype = dtype  # type: ignore[assignment]
-            module.float()
-        elif type(module) is nn.Conv2d:
-            module.__class__ = UpcastConv2d
-            module.float()
-
-
-def _plain(module: nn.MultiheadAttention) -> bool:
-    """Whether attention is of the form that `UpcastAttention` computes, as all of open_clip's towers' is."""
-    return module._qkv_same_embed_dim and module.bias_k is None and not module.add_zero_attn and not module.dropout
+    exchange(model, other)
 
 
 @cache

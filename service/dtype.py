@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
+from ironclip.dtypes import DTYPES
 from ironclip.encoder import Encoder
 from ironclip.errors import OptionError
 from ironclip.loading import DEMO_FOLDER
 from ironclip.preprocessing import load_image, to_float
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What `auto` tries. int8 is for the user to choose: it is not held to what an attack found in another dtype.
+_TRIED = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 # Least cosine of a picture's features with float32's. An error of 0.999 that points anywhere moves a logit of a
 # 512-dimensional CLIP (scale 100) by about 0.2; bfloat16 stays near 0.9999.
 MIN_COSINE = 0.999
@@ -79,19 +81,19 @@ def choose_dtype(encoder: Encoder, requested: str = "auto", *, seconds: float = 
 
     Args:
         encoder: in float32, on its device.
-        requested: 'auto' measures; 'float32', 'bfloat16' or 'float16' is taken as given, its drift still reported.
+        requested: 'auto' measures; another of DTYPES is taken as given, its drift still reported.
         seconds: budget of the timing; at least two rounds are run however slow the machine is.
 
     Raises:
-        OptionError: no such dtype.
+        OptionError: no such dtype, or none for this device or tower.
     """
     if requested != "auto" and requested not in DTYPES:
         raise OptionError(f"dtype is one of auto, {', '.join(DTYPES)}; not {requested!r}.")
     if requested == "auto":
-        names = ["float32", "bfloat16"] if encoder.device.type == "cpu" else list(DTYPES)
+        names = list(_TRIED.get(encoder.device.type, _TRIED["cuda"]))
     else:
         names = list(dict.fromkeys(["float32", requested]))
-    candidates = {name: encoder.served(DTYPES[name]) for name in names}
+    candidates = {name: encoder.served(getattr(torch, name)) for name in names}
     pictures = drift_pictures(encoder)
     cosines = {name: _least_cosine(encoder, candidate, pictures) for name, candidate in candidates.items()}
     timed = candidates if requested == "auto" else {requested: candidates[requested]}
@@ -114,7 +116,7 @@ def _judge(
         gain = speeds[name][largest] / speeds["float32"][largest]
         if not cosine >= MIN_COSINE:  # also where it is NaN
             rejected = f"drift: least cosine with float32 is {cosine:.6f}, {MIN_COSINE} is needed"
-        elif arithmetic != DTYPES[name]:
+        elif arithmetic != getattr(torch, name):
             rejected = f"this CPU has no arithmetic for {name}: products are made in float32"
         elif gain < MIN_SPEEDUP:
             rejected = f"not worth it: {gain:.2f} times the speed of float32"

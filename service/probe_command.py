@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ironclip.dtypes import DTYPES
 from ironclip.errors import ImageInvalid, IronclipError, OptionError
 
 _BAR = 24
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--templates", nargs="+", help="prompt templates with {} for the name")
     parser.add_argument("--encoder", default="demo", help="an encoder spec: demo, a folder, ViT-B-32/openai, ...")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="what is served")
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="what is served")
     parser.add_argument("--defence", default="none", help='a name, or JSON such as {"name": "cola", "views": 3}')
     parser.add_argument("--tree", type=Path, help="a label tree, as JSON or lines of `child parent`")
     parser.add_argument("--level", default="", help="the level of the tree that is attacked")

@@ -109,10 +109,11 @@ class Settings(BaseSettings):
         "/srv/clip/*`).",
     )
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         default="auto",
         description="Compute type; `auto` measures at start and checks the drift against float32. What is fastest may "
-        "come out differently on each replica: pin it where several are to give the same scores and share a cache.",
+        "come out differently on each replica: pin it where several are to give the same scores and share a cache. "
+        "`int8`, for CPUs, makes the linear layers of the image tower of 8-bit products; `auto` never takes it.",
     )
     compile: Literal["auto", "off", "graphs", "compile"] = Field(
         default="auto",

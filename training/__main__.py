@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ironclip.dtypes import DTYPES
 from ironclip.errors import IronclipError
 from training import commands
 
@@ -143,7 +144,7 @@ def _served(parser: argparse.ArgumentParser) -> None:
     _device(parser)
     parser.add_argument(
         "--dtype",
-        choices=["float32", "bfloat16", "float16"],
+        choices=list(DTYPES),
         default="float32",
         help="what the attacked encoder computes in, as the service would (default float32)",
     )

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from ironclip.attacks import ThreatModel
 from ironclip.classifier import LEVEL_MODES
 from ironclip.encoder import Encoder, Head
@@ -20,7 +22,7 @@ from ironclip.loading import load_encoder
 from training.evaluate import attack_emoji, depth_emoji, emoji_pairs, levels_emoji, transfer_emoji
 from training.retrieval import caption_classifier, retrieval
 from training.robustness import Cell
-from training.study_config import DTYPES, StudyConfig
+from training.study_config import StudyConfig
 from training.study_report import report
 from training.study_runs import ship, train_methods, tune
 
@@ -37,7 +39,7 @@ def _measured(config: StudyConfig, methods: Sequence[str], runs: Path) -> dict[s
 
 def _rows(name: str, spec: str, dtype: str, device: str) -> Iterator[tuple[str, Encoder]]:
     """An encoder as served, and with a hyperbolic head a second time by its cosines."""
-    encoder = load_encoder(spec, device=device).served(DTYPES[dtype])
+    encoder = load_encoder(spec, device=device).served(getattr(torch, dtype))
     yield name, encoder
     if encoder.head.type != "cosine":
         encoder.head = Head()

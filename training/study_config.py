@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
+from ironclip.dtypes import DTYPES
 from ironclip.errors import OptionError
 from training.config import from_mapping, read_config
 from training.methods import METHODS
@@ -102,7 +101,6 @@ class StudyConfig:
 
 
 # What a service may choose.
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
 def load_study(name: str) -> StudyConfig:

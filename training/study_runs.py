@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ironclip.artifact import update_meta
 from ironclip.attacks import ThreatModel
 from ironclip.errors import OptionError
@@ -21,7 +23,7 @@ from training.recipe import RobustConfig, load_recipe
 from training.robust_run import essence
 from training.robustness import Cell, key_of, measure
 from training.study_cells import in_short, read_cells
-from training.study_config import DTYPES, StudyConfig
+from training.study_config import StudyConfig
 from training.train import train
 
 
@@ -91,7 +93,7 @@ def tune(config: StudyConfig, methods: Sequence[str], runs: Path, results: Path,
 def _score(config: StudyConfig, spec: str, attack: str, runs: Path, device: str) -> dict[str, Any]:
     """An encoder on the vendor left out: clean and robust accuracy (percent)."""
     tuning, data = config.tuning, Path(config.data)
-    encoder = load_encoder(spec, device=device).served(DTYPES[config.dtype])
+    encoder = load_encoder(spec, device=device).served(getattr(torch, config.dtype))
     classifier = emoji_classifier(encoder, manifest_names(read_manifest(data)))
     sample = emoji_sample(encoder, data, tuning.vendor, tuning.count)
     cell = Cell(attack, ThreatModel("linf", tuning.eps / 255))

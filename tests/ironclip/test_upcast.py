@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from ironclip import encoder as encoders
+from ironclip.layers import TakenApart
 from ironclip.loading import load_encoder
-from ironclip.upcast import UpcastAttention, UpcastConv2d, UpcastLinear, pays, upcast
+from ironclip.upcast import UpcastConv2d, UpcastLinear, pays, upcast
 
 TEXTS = ["a photo of a dog.", "a photo of a red bicycle in the rain.", "🥕"]
 
@@ -69,16 +70,17 @@ def test_attention_is_that_of_torch(*, batch_first: bool, mask: str, crossed: bo
         need_weights=False,
         attn_mask=attn_mask,
     )[0]
-    upcast(attention.to(torch.bfloat16), torch.bfloat16)
-    assert isinstance(attention, UpcastAttention)
-    answer, _ = attention(low, low_other if crossed else low, low_other if crossed else low, attn_mask=attn_mask)
+    block = nn.Sequential(attention.to(torch.bfloat16))
+    upcast(block)
+    assert isinstance(block[0], TakenApart)
+    answer, _ = block[0](low, low_other if crossed else low, low_other if crossed else low, attn_mask=attn_mask)
     assert answer.dtype == torch.bfloat16
     torch.testing.assert_close(answer.float(), expected, atol=0.02, rtol=0.02)
 
 
 def test_an_attention_of_another_form_stays_as_it_is() -> None:
     attention = nn.MultiheadAttention(32, 4, kdim=16, vdim=16).bfloat16().eval()
-    upcast(attention, torch.bfloat16)
+    upcast(nn.Sequential(attention))
     assert type(attention) is nn.MultiheadAttention
     assert attention.q_proj_weight.dtype == torch.bfloat16
 
