@@ -163,6 +163,57 @@ def test_what_will_be_late_makes_way_and_is_tried_alone_where_all_is() -> None:
     loop.close()
 
 
+def test_who_keeps_batches_small_makes_way_where_not_all_can_be_in_time() -> None:
+    """A batch costs 50 ms and 36 ms an item: one alone takes 86 ms, six together 266 ms."""
+
+    def seconds(items: int) -> float:
+        return 0.05 + 0.036 * items
+
+    loop = asyncio.new_event_loop()
+    queue: WorkQueue[str] = WorkQueue()
+    # `a` alone could be in time, and would make one more of the last six late.
+    entries_of(loop, queue, a=0.1, b=0.12, c=0.15, d=0.35, e=0.35, f=0.35, g=0.35, h=0.35, i=0.35)
+    taken, expired = queue.take(32, seconds)
+    assert (named(taken), named(expired)) == (list("defghi"), list("abc"))
+    # All can be in time: the hasty one goes first, and alone.
+    entries_of(loop, queue, hasty=0.1, **dict.fromkeys("abcdefgh", 2.0))
+    taken, expired = queue.take(32, seconds)
+    assert (named(taken), named(expired)) == (["hasty"], [])
+    taken, expired = queue.take(32, seconds)
+    assert (named(taken), named(expired)) == (list("abcdefgh"), [])
+    # One that is lost anyway takes no other with it.
+    entries_of(loop, queue, lost=0.03, hasty=0.1, **dict.fromkeys("abcdefgh", 2.0))
+    taken, expired = queue.take(32, seconds)
+    assert (named(taken), named(expired)) == (["hasty"], ["lost"])
+    assert len(queue) == 8
+    loop.close()
+
+
+def test_what_is_larger_than_a_batch_is_not_given_up_for_that() -> None:
+    loop = asyncio.new_event_loop()
+    queue: WorkQueue[str] = WorkQueue()
+    queue.add(Entry("large", loop.create_future(), 9, Urgency(INTERACTIVE, time.monotonic() + 1.0)))
+    entries_of(loop, queue, a=1.5, late=0.01)
+    taken, expired = queue.take(4, lambda items: 0.1 * items)
+    assert (named(taken), named(expired)) == (["large"], ["late"])
+    taken, expired = queue.take(4, lambda items: 0.1 * items)
+    assert (named(taken), named(expired)) == (["a"], [])
+    loop.close()
+
+
+def test_items_that_nobody_waits_for_are_not_given_up_but_forgotten() -> None:
+    loop = asyncio.new_event_loop()
+    queue: WorkQueue[str] = WorkQueue()
+    entries_of(loop, queue, a=0.1, b=0.12, c=0.15, **dict.fromkeys("defghi", 0.35))
+    for entry in list(queue._entries.values())[:2]:
+        entry.future.cancel()
+    taken, expired = queue.take(32, lambda items: 0.05 + 0.036 * items)
+    assert (named(taken), named(expired)) == (list("defghi"), ["c"])
+    assert not len(queue)
+    assert queue.cost() == 0
+    loop.close()
+
+
 async def as_request(rank: int, deadline: float, work: Callable[[], object]) -> object:
     """Run in a context of its own, as a request does."""
     urgency.CURRENT.set(Urgency(rank, deadline))
