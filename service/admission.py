@@ -36,7 +36,8 @@ class Admission(Generic[Item]):
         queue: what waits.
         pace: how long it will take.
         max_batch: items in one batch at most.
-        max_queue: items waiting at most; a request larger than that is let in only while nothing waits.
+        max_queue: items of a class and of those before it that wait at most; a request larger than that is let in only
+            while none does.
         max_wait: seconds of work that may be ahead of a request.
     """
 
@@ -53,10 +54,11 @@ class Admission(Generic[Item]):
 
     def ahead_seconds(self, rank: int, running: float) -> float:
         """Seconds of work of this class and those before it: running, waiting, and let in but still on its way."""
-        return self._pace.seconds(self._items(rank)) + running
+        return self._pace.seconds(self._queue.cost(rank) + self._coming(rank)) + running
 
-    def _items(self, rank: int) -> int:
-        return self._queue.cost(rank) + sum(self._reserved[: rank + 1])
+    def _coming(self, rank: int) -> int:
+        """Items that were let in and are on their way, of this class and those before it."""
+        return sum(self._reserved[: rank + 1])
 
     def admit(self, cost: int, running: float) -> None:
         """Let a request of the current urgency in.
@@ -68,9 +70,12 @@ class Admission(Generic[Item]):
         Raises:
             Overloaded: what waits, or the time that it takes, is over a limit or leaves too little of the deadline.
         """
-        waiting = self._queue.cost() + sum(self._reserved)
         urgency = CURRENT.get()
-        ahead = self.ahead_seconds(urgency.rank, running)
+        coming = self._coming(urgency.rank)
+        waiting = self._queue.cost(urgency.rank) + coming
+        # What waits with a later deadline will be overtaken.
+        before = self._queue.before(urgency) + coming
+        ahead = self._pace.seconds(before) + running
         if waiting and waiting + cost > self.max_queue:
             raise Overloaded(
                 f"{waiting} items wait for the {self.name} model and {cost} more would pass the limit of "
@@ -91,7 +96,7 @@ class Admission(Generic[Item]):
             )
         left = max(0.0, urgency.deadline - time.monotonic())
         # Where nothing is ahead it is let in whatever the estimate says: to try is how that is mended.
-        done = running + self._pace.surely(self._items(urgency.rank) + cost)
+        done = running + self._pace.surely(before + cost)
         if ahead > 0 and done > left:
             raise Overloaded(
                 f"{1000 * ahead:.0f} ms of work are ahead of this request at the {self.name} model; with its own it "

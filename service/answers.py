@@ -29,6 +29,7 @@ from service.forms import Picture
 from service.images import ImageDecoder
 from service.runtime import ServedEncoder
 from service.telemetry import Stages
+from service.together import together
 from service.vectors import Arrays, Schema
 
 Floats = NDArray[np.float32]
@@ -199,7 +200,7 @@ class Answers:
         if not items:
             return []
         with stages.time("decode"):
-            await _gather([self._decode(served, item) for item in items])
+            await together([self._decode(served, item) for item in items])
         scope = _image_scope(served, tenant)
         done = _open(items)
         for item in done:
@@ -315,14 +316,3 @@ def _open(items: Sequence[Item]) -> list[Item]:
 def _pixels(item: Item) -> Tensor:
     assert item.pixels is not None
     return item.pixels
-
-
-async def _gather(works: list[Any]) -> None:
-    """Wait for all; if one fails, cancel the others, so that a refused request leaves nothing in the queues."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        raise

@@ -33,8 +33,9 @@ class Attempts(Generic[Item, Result]):
     Args:
         name: for messages.
         run: as `Batcher` has it.
-        max_batch: items in one call at most.
+        max_batch: items in one call at most, weighed by `cost`.
         out_of_memory: whether an exception says that the batch was too large for the device.
+        cost: how many plain items an item counts for.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class Attempts(Generic[Item, Result]):
         run: Callable[[Sequence[Item]], Sequence[Result]],
         max_batch: int,
         out_of_memory: Callable[[Exception], bool] | None,
+        cost: Callable[[Item], int] = lambda item: 1,
     ) -> None:
         self.name = name
         self.max_batch = max_batch
         self.fits = max_batch  # items that a batch may have
         self._run = run
         self._out_of_memory = out_of_memory or (lambda error: isinstance(error, MemoryError))
+        self._cost = cost
         self._since_full = 0
 
     def run(self, items: list[Item]) -> list[Result | Failure]:
@@ -63,7 +66,8 @@ class Attempts(Generic[Item, Result]):
                 return [Failure(OutOfMemory(f"The {self.name} model has no memory for this.") if memory else error)]
             middle = len(items) // 2
             if memory:
-                self.fits, self._since_full = min(self.fits, max(1, middle)), 0
+                half = sum(self._cost(item) for item in items) // 2
+                self.fits, self._since_full = min(self.fits, max(1, half)), 0
             return self.run(items[:middle]) + self.run(items[middle:])
         if len(results) != len(items):
             # Results of unknown owners: nobody may be given one.

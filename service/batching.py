@@ -70,8 +70,8 @@ class Batcher(Generic[Item, Result]):
         run: called in the worker thread with 1..max_batch items; returns one result for each, in order. What it
             raises is given to the item that causes it.
         max_batch: items in one call at most, weighed by `cost`.
-        max_queue: items waiting at most, weighed by `cost`; a request larger than that is taken only while
-            nothing waits.
+        max_queue: items of a class and of those before it that wait at most, weighed by `cost`; a request larger than
+            that is taken only while nothing waits.
         max_wait: seconds of work that may be ahead of a request that is let in.
         idle_wait_ms: how long an idle worker waits for the next item before it starts a batch that is not full;
             ten times that in all.
@@ -112,7 +112,7 @@ class Batcher(Generic[Item, Result]):
         self.last_progress = time.monotonic()
         self.pace = Pace()
         self.on_expired: Callable[[int], None] | None = None  # told how many items' deadlines had passed
-        self._attempts: Attempts[Item, Result] = Attempts(name, run, max_batch, out_of_memory)
+        self._attempts: Attempts[Item, Result] = Attempts(name, run, max_batch, out_of_memory, cost or (lambda item: 1))
         self._idle_wait = idle_wait_ms / 1000
         self._more_expected = more_expected or (lambda: True)
         self._gaps_yield = more_expected or (lambda: False)

@@ -119,7 +119,7 @@ class Meter:
         self.caller = caller
         self._limiter = limiter
         self._last: Taken | None = None
-        self.spent = 0.0  # points taken and not given back
+        self.spent = 0.0  # points asked for and not given back, of whoever is not limited too
 
     @property
     def limited(self) -> bool:
@@ -134,7 +134,10 @@ class Meter:
             CostTooHigh: there can never be so many.
         """
         caller = self.caller
-        if not self.limited or points <= 0:
+        if points <= 0:
+            return ""
+        if not self.limited:
+            self.spent += points
             return ""
         limit = f"burst of the API key {caller.key} in the keys file"
         if points > caller.burst:
@@ -159,8 +162,10 @@ class Meter:
 
     async def give_back(self, points: float, store: str) -> None:
         """Give back what was taken and not used."""
-        if store and points > 0:
-            self.spent -= points
+        if points <= 0:
+            return
+        self.spent -= points
+        if store:
             self._last = await self._limiter.take(self.caller, -points, store)
 
     @asynccontextmanager

@@ -1,9 +1,9 @@
 """What waits for a worker, in the order in which it is to be done: earliest deadline first within a class.
 
-Interactive work goes before batch work; batch work that has waited for long gets a share of each batch, so that it is
-not starved. When not all can be in time, whoever has little time left would keep batches small, and small batches make
-more of the others late: then those make way whose loss costs the fewest (early drop; Shen et al. 2019, Nexus). Nothing
-here locks: whoever holds a queue sees to that.
+Interactive work goes before batch work; batch work that has waited for long gets a share of the batches, so that it is
+not starved, and what has no deadline is ordered as if it had one. When not all can be in time, whoever has little time
+left would keep batches small, and small batches make more of the others late: then those make way whose loss costs the
+fewest (early drop; Shen et al. 2019, Nexus). Nothing here locks: whoever holds a queue sees to that.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from service.urgency import BATCH, CLASSES, INTERACTIVE, Urgency
 
 Item = TypeVar("Item")
 
-# Of each batch this share goes to batch work that has waited too long.
+# This share of what is done goes to batch work that has waited too long, where there is interactive work too.
 _LATE_SHARE = 8
 # Deadlines within so many of the largest batches are looked at together, beginning with so many entries at most.
 _HORIZON = 2
-_STARTS = 64
+_STARTS = 16
 
 
 class Entry(Generic[Item]):
@@ -71,10 +71,21 @@ class _Schedule:
     def _batch(self, start: int, end: int) -> float:
         return self._takes[self._sums[end] - self._sums[start]]
 
-    def late(self, start: int) -> int:
-        """How many are late, when those before ``start`` are given up."""
+    def best_start(self) -> int:
+        """Which entry to begin with: the fewest are late then, and of equal ones its batch does most in a second."""
+        if not (fewest := self.late(0)):
+            return 0
+        best, rate, count = 0, self.rate(0), len(self._slack)
+        for at in range(0, count, -(-count // _STARTS)):
+            late = self.late(at, fewest)
+            if late < fewest or (late == fewest and self.rate(at) > rate):
+                best, fewest, rate = at, late, self.rate(at)
+        return best
+
+    def late(self, start: int, most: float = math.inf) -> int:
+        """How many are late, when those before ``start`` are given up; counted until there are more than ``most``."""
         late, now, at = start, 0.0, start
-        while at < len(self._slack):
+        while at < len(self._slack) and late <= most:
             end = self._end(at, now)
             if end == at:
                 after = max(at + 1, bisect.bisect_left(self._slack, now + self._takes[1]))
@@ -97,7 +108,7 @@ class WorkQueue(Generic[Item]):
     """Entries by class and deadline.
 
     Args:
-        patience: seconds after which batch work is late.
+        patience: seconds after which batch work is late; and by which work without a deadline is ordered.
     """
 
     def __init__(self, patience: float = math.inf) -> None:
@@ -106,6 +117,8 @@ class WorkQueue(Generic[Item]):
         self._heaps: list[list[tuple[float, int]]] = [[] for _ in CLASSES]
         self._arrivals: deque[int] = deque()  # of batch work, the oldest first
         self._costs = [0 for _ in CLASSES]
+        self._last = [-math.inf for _ in CLASSES]  # no entry of the class comes later in the order
+        self._credit = 0.0  # items of late batch work that may be done now
         self._next_id = 0
 
     def __len__(self) -> int:
@@ -120,13 +133,29 @@ class WorkQueue(Generic[Item]):
         """What waits of this class and of those before it, in items."""
         return sum(self._costs[: rank + 1])
 
+    def before(self, urgency: Urgency) -> int:
+        """What waits that is done before an entry of this urgency that came now, in items."""
+        rank, order = urgency.rank, self._order(urgency)
+        earlier = sum(self._costs[:rank])
+        if order >= self._last[rank]:
+            return earlier + self._costs[rank]
+        there = (self._entries.get(identity) for at, identity in self._heaps[rank] if at <= order)
+        return earlier + sum(entry.cost for entry in there if entry is not None)
+
+    def _order(self, urgency: Urgency) -> float:
+        return urgency.deadline if math.isfinite(urgency.deadline) else time.monotonic() + self.patience
+
     def add(self, entry: Entry[Item]) -> int:
         """Put an entry in; returns what `discard` knows it by."""
         identity, rank = self._next_id, entry.urgency.rank
         self._next_id += 1
         self._entries[identity] = entry
         # What has been tried alone keeps nobody waiting by its deadline: it goes first.
-        heapq.heappush(self._heaps[rank], (-math.inf if entry.alone else entry.urgency.deadline, identity))
+        order = -math.inf if entry.alone else self._order(entry.urgency)
+        if not self._heaps[rank]:
+            self._last[rank] = order
+        self._last[rank] = max(self._last[rank], order)
+        heapq.heappush(self._heaps[rank], (order, identity))
         if rank == BATCH:
             self._arrivals.append(identity)
         self._costs[rank] += entry.cost
@@ -139,7 +168,7 @@ class WorkQueue(Generic[Item]):
             self._costs[entry.urgency.rank] -= entry.cost
 
     def earliest(self) -> float:
-        """The first deadline of all that waits, by the monotonic clock."""
+        """No deadline of what waits is before this, by the monotonic clock."""
         self._tidy()
         return min((heap[0][0] for heap in self._heaps if heap), default=math.inf)
 
@@ -177,23 +206,22 @@ class WorkQueue(Generic[Item]):
         self._tidy()
         heap = next((heap for heap in self._heaps if heap), [])
         now = time.monotonic()
-        if not heap or not math.isfinite(heap[0][0]) or not math.isfinite(most) or not (longest := seconds(int(most))):
+        if not heap or not math.isfinite(most) or not (longest := seconds(int(most))):
             return []
-        pressed = sorted(pair for pair in heap if pair[0] < now + _HORIZON * longest and pair[1] in self._entries)
-        entries = [self._entries[identity] for _, identity in pressed]
-        if not entries:
+        horizon = now + _HORIZON * longest
+        if not heap[0][0] < horizon or math.isinf(heap[0][0]):  # no haste, or one to be tried alone
             return []
-        schedule = _Schedule([entry.cost for entry in entries], [pair[0] - now for pair in pressed], int(most), seconds)
-        if not schedule.late(0):
-            return []
-        step = -(-len(entries) // _STARTS)
-        start = min(range(0, len(entries), step), key=lambda at: (schedule.late(at), -schedule.rate(at), at))
-        over = now + schedule.first_seconds(start) + seconds(1)
-        given_up = [pair[1] for pair in pressed[:start] if pair[0] < over]
-        found = [self._entries[identity] for identity in given_up]
-        for identity in given_up:
+        there = sorted(pair for pair in heap if pair[0] < horizon and pair[1] in self._entries)
+        # Nobody waits for a moment's end on work that has none.
+        pressed = [(at, identity) for at, identity in there if math.isfinite(self._entries[identity].urgency.deadline)]
+        costs = [self._entries[identity].cost for _, identity in pressed]
+        schedule = _Schedule(costs, [at - now for at, _ in pressed], int(most), seconds)
+        start = schedule.best_start()
+        over = now + schedule.first_seconds(start) + seconds(1) if start else now
+        given_up = [(identity, self._entries[identity]) for at, identity in pressed[:start] if at < over]
+        for identity, _ in given_up:
             self.discard(identity)
-        return [entry for entry in found if not entry.future.cancelled()]
+        return [entry for _, entry in given_up if not entry.future.cancelled()]
 
     def _cut(
         self, most: float, seconds: Callable[[int], float]
@@ -202,9 +230,10 @@ class WorkQueue(Generic[Item]):
         taken: list[Entry[Item]] = []
         expired: list[Entry[Item]] = []
         hopeless: list[Entry[Item]] = []
-        cost, late, now, first = 0, 0, time.monotonic(), math.inf
+        cost, now, first = 0, time.monotonic(), math.inf
+        self._give_credit(most)
         while self._entries:
-            identity, is_late = self._next(late * _LATE_SHARE < most)
+            identity, is_late = self._next()
             entry = self._entries[identity]
             deadline = entry.urgency.deadline
             if taken and (cost + entry.cost > most or entry.alone):
@@ -223,7 +252,7 @@ class WorkQueue(Generic[Item]):
             taken.append(entry)
             first = min(first, deadline)
             cost += entry.cost
-            late += entry.cost if is_late else 0
+            self._credit -= entry.cost if is_late else 0
             if entry.alone:
                 break
         return taken, expired, hopeless
@@ -242,14 +271,26 @@ class WorkQueue(Generic[Item]):
             while heap and heap[0][1] not in self._entries:
                 heapq.heappop(heap)
 
-    def _next(self, late_may: bool) -> tuple[int, bool]:
-        """The next entry, and whether it is batch work that goes before its turn. There must be one."""
-        interactive, batch = self._heaps[INTERACTIVE], self._heaps[BATCH]
-        self._tidy()
+    def _give_credit(self, most: float) -> None:
+        """Before a batch: late batch work may do its share of it, and saves up for what costs more."""
+        oldest = self._late()
+        share = most / _LATE_SHARE
+        self._credit = 0.0 if oldest is None else min(self._credit + share, max(share, self._entries[oldest].cost))
+
+    def _late(self) -> int | None:
+        """Batch work that has waited too long and would have to wait for interactive work."""
         while self._arrivals and self._arrivals[0] not in self._entries:
             self._arrivals.popleft()
-        if interactive and self._arrivals and late_may:
-            oldest = self._arrivals[0]
-            if time.perf_counter() - self._entries[oldest].queued_at > self.patience:
-                return oldest, True
-        return (interactive or batch)[0][1], False
+        self._tidy()
+        if not self._arrivals or not self._heaps[INTERACTIVE]:
+            return None
+        oldest = self._arrivals[0]
+        return oldest if time.perf_counter() - self._entries[oldest].queued_at > self.patience else None
+
+    def _next(self) -> tuple[int, bool]:
+        """The next entry, and whether it is batch work that goes before its turn. There must be one."""
+        oldest = self._late()
+        if oldest is not None and self._entries[oldest].cost <= self._credit:
+            return oldest, True
+        self._tidy()
+        return (self._heaps[INTERACTIVE] or self._heaps[BATCH])[0][1], False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from collections.abc import Sequence
 from functools import lru_cache
@@ -27,6 +26,7 @@ from service.routes.remembering import remember
 from service.runtime import ServedEncoder
 from service.schemas import EmbedOptions, EmbedRequest, Options
 from service.telemetry import Stages
+from service.together import together
 
 router = APIRouter(tags=["inference"])
 
@@ -66,7 +66,7 @@ async def embed(request: Request) -> Response:
         async with meter_of(request).paid(points_of(ask.pictures, defence, texts)):
             images = embed_images(request, served, ask.pictures, stages, defence, options.label_set)
             vectors = embed_texts(request, served, texts, options.truncate, stages)
-            found, read = await asyncio.gather(images, vectors)
+            found, read = await together([images, vectors])
             return found, read
 
     items, vectors = await deadline.within(work())

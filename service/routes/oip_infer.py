@@ -27,6 +27,7 @@ from service.routes.embed import points_of as embedding_points
 from service.routes.oip import model_of, version_of
 from service.runtime import ServedEncoder
 from service.tensors import HEADER_LENGTH, Output, write_outputs
+from service.together import together
 
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 
@@ -143,7 +144,7 @@ async def _answer(request: Request, served: ServedEncoder, inference: Inference)
             _raise_first(found.texts)
 
     async with meter.paid(await _points(request, found, inference, decided)):
-        await asyncio.gather(see(), read())
+        await together([see(), read()])
     return found
 
 

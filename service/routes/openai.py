@@ -18,6 +18,7 @@ from service.routes.common import Deadline, json_response, meter_of, service_of,
 from service.routes.embed import check_texts, embed_images, embed_texts, encoded, image_defence, points_of
 from service.runtime import ServedEncoder
 from service.schemas import OpenAIEmbeddingRequest
+from service.together import together
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
@@ -54,9 +55,11 @@ async def openai_embeddings(request: Request) -> Response:
         _raise_first([picture.error for picture in pictures], [place for place, _ in inputs.images])
         texts, defence = [text for _, text in inputs.texts], image_defence(request, served, None, None)
         async with meter_of(request).paid(points_of(pictures, defence, texts)):
-            vectors, items = await asyncio.gather(
-                embed_texts(request, served, texts, False, stages),
-                embed_images(request, served, pictures, stages, defence),
+            vectors, items = await together(
+                [
+                    embed_texts(request, served, texts, False, stages),
+                    embed_images(request, served, pictures, stages, defence),
+                ]
             )
         _raise_first(vectors, [place for place, _ in inputs.texts])
         _raise_first([item.error for item in items], [place for place, _ in inputs.images])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from ironclip.errors import DeadlineExceeded, NotReady, OutOfMemory, Overloaded
 from service import urgency
+from service.admission import Admission
 from service.batching import Batcher
 from service.decisions import SingleFlight
 from service.pace import Pace
@@ -111,6 +113,73 @@ def test_late_batch_work_gets_a_share_and_no_more() -> None:
     time.sleep(0.001)
     taken, _ = queue.take(16)
     assert [entry.item for entry in taken].count("batch") == 2
+    loop.close()
+
+
+@pytest.mark.parametrize(("most", "cost"), [(16, 1), (16, 16), (4, 30), (1, 1)])
+def test_late_batch_work_gets_no_more_than_its_share_whatever_it_costs(most: int, cost: int) -> None:
+    """One of eight, of batches that one item of it would fill too."""
+    loop = asyncio.new_event_loop()
+    queue: WorkQueue[str] = WorkQueue(patience=0.0)
+    for _ in range(60):
+        queue.add(Entry("batch", loop.create_future(), cost, Urgency(BATCH, math.inf)))
+    time.sleep(0.001)
+    done = {"interactive": 0, "batch": 0}
+    for _ in range(200):
+        while queue.cost(INTERACTIVE) < 2 * most:
+            queue.add(Entry("interactive", loop.create_future(), 1, Urgency(INTERACTIVE, math.inf)))
+        for entry in queue.take(most)[0]:
+            done[entry.item] += entry.cost
+        if not queue.cost() - queue.cost(INTERACTIVE):
+            break
+    share = done["batch"] / sum(done.values())
+    assert 0.05 < share <= 0.16
+    loop.close()
+
+
+def test_work_without_a_deadline_is_not_overtaken_for_ever() -> None:
+    """The texts of a label set, which belong to all who wait for it, beside a stream of requests with deadlines."""
+    loop = asyncio.new_event_loop()
+    queue: WorkQueue[str] = WorkQueue(patience=5.0)
+    queue.add(Entry("label set", loop.create_future(), 1, Urgency(INTERACTIVE, math.inf)))
+    entries_of(loop, queue, early=1.0, **dict.fromkeys("abcdef", 30.0))
+    assert named(queue.take(2)[0]) == ["early", "label set"]
+    # And it is never given up.
+    queue.add(Entry("label set", loop.create_future(), 1, Urgency(INTERACTIVE, math.inf)))
+    taken, expired = queue.take(32, lambda items: 100.0 * items)
+    assert named(taken) == ["label set"]
+    assert "label set" not in named(expired)
+    loop.close()
+
+
+def test_who_would_be_overtaken_is_not_ahead() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    loop = asyncio.new_event_loop()
+    entries_of(loop, queue, **dict.fromkeys("abcdefgh", 30.0), soon=0.3)
+    queue.add(Entry("batch", loop.create_future(), 4, Urgency(BATCH, time.monotonic() + 1)))
+    now = time.monotonic()
+    assert queue.before(Urgency(INTERACTIVE, now + 0.5)) == 1
+    assert queue.before(Urgency(INTERACTIVE, now + 40)) == queue.before(Urgency(INTERACTIVE)) == 9
+    assert queue.before(Urgency(BATCH, now + 0.5)) == 9
+    assert queue.before(Urgency(BATCH)) == 13
+    pace = Pace()
+    pace.measured(1, 0.1)
+    door: Admission[str] = Admission("image", queue, pace, max_batch=1, max_queue=10, max_wait=0.5)
+    context = contextvars.copy_context()
+    context.run(urgency.CURRENT.set, Urgency(INTERACTIVE, now + 0.5))
+    context.run(door.admit, 1, 0.0)
+    # One who has as much time as the others waits behind them, and is told so.
+    context.run(urgency.CURRENT.set, Urgency(INTERACTIVE, now + 30.5))
+    with pytest.raises(Overloaded, match="900 ms of work are ahead"):
+        context.run(door.admit, 1, 0.0)
+    # Batch work does not fill the queue for those who go before it.
+    for _ in range(10):
+        queue.add(Entry("batch", loop.create_future(), 1, Urgency(BATCH, now + 30)))
+    context.run(urgency.CURRENT.set, Urgency(INTERACTIVE, now + 0.5))
+    context.run(door.admit, 1, 0.0)
+    context.run(urgency.CURRENT.set, Urgency(BATCH, now + 0.5))
+    with pytest.raises(Overloaded, match="IRONCLIP_MAX_QUEUE"):
+        context.run(door.admit, 1, 0.0)
     loop.close()
 
 
@@ -310,6 +379,20 @@ def test_interactive_work_goes_first_and_does_not_wait_for_batch_work() -> None:
             model.gate.set()
             await asyncio.gather(held, *tasks)
         assert model.batches[1] == [1, 2]
+
+    asyncio.run(scenario())
+
+
+def test_no_memory_halves_what_fits_by_what_items_cost() -> None:
+    async def scenario() -> None:
+        def run(items: list[int]) -> list[int]:
+            if sum(items) > 20:
+                raise MemoryError
+            return list(items)
+
+        with running(run, max_batch=32, cost=lambda item: item) as batcher:
+            assert await batcher.submit_many([16, 16]) == [16, 16]
+            assert batcher.fits == 16
 
     asyncio.run(scenario())
 

@@ -119,6 +119,32 @@ async def test_what_the_service_does_not_do_is_not_paid_for(link: RedisLink) -> 
     assert await spend(DeadlineExceeded("late")) == pytest.approx(10, abs=0.4)
 
 
+@pytest.mark.anyio
+async def test_what_is_asked_is_counted_of_who_is_not_limited_too(link: RedisLink) -> None:
+    """An answer that is kept says what it costs whoever repeats it, and that may be another key."""
+    free = Meter(Limiter(link, "test"), Caller("acme", "free1", frozenset({"infer"})))
+    async with free.paid(3):
+        pass
+    assert (free.limited, free.spent) == (False, 3)
+    store = await free.pay(2)
+    await free.give_back(2, store)
+    assert free.spent == 3
+
+
+def test_what_is_refused_and_paid_back_is_not_done(locked: Locked) -> None:
+    texts = [f"text {number}" for number in range(256)]
+    encoded = 'ironclip_batch_size_sum{tower="text"}'
+    with locked.client("paying") as client:
+        before = metric(locked.metrics_url, encoded)
+        refused = {"images": [as_base64(picture(9000))], "texts": texts, "defence": "cola", "label_set": "nope"}
+        assert client.post("/embed", json=refused).status_code == 404
+        time.sleep(1)
+        assert metric(locked.metrics_url, encoded) - before <= 64
+        answer = client.post("/embed", json={"texts": texts})
+        assert answer.status_code == 200
+        assert metric(locked.metrics_url, encoded) - before >= 256
+
+
 def test_every_answer_of_a_limited_key_says_what_is_left(locked: Locked) -> None:
     with locked.client("paying") as client:
         for answer in (client.get("/models"), client.get("/nowhere"), client.post("/classify", content=b"x")):
