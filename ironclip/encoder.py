@@ -282,8 +282,10 @@ class Encoder(nn.Module):
         Raises:
             ValueError: this is a low-precision copy itself; its lost digits would come back as another encoder.
         """
-        if self.dtype not in (torch.float32, dtype):
+        if self.dtype not in (torch.float32, dtype) or self._dtype is not None:
             raise ValueError(f"astype starts from the float32 encoder, not from a {self.dtype} copy")
+        if not dtype.is_floating_point:
+            raise ValueError(f"towers hold floating-point numbers; {dtype} is for `served` alone")
         other = copy.deepcopy(self)
         other.model.to(dtype)
         for name in ("logit_scale", "logit_bias"):
@@ -316,7 +318,10 @@ class Encoder(nn.Module):
             quantize(other.model.visual)  # type: ignore[arg-type]
             other._dtype = dtype
             if not self._answered_alike(other):
-                raise OptionError("int8: this image tower reads its weights past its layers: set the dtype to auto.")
+                raise OptionError(
+                    "This image tower cannot be int8: it reads weights past its layers, or its features change too "
+                    "much. Set the dtype to auto."
+                )
         elif self.device.type == "cpu" and pays(dtype):
             upcast(other.model)
             other._dtype, other._upcast = dtype, True

@@ -1,9 +1,9 @@
-"""Image towers whose products are made of 8-bit integers, on a CPU: a third of float32's time where it has VNNI or AMX.
+"""Image towers whose products are made of 8-bit integers, on a CPU.
 
-Weights are rounded to int8 once, with a scale for each output; what comes in is rounded as it comes, with a scale for
-each token (per-token dynamic quantization; Yao et al. 2022, ZeroQuant, section 4.1). No picture's answer depends on
-what else is in its batch, and nothing is calibrated on pictures. Layers that are not linear, and the text tower, stay
-float32.
+Weights are rounded once, to seven bits, with a scale for each output; what comes in is rounded as it comes, with a
+scale for each token (per-token dynamic quantization; Yao et al. 2022, ZeroQuant, section 4.1). No picture's answer
+depends on what else is in its batch, and nothing is calibrated on pictures. Layers that are not linear, and the text
+tower, stay float32.
 
 Rounding has no gradient. Backwards it is passed over (the straight-through estimator; Bengio et al. 2013): an attack
 goes forwards through what is served and backwards through the weights it is served with, so that rounding is not
@@ -20,30 +20,33 @@ from torch import Tensor, nn
 from ironclip.errors import OptionError
 from ironclip.layers import TakenApart, exchange, is_attention, is_linear
 
+# CPUs without VNNI add two products in 16 bits, saturating: with weights to 64 (255 * 64 * 2 < 2^15) they never do, and
+# every CPU comes to the same.
+_MOST = 64
 # Rows that are computed together: what lies between the products then stays in a core's cache.
 _ROWS = 200
 _LEAST = 1e-12
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(nn.Linear):
     """A linear layer that multiplies 8-bit integers and gives float32.
 
     Args:
         layer: whose numbers it takes.
 
     Attributes:
-        weight: int8 [out_features, in_features].
+        weight: int8 [out_features, in_features], from -64 to 64.
         scale: float32 [out_features]; ``weight * scale`` is what was rounded.
     """
 
-    weight: Tensor
     scale: Tensor
 
     def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
         weight = layer.weight.detach().float()
-        scale = weight.abs().amax(1).clamp_min(_LEAST) / 127
-        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+        scale = weight.abs().amax(1).clamp_min(_LEAST) / _MOST
+        self.weight = nn.Parameter((weight / scale[:, None]).round().to(torch.int8), requires_grad=False)
         self.register_buffer("scale", scale)
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().float(), requires_grad=False)
 
@@ -51,7 +54,7 @@ class Int8Linear(nn.Module):
         """float32 [..., in_features] -> float32 [..., out_features]."""
         rows = x.reshape(-1, x.shape[-1])
         answer: Tensor = _Product.apply(rows, self.weight, self.scale, self.bias)
-        return answer.view(*x.shape[:-1], -1)
+        return answer.view(*x.shape[:-1], self.out_features)
 
 
 class _Product(torch.autograd.Function):
@@ -71,7 +74,7 @@ def product(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) ->
 
     Args:
         rows: float32 [N, in].
-        weight: int8 [out, in].
+        weight: int8 [out, in], from -64 to 64.
         scale: float32 [out].
         bias: float32 [out], or none.
     """

@@ -62,7 +62,7 @@ class TakenApart(nn.Module):
         self.in_proj, self.out_proj = layer(together), layer(attention.out_proj)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *, need_weights: bool = False, attn_mask: Tensor | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, *, need_weights: bool = True, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
         """As `nn.MultiheadAttention` with ``need_weights=False``.
 
@@ -70,8 +70,12 @@ class TakenApart(nn.Module):
             query, key, value: [N, L, embed_dim] if `batch_first`, else [L, N, embed_dim].
             need_weights: must be false.
             attn_mask: [L, L] or [N * heads, L, L]: added to the scores, or true where nothing is to be looked at.
+
+        Raises:
+            TypeError: weights are asked for.
         """
-        assert not need_weights
+        if need_weights:
+            raise TypeError("this attention gives no weights")
         parts = [query, key, value] if self.batch_first else [x.transpose(0, 1) for x in (query, key, value)]
         if query is key and key is value:
             projected = self.in_proj(parts[0]).chunk(3, dim=-1)

@@ -156,11 +156,13 @@ def arithmetic(ladder: Ladder, again: Ladder) -> list[str]:
         for row, cells in rows.items()
         for rung, cell in cells.items()
     ]
-    same = [(new["outcomes"], old["outcomes"]) for new, old in pairs if old is not None and new["key"] == old["key"]]
+    same = [(new, old) for new, old in pairs if old is not None and new["key"] == old["key"]]
     if same:
-        pictures = sum(len(old) for _, old in same)
-        changed = sum(one != other for new, old in same for one, other in zip(new, old, strict=True))
-        how = sorted({cell["encoder"].get("arithmetic", cell["encoder"]["dtype"]) for cell, _ in pairs})
+        pictures = sum(len(old["outcomes"]) for _, old in same)
+        changed = sum(
+            one != other for new, old in same for one, other in zip(new["outcomes"], old["outcomes"], strict=True)
+        )
+        how = sorted({new["encoder"].get("arithmetic", new["encoder"]["dtype"]) for new, _ in same})
         lines.append(
             f"Made again on another machine, products in {', '.join(how)}: {len(same)} cells; of their {pictures} "
             f"outcomes {changed} came out otherwise."

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -47,6 +51,7 @@ def test_products_are_float32_products_to_the_rounding_of_each_side(rows: int) -
     bound = 48 * (0.51 * step * layer.weight.abs().max() + 0.51 * made.scale.max() * x.abs().amax(1, keepdim=True))
     answer = made(x)
     assert answer.dtype == torch.float32
+    assert made(x[:0]).shape == (0, 24)
     assert ((answer - layer(x)).abs() <= bound + 1e-6).all()
     # And what it says it multiplies, it multiplies exactly.
     rounded = (x / step.clamp_min(1e-12)).round() * step
@@ -54,6 +59,33 @@ def test_products_are_float32_products_to_the_rounding_of_each_side(rows: int) -
     torch.testing.assert_close(answer.double(), exact, rtol=1e-3, atol=1e-5 * float(x.abs().max()))
     without = product(x, made.weight, made.scale, None)
     torch.testing.assert_close(without + layer.bias, answer, rtol=1e-5, atol=1e-5 * float(x.abs().max()))
+
+
+@pytest.mark.parametrize("instructions", ["", "AVX2", "AVX512_CORE"])
+def test_products_are_exact_on_every_cpu(instructions: str) -> None:
+    """CPUs without VNNI add pairs of products in 16 bits, which saturate: the worst there is must not."""
+    code = (
+        "import torch\n"
+        "from torch import nn\n"
+        "from ironclip.int8 import Int8Linear, product\n"
+        "layer = nn.Linear(512, 8)\n"
+        "nn.init.ones_(layer.weight)\n"
+        "nn.init.zeros_(layer.bias)\n"
+        "made = Int8Linear(layer)\n"
+        "for sign in (1, -1):\n"
+        "    x = torch.full((3, 512), float(sign))\n"
+        "    torch.testing.assert_close(made(x), layer(x), rtol=1e-5, atol=0)\n"
+        "generator = torch.Generator().manual_seed(0)\n"
+        "weight = torch.randint(-64, 65, (64, 768), generator=generator).to(torch.int8)\n"
+        "rows = torch.randint(-127, 128, (9, 768), generator=generator).float()\n"
+        "rows[:, 0] = 127\n"
+        "exact = rows.double() @ weight.double().T\n"
+        "found = product(rows, weight, torch.ones(64), None)\n"
+        "torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-2)\n"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions} if instructions else dict(os.environ)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_features_stay_and_the_text_tower_is_untouched(trained: Encoder, served: Encoder) -> None:
@@ -68,6 +100,8 @@ def test_features_stay_and_the_text_tower_is_untouched(trained: Encoder, served:
         assert torch.equal(served.encode_text(["a dog"]), trained.encode_text(["a dog"]))
     with pytest.raises(ValueError, match="starts from the float32 encoder"):
         served.served(torch.bfloat16)
+    with pytest.raises(ValueError, match="for `served` alone"):
+        trained.astype(torch.int8)
 
 
 def test_a_picture_is_answered_alike_whatever_is_beside_it(served: Encoder) -> None:
@@ -133,7 +167,7 @@ def test_a_tower_that_reads_past_its_layers_is_refused_or_left_as_it_is(
     encoder = load_encoder("demo-vit", device="cpu")
     encoder.model.visual = PastItsLayers(encoder.model.visual).eval()  # type: ignore[arg-type]
     if dtype == torch.int8:
-        with pytest.raises(OptionError, match="past its layers"):
+        with pytest.raises(OptionError, match="cannot be int8"):
             encoder.served(dtype)
         return
     left = encoder.served(dtype)

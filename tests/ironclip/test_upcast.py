@@ -32,6 +32,8 @@ def test_a_turned_up_encoder_answers_like_the_one_it_stands_for(both: Iterator[d
     assert (wide.dtype, wide.arithmetic) == (torch.bfloat16, torch.float32)
     assert (native.dtype, native.arithmetic) == (torch.bfloat16, torch.bfloat16)
     assert wide.digest == native.digest
+    with pytest.raises(ValueError, match="starts from the float32 encoder"):
+        wide.astype(torch.bfloat16)
     assert any(isinstance(module, UpcastLinear | UpcastConv2d) for module in wide.model.modules())
     pixels = torch.rand(4, 3, wide.resolution, wide.resolution, generator=torch.Generator().manual_seed(1))
     seen: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
@@ -73,7 +75,10 @@ def test_attention_is_that_of_torch(*, batch_first: bool, mask: str, crossed: bo
     block = nn.Sequential(attention.to(torch.bfloat16))
     upcast(block)
     assert isinstance(block[0], TakenApart)
-    answer, _ = block[0](low, low_other if crossed else low, low_other if crossed else low, attn_mask=attn_mask)
+    keys = low_other if crossed else low
+    answer, _ = block[0](low, keys, keys, need_weights=False, attn_mask=attn_mask)
+    with pytest.raises(TypeError, match="no weights"):
+        block[0](low, keys, keys)
     assert answer.dtype == torch.bfloat16
     torch.testing.assert_close(answer.float(), expected, atol=0.02, rtol=0.02)
 
@@ -83,6 +88,19 @@ def test_an_attention_of_another_form_stays_as_it_is() -> None:
     upcast(nn.Sequential(attention))
     assert type(attention) is nn.MultiheadAttention
     assert attention.q_proj_weight.dtype == torch.bfloat16
+
+
+def test_a_tower_that_asks_its_projection_what_it_is_is_turned_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SigLIP's text tower ends in a linear layer where others have a matrix, and looks which of them it is."""
+    trained = load_encoder("demo-vit", device="cpu")
+    projection = nn.Linear(*trained.model.text_projection.shape)  # type: ignore[misc, union-attr]
+    del trained.model.text_projection
+    trained.model.text_projection = projection.requires_grad_(False)
+    monkeypatch.setattr(encoders, "pays", lambda dtype: dtype == torch.bfloat16)
+    wide = trained.served(torch.bfloat16)
+    assert wide.arithmetic == torch.float32
+    with torch.inference_mode():
+        assert cosine_similarity(wide.encode_text(TEXTS), trained.encode_text(TEXTS)).min() > 0.999
 
 
 def test_float32_is_never_turned_up() -> None:

@@ -18,6 +18,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"replicaCount": 2, "redis.mode": "internal", "dtype": "auto"}, "at '/dtype': value must be one of 'float32'"),
     ({"autoscaling.enabled": True, "redis.mode": "internal", "dtype": "auto"}, "at '/dtype': value must be one of"),
     ({"dtype": "int4"}, "at '/dtype'"),
+    ({"gpu.enabled": True, "dtype": "int8"}, "at '/dtype'"),
     ({"replicaCount": 0}, "at '/replicaCount': minimum: got 0, want 1"),
     ({"replicaCount": 2}, "several replicas need a Redis"),
     ({"autoscaling.enabled": True}, "several replicas need a Redis"),
