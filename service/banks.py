@@ -18,6 +18,7 @@ from ironclip.encoder import Encoder
 from ironclip.errors import Overloaded
 from ironclip.labels import LabelSet
 from ironclip.textbank import BankTexts, TextBank
+from service.urgency import CURRENT, INTERACTIVE, Urgency
 
 _MEMORY = 0.9  # weight of the past in the running mean of seconds per prompt
 # What was encoded of the last set that was given up is kept within these bounds: a caller whose deadline is too
@@ -129,7 +130,12 @@ class Banks:
     async def _encode_part(self, texts: list[str]) -> list[Tensor]:
         async with self._turn:
             start = time.monotonic()
-            outcomes = await self._patiently(texts)
+            # Whoever has its turn keeps all others waiting, the urgent among them.
+            urgency = CURRENT.set(Urgency(INTERACTIVE))
+            try:
+                outcomes = await self._patiently(texts)
+            finally:
+                CURRENT.reset(urgency)
             self._moved = time.monotonic()
             self._seconds = _MEMORY * self._seconds + self._moved - start
             self._prompts = _MEMORY * self._prompts + len(texts)

@@ -23,22 +23,28 @@ from service import telemetry
 from service.cache import ArrayCache
 from service.decisions import Classifiers, Plan
 from service.runtime import ServedEncoder
+from service.urgency import BATCH, CURRENT, INTERACTIVE, Urgency
 from tests.service.conftest import ServiceProcess, as_base64, metric, picture
 
 PER_TEXT = 0.0005
 
 
 def serve(
-    encoder: Encoder, scenario: Callable[[ServedEncoder], Awaitable[None]], *, slow: bool = True, **options: Any
+    encoder: Encoder,
+    scenario: Callable[[ServedEncoder], Awaitable[None]],
+    *,
+    slow: bool = True,
+    pause: float = 0.0,
+    **options: Any,
 ) -> None:
-    """Run a scenario on an encoder whose text tower takes PER_TEXT for each text at least."""
+    """Run a scenario on an encoder whose text tower takes PER_TEXT for each text at least, and a pause for a batch."""
 
     async def run() -> None:
         served = ServedEncoder("tiny", encoder, dtype="float32", **options)
         plain = served.texts._attempts._run
 
         def run_texts(tokens: Sequence[Tensor]) -> Sequence[Tensor]:
-            time.sleep(PER_TEXT * len(tokens))
+            time.sleep(pause + PER_TEXT * len(tokens))
             return plain(tokens)
 
         if slow:
@@ -94,6 +100,35 @@ def test_small_requests_pass_by_a_large_label_set(tiny_encoder: Encoder) -> None
         large.cancel()
 
     serve(tiny_encoder, scenario)
+
+
+@pytest.mark.parametrize("first", ["interactive", "batch"])
+def test_a_stream_of_texts_does_not_keep_a_label_set_waiting(tiny_encoder: Encoder, first: str) -> None:
+    """Texts have deadlines and label sets none; nor does a set asked for as batch work hold up one that is urgent."""
+
+    async def scenario(served: ServedEncoder) -> None:
+        asked = 0
+
+        async def stream() -> None:
+            nonlocal asked
+            while True:
+                CURRENT.set(Urgency(INTERACTIVE, time.monotonic() + 30))
+                asked += 1
+                await served.encode_texts([f"text {asked} {i}" for i in range(8)])
+
+        streams = [asyncio.create_task(stream()) for _ in range(4)]
+        await asyncio.sleep(0.5)
+        if first == "batch":
+            CURRENT.set(Urgency(BATCH))
+            slow = asyncio.create_task(served.text_bank(labels(12, "unhurried")))
+            await asyncio.sleep(0.1)
+        CURRENT.set(Urgency(INTERACTIVE))
+        await asyncio.wait_for(served.text_bank(labels(3)), 5)
+        for task in (*streams, *([slow] if first == "batch" else [])):
+            task.cancel()
+        assert asked > 8
+
+    serve(tiny_encoder, scenario, max_batch=8, max_wait=1.0, pause=0.05)
 
 
 def test_too_many_prompts_are_refused_with_the_time_they_take(tiny_encoder: Encoder) -> None:
