@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ironclip.attacks import ThreatModel
@@ -17,8 +18,12 @@ from ironclip.encoder import Encoder
 from ironclip.errors import OptionError
 from ironclip.hierarchy import LabelTree
 from ironclip.labels import LabelSet
+from ironclip.loading import load_encoder
+from service.__main__ import main as service_main
 from training.__main__ import main
 from training.checkpoint import CheckpointError
+from training.emoji.pictures import manifest_names, read_manifest
+from training.evaluate import TEMPLATES, emoji_classifier, emoji_sample
 from training.gates import check, worst_case
 from training.robustness import (
     FOOLED,
@@ -260,3 +265,61 @@ def test_the_command_attacks_resumes_and_names_what_it_did(
     assert "the classifier has: name, subgroup, group" in capsys.readouterr().err
     assert main([*command[:-1], "iteration=3"]) == 1
     assert "options iterations" in capsys.readouterr().err
+
+
+def test_the_probe_command_says_what_the_evaluation_found(
+    demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same pictures, labels, attack and radii by both commands, as a user would hold one against the other."""
+    encoder = load_encoder("demo-robust")
+    manifest = read_manifest(demo_data)
+    sample = emoji_sample(encoder, demo_data, "other", 6)
+    classifier = emoji_classifier(encoder.served(), manifest_names(manifest))
+    labels = classifier.label_set.names
+    label_file = tmp_path / "labels.json"
+    label_file.write_text(json.dumps({"labels": labels, "templates": TEMPLATES}), encoding="utf-8")
+    radii = ["1", "16"]
+    command = [
+        "evaluate",
+        "--encoder",
+        "demo-robust",
+        "--data",
+        str(demo_data),
+        "--results",
+        str(tmp_path),
+        "--count",
+        "6",
+    ]
+    assert main([*command, "--vendors", "other", "--attack", "apgd-ce", "--eps", *radii]) == 0
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.glob("other-apgd-ce-*.json")]
+    outcomes = {round(cell["threat"]["eps"] * 255): cell["outcomes"] for cell in found}
+    capsys.readouterr()
+    differ = compared = broken = 0
+    for number, (pixels, truth) in enumerate(zip(sample.pixels, sample.labels, strict=True)):
+        picture = tmp_path / f"{number}.png"
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(picture)
+        asked = [
+            str(picture),
+            "--encoder",
+            "demo-robust",
+            "--label-set",
+            str(label_file),
+            "--label",
+            labels[int(truth)],
+            "--eps",
+            *radii,
+            "--json",
+        ]
+        assert service_main(["probe", *asked, "--attack", "apgd-ce", "--effort", "standard"]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        for point in answer["points"]:
+            outcome = outcomes[round(point["eps"])][number]
+            if outcome == WRONG:
+                assert answer["clean"]["label"] != labels[int(truth)]
+                continue
+            compared += 1
+            broken += point["broken"]
+            # `evaluate` attacks floats, the probe rounds: the edge alone may tell them apart.
+            differ += point["broken"] != (outcome == FOOLED)
+    assert 0 < broken < compared
+    assert differ <= 1
