@@ -322,7 +322,7 @@ class Encoder(nn.Module):
                     "This image tower cannot be int8: it reads weights past its layers, or its features change too "
                     "much. Set the dtype to auto."
                 )
-        elif self.device.type == "cpu" and pays(dtype):
+        elif self.upcasts(dtype):
             upcast(other.model)
             other._dtype, other._upcast = dtype, True
             if not self._answered_alike(other):
@@ -330,6 +330,10 @@ class Encoder(nn.Module):
         other.form = "served"
         other._digest = (other._versions(), self.digest)
         return other
+
+    def upcasts(self, dtype: torch.dtype) -> bool:
+        """Whether products of a served copy in `dtype` would be made in float32, since this CPU has no better."""
+        return dtype != torch.int8 and self.device.type == "cpu" and pays(dtype)
 
     def _frozen(self, dtype: torch.dtype) -> Encoder:
         """A copy in `dtype` that takes no gradients of its weights, a convolutional image tower in its fastest form."""

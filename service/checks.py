@@ -137,8 +137,8 @@ async def _dtype(report: Report, served: ServedEncoder) -> None:
     report.checks.append(
         Check(
             "dtype-keeps-features",
-            chosen.min_cosine >= _ALIKE,
-            f"{chosen.dtype}: least cosine with float32 {chosen.min_cosine:.6f}",
+            (chosen.min_cosine or 0.0) >= _ALIKE,
+            f"{chosen.dtype}: least cosine with float32 {chosen.min_cosine or 0.0:.6f}",
             "IRONCLIP_DTYPE pins a dtype that this encoder does not stand: use auto or float32.",
         )
     )

@@ -38,11 +38,14 @@ _SEED = 20
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate: its speed by batch size (images/s, best of the rounds), drift, and why it was not taken."""
+    """One candidate: its speed by batch size (images/s, best of the rounds), drift, and why it was not taken.
+
+    One that was not tried has neither speed nor drift.
+    """
 
     dtype: str
-    images_per_second: dict[int, float]
-    min_cosine: float
+    images_per_second: dict[int, float] = field(default_factory=dict)
+    min_cosine: float | None = None
     rejected: str | None = None
 
 
@@ -62,7 +65,7 @@ class DtypeReport:
             {
                 "dtype": trial.dtype,
                 "images_per_second": {str(n): round(speed, 2) for n, speed in trial.images_per_second.items()},
-                "min_cosine": round(trial.min_cosine, 6),
+                "min_cosine": None if trial.min_cosine is None else round(trial.min_cosine, 6),
                 "rejected": trial.rejected,
             }
             for trial in self.trials
@@ -90,7 +93,8 @@ def choose_dtype(encoder: Encoder, requested: str = "auto", *, seconds: float = 
     if requested != "auto" and requested not in DTYPES:
         raise OptionError(f"dtype is one of auto, {', '.join(DTYPES)}; not {requested!r}.")
     if requested == "auto":
-        names = list(_TRIED.get(encoder.device.type, _TRIED["cuda"]))
+        tried = _TRIED.get(encoder.device.type, _TRIED["cuda"])
+        names = [name for name in tried if not encoder.upcasts(getattr(torch, name))]
     else:
         names = list(dict.fromkeys(["float32", requested]))
     candidates = {name: encoder.served(getattr(torch, name)) for name in names}
@@ -98,26 +102,24 @@ def choose_dtype(encoder: Encoder, requested: str = "auto", *, seconds: float = 
     cosines = {name: _least_cosine(encoder, candidate, pictures) for name, candidate in candidates.items()}
     timed = candidates if requested == "auto" else {requested: candidates[requested]}
     sizes = _BATCH_SIZES.get(encoder.device.type, _BATCH_SIZES["cpu"])
-    speeds = _time(timed, pictures, sizes, seconds if requested == "auto" else 0)
-    trials = [_judge(name, speeds, cosines[name], requested, candidates[name].arithmetic) for name in timed]
+    speeds = _time(timed, pictures, sizes, seconds if len(timed) > 1 else 0)
+    trials = [_judge(name, speeds, cosines[name], requested) for name in timed]
     chosen = requested
     if requested == "auto":
+        lacking = "this CPU has no arithmetic for it: products would be made in float32"
+        trials += [Trial(name, rejected=lacking) for name in tried if name not in names]
         sound = [trial for trial in trials if trial.rejected is None]
         chosen = max(sound, key=lambda trial: trial.images_per_second[sizes[-1]]).dtype
     return candidates[chosen], DtypeReport(requested, chosen, torch.get_num_threads(), trials=trials)
 
 
-def _judge(
-    name: str, speeds: dict[str, dict[int, float]], cosine: float, requested: str, arithmetic: torch.dtype
-) -> Trial:
+def _judge(name: str, speeds: dict[str, dict[int, float]], cosine: float, requested: str) -> Trial:
     rejected = None
     if requested == "auto" and name != "float32":
         largest = max(speeds[name])
         gain = speeds[name][largest] / speeds["float32"][largest]
         if not cosine >= MIN_COSINE:  # also where it is NaN
             rejected = f"drift: least cosine with float32 is {cosine:.6f}, {MIN_COSINE} is needed"
-        elif arithmetic != getattr(torch, name):
-            rejected = f"this CPU has no arithmetic for {name}: products are made in float32"
         elif gain < MIN_SPEEDUP:
             rejected = f"not worth it: {gain:.2f} times the speed of float32"
     return Trial(name, speeds[name], cosine, rejected)
