@@ -129,7 +129,11 @@ class Settings(BaseSettings):
     )
     max_batch: int = Field(default=32, ge=1, le=4096, description="Items in one forward pass at most.")
     max_queue: int = Field(
-        default=512, ge=1, le=1_000_000, description="Items waiting for a tower at most; more are answered 429."
+        default=512,
+        ge=1,
+        le=1_000_000,
+        description="Items waiting for a tower at most; more are answered 429. Batch work does not count against "
+        "interactive requests.",
     )
     max_queue_ms: float = Field(
         default=2000.0,
