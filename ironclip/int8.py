@@ -23,8 +23,9 @@ from ironclip.layers import TakenApart, exchange, is_attention, is_linear
 # CPUs without VNNI add two products in 16 bits, saturating: with weights to 64 (255 * 64 * 2 < 2^15) they never do, and
 # every CPU comes to the same.
 _MOST = 64
-# Rows that are computed together: what lies between the products then stays in a core's cache.
-_ROWS = 200
+# Rows for each thread that are computed together: what lies between the products then stays in a core's cache. Fewer
+# would have the threads wake each other more often than they work.
+_ROWS = 400
 _LEAST = 1e-12
 
 
@@ -79,14 +80,16 @@ def product(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) ->
         bias: float32 [out], or none.
     """
     answer = rows.new_empty(len(rows), len(weight))
-    each = scale / 127
-    for some, given in zip(torch.split(answer, _ROWS), torch.split(rows, _ROWS), strict=True):
+    each, size = scale / 127, _ROWS * torch.get_num_threads()
+    for some, given in zip(torch.split(answer, size), torch.split(rows, size), strict=True):
         # Two sweeps, both vectorised; a norm or the extremes at once are not, and take five times as long.
         most = torch.maximum(given.amax(1, keepdim=True), given.amin(1, keepdim=True).neg_()).clamp_min_(_LEAST)
         rounded = given.mul(127 / most).round_().to(torch.int8)
-        some.copy_(torch._int_mm(rounded, weight.t())).mul_(most).mul_(each)
-        if bias is not None:
-            some.add_(bias)
+        some.copy_(torch._int_mm(rounded, weight.t())).mul_(most)
+        if bias is None:
+            some.mul_(each)
+        else:
+            torch.addcmul(bias, some, each, out=some)
     return answer
 
 
