@@ -135,9 +135,8 @@ class Encoder(nn.Module):
         self.register_buffer("mean", _channels(self.preprocess_cfg, "mean"), persistent=False)
         self.register_buffer("std", _channels(self.preprocess_cfg, "std"), persistent=False)
         self.form = "trained"
-        # Where it is not that of the first parameter; and whether products are made in float32 for it.
+        # Where layers were exchanged, so that it is not that of the parameters.
         self._dtype: torch.dtype | None = None
-        self._upcast = False
         self._memory_format = torch.contiguous_format
         self._digest: tuple[object, str] | None = None
         # Hugging Face's fast tokenizers hold their padding as state: two threads at once would mix it up.
@@ -151,12 +150,12 @@ class Encoder(nn.Module):
     @property
     def arithmetic(self) -> torch.dtype:
         """The dtype that products are computed in: `dtype`, or float32 on a CPU that has no arithmetic for it."""
-        return torch.float32 if self._upcast else self.dtype
+        return self.dtype if self._dtype in (None, torch.int8) else torch.float32
 
     @property
     def _between(self) -> torch.dtype:
         """The dtype of what lies between layers."""
-        return torch.float32 if self.dtype == torch.int8 else self.dtype
+        return torch.float32 if self._dtype == torch.int8 else self.dtype
 
     @property
     def device(self) -> torch.device:
@@ -300,10 +299,9 @@ class Encoder(nn.Module):
         """A frozen copy that answers fastest, and the same up to rounding: what the service runs, and what is attacked.
 
         Towers hold and compute in `dtype`, and int8 is for the image tower's linear layers alone (`ironclip.int8`); a
-        convolutional image tower has its batch norms folded (`ironclip.folding`)
-        and its channels last, and on a CPU that has no arithmetic for `dtype` products are float32 (`ironclip.upcast`).
-        It has this encoder's digest and cannot be saved. Where nothing would change it is this encoder itself: weights
-        are not held twice.
+        convolutional image tower has its batch norms folded (`ironclip.folding`) and its channels last, and on a CPU
+        that has no arithmetic for `dtype` products are float32 (`ironclip.upcast`). It has this encoder's digest and
+        cannot be saved. Where nothing would change it is this encoder itself: weights are not held twice.
 
         Raises:
             ValueError: as `astype`.
@@ -324,7 +322,7 @@ class Encoder(nn.Module):
                 )
         elif self.upcasts(dtype):
             upcast(other.model)
-            other._dtype, other._upcast = dtype, True
+            other._dtype = dtype
             if not self._answered_alike(other):
                 other = self._frozen(dtype)
         other.form = "served"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ironclip.errors import OptionError
-from ironclip.layers import TakenApart, exchange, is_attention, is_linear
+from ironclip.layers import exchange, frozen_float32, with_layers
 
 # CPUs without VNNI add two products in 16 bits, saturating: with weights to 64 (255 * 64 * 2 < 2^15) they never do, and
 # every CPU comes to the same.
@@ -49,7 +49,7 @@ class Int8Linear(nn.Linear):
         scale = weight.abs().amax(1).clamp_min(_LEAST) / _MOST
         self.weight = nn.Parameter((weight / scale[:, None]).round().to(torch.int8), requires_grad=False)
         self.register_buffer("scale", scale)
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().float(), requires_grad=False)
+        self.register_parameter("bias", None if layer.bias is None else frozen_float32(layer.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 [..., in_features] -> float32 [..., out_features]."""
@@ -99,16 +99,6 @@ def quantize(visual: nn.Module) -> None:
     Raises:
         OptionError: it has none: nothing would become faster.
     """
-    made = 0
-
-    def other(module: nn.Module) -> nn.Module | None:
-        nonlocal made
-        attention = is_attention(module)
-        if not attention and not is_linear(module):
-            return None
-        made += 1
-        return TakenApart(module, Int8Linear) if attention else Int8Linear(module)  # type: ignore[arg-type]
-
-    exchange(visual, other)
-    if not made:
+    exchange(visual, lambda module: with_layers(module, Int8Linear))
+    if not any(isinstance(module, Int8Linear) for module in visual.modules()):
         raise OptionError("int8 is for linear layers, and this image tower has none: set the dtype to float32 or auto.")

@@ -43,6 +43,18 @@ def is_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     )
 
 
+def with_layers(module: nn.Module, layer: Callable[[nn.Linear], nn.Module]) -> nn.Module | None:
+    """What `exchange` puts in place of a linear layer, or of an attention's, where ``layer`` makes them."""
+    if is_attention(module):
+        return TakenApart(module, layer)
+    return layer(module) if is_linear(module) else None
+
+
+def frozen_float32(values: Tensor) -> nn.Parameter:
+    """A float32 parameter of these values that takes no gradients."""
+    return nn.Parameter(values.detach().float(), requires_grad=False)
+
+
 class TakenApart(nn.Module):
     """A frozen `nn.MultiheadAttention` in eval mode, its projections made of given layers.
 

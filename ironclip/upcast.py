@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from ironclip.layers import TakenApart, exchange, is_attention, is_linear
+from ironclip.layers import exchange, frozen_float32, with_layers
 
 # How much faster products must be as float32 for a tower to be turned up: hardware for a dtype wins by more.
 _GAIN = 1.25
@@ -38,8 +38,8 @@ class UpcastLinear(nn.Linear):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         # open_clip asks its layers what to turn embeddings into, and this is where it looks before the weight.
         self.int8_original_dtype = layer.weight.dtype
-        self.weight = _wide(layer.weight)
-        self.register_parameter("bias", None if layer.bias is None else _wide(layer.bias))
+        self.weight = frozen_float32(layer.weight)
+        self.register_parameter("bias", None if layer.bias is None else frozen_float32(layer.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in the dtype that came."""
@@ -63,19 +63,11 @@ class UpcastConv2d(nn.Module):
         return answer.to(x.dtype)
 
 
-def _wide(parameter: Tensor) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().float(), requires_grad=False)
-
-
 def upcast(model: nn.Module) -> None:
     """Turn up the products of a frozen 16-bit model in eval mode, in place; layers of other types stay as they are."""
 
     def other(module: nn.Module) -> nn.Module | None:
-        if is_attention(module):
-            return TakenApart(module, UpcastLinear)
-        if is_linear(module):
-            return UpcastLinear(module)
-        return UpcastConv2d(module) if type(module) is nn.Conv2d else None
+        return UpcastConv2d(module) if type(module) is nn.Conv2d else with_layers(module, UpcastLinear)
 
     exchange(model, other)
 

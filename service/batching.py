@@ -112,14 +112,14 @@ class Batcher(Generic[Item, Result]):
         self.last_progress = time.monotonic()
         self.pace = Pace()
         self.on_expired: Callable[[int], None] | None = None  # told how many items' deadlines had passed
-        self._attempts: Attempts[Item, Result] = Attempts(name, run, max_batch, out_of_memory, cost or (lambda item: 1))
+        self._cost = cost or (lambda item: 1)
+        self._attempts: Attempts[Item, Result] = Attempts(name, run, max_batch, out_of_memory, self._cost)
         self._idle_wait = idle_wait_ms / 1000
         self._more_expected = more_expected or (lambda: True)
         self._gaps_yield = more_expected or (lambda: False)
         self._shares_cores = shares_cores
         self._last_cost = 0  # of the last batch
         self._on_batch = on_batch
-        self._cost = cost or (lambda item: 1)
         self._gaps = gaps
         self._gap_due = 0.0  # when a gap is made even though items wait
         self._changed = threading.Condition(threading.Lock())

@@ -278,7 +278,7 @@ class WorkQueue(Generic[Item]):
         self._credit = 0.0 if oldest is None else min(self._credit + share, max(share, self._entries[oldest].cost))
 
     def _late(self) -> int | None:
-        """Batch work that has waited too long and would have to wait for interactive work."""
+        """Batch work that has waited too long and would have to wait for interactive work; all is tidy afterwards."""
         while self._arrivals and self._arrivals[0] not in self._entries:
             self._arrivals.popleft()
         self._tidy()
@@ -292,5 +292,4 @@ class WorkQueue(Generic[Item]):
         oldest = self._late()
         if oldest is not None and self._entries[oldest].cost <= self._credit:
             return oldest, True
-        self._tidy()
         return (self._heaps[INTERACTIVE] or self._heaps[BATCH])[0][1], False

@@ -8,7 +8,7 @@ from pathlib import Path
 from training.fresh import STAGES
 from training.gates import worst_case
 from training.ladder import SEEING, TRANSFER, LadderConfig, folder_of
-from training.ladder_cells import TITLES, Ladder, read_ladder
+from training.ladder_cells import TITLES, CellResult, Ladder, read_ladder
 from training.ladder_gates import doubts
 from training.ladder_words import changed, ladder_words
 from training.markdown import table
@@ -137,37 +137,41 @@ def arithmetic(ladder: Ladder, again: Ladder) -> list[str]:
         ladder: the cells.
         again: some of them, made anew elsewhere.
     """
-    lines = []
-    places = [
-        f"{name} {row} {rung}"
-        for name, rows in ladder.cells.items()
-        for row, cells in rows.items()
-        for rung, cell in cells.items()
-        if cell["encoder"].get("arithmetic", cell["encoder"]["dtype"]) != cell["encoder"]["dtype"]
-    ]
+    lines, known = [], _by_place(ladder)
+    places = [place for place, cell in known.items() if _products(cell) != cell["encoder"]["dtype"]]
     if places:
         lines.append(
             "On a CPU that has no arithmetic for that dtype, products of the same numbers made in float32 and rounded "
             f"(`ironclip.upcast`): {', '.join(f'`{place}`' for place in places)}."
         )
-    pairs = [
-        (cell, ladder.cells.get(name, {}).get(row, {}).get(rung))
-        for name, rows in again.cells.items()
-        for row, cells in rows.items()
-        for rung, cell in cells.items()
-    ]
-    same = [(new, old) for new, old in pairs if old is not None and new["key"] == old["key"]]
+    pairs = [(new, known[place]) for place, new in _by_place(again).items() if place in known]
+    same = [(new, old) for new, old in pairs if new["key"] == old["key"]]
     if same:
         pictures = sum(len(old["outcomes"]) for _, old in same)
         changed = sum(
             one != other for new, old in same for one, other in zip(new["outcomes"], old["outcomes"], strict=True)
         )
-        how = sorted({new["encoder"].get("arithmetic", new["encoder"]["dtype"]) for new, _ in same})
+        how = sorted({_products(new) for new, _ in same})
         lines.append(
             f"Made again on another machine, products in {', '.join(how)}: {len(same)} cells; of their {pictures} "
             f"outcomes {changed} came out otherwise."
         )
     return lines
+
+
+def _by_place(ladder: Ladder) -> dict[str, CellResult]:
+    return {
+        f"{name} {row} {rung}": cell
+        for name, rows in ladder.cells.items()
+        for row, cells in rows.items()
+        for rung, cell in cells.items()
+    }
+
+
+def _products(cell: CellResult) -> str:
+    """What products were made in; older cells do not say it, and had the dtype's own."""
+    encoder: dict[str, str] = cell["encoder"]
+    return encoder.get("arithmetic", encoder["dtype"])
 
 
 def measured(ladder: Ladder, again: Ladder, command: str) -> list[str]:
