@@ -398,7 +398,7 @@ def test_no_log_has_a_key_a_header_or_a_picture(locked: Locked) -> None:
     """Twenty kinds of requests, the failing ones among them; then the log of the real service is searched."""
     key, image = locked.keys["acme"], as_base64(picture(1))
     token, uri = {"x-api-key": key}, f"data:image/png;base64,{image}"
-    marks = {"user-agent": "agent-4711", "x-forwarded-for": "hidden-4711", "cookie": "c=cookie-4711"}
+    marks = {"user-agent": "agent-m4711z", "x-forwarded-for": "hidden-m4711z", "cookie": "c=cookie-m4711z"}
     identity, secret = key.split("_")[1:]
     good = {"image": uri, "labels": LABELS}
     with httpx.Client(base_url=locked.url, headers=marks, timeout=30) as client:
@@ -441,7 +441,7 @@ def test_no_log_has_a_key_a_header_or_a_picture(locked: Locked) -> None:
     named = [line for line in lines if line.get("key") == identity]
     assert len(named) >= 15
     assert {line["tenant"] for line in named} == {"acme"}
-    for hidden in (secret, key, image[:40], "4711", *(other.rpartition("_")[2] for other in locked.keys.values())):
+    for hidden in (secret, key, image[:40], "m4711z", *(other.rpartition("_")[2] for other in locked.keys.values())):
         assert hidden not in log
 
 
