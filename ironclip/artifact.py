@@ -24,9 +24,10 @@ import safetensors.torch
 import torch
 
 import ironclip
-from ironclip.encoder import Encoder, Head
+from ironclip.encoder import Encoder
 from ironclip.errors import ArtifactError, ChecksumMismatch
 from ironclip.golden import golden_features
+from ironclip.head import Head
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"

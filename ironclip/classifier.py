@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ironclip.defences import Defence, make_defence
-from ironclip.encoder import Encoder, Head
+from ironclip.encoder import Encoder
 from ironclip.errors import OptionError, TooManyLabels
+from ironclip.head import Head
 from ironclip.hierarchy import LabelTree, Level
 from ironclip.hyperbolic import distances, exp0
 from ironclip.labels import Label, LabelSet

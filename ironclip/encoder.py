@@ -9,9 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +21,13 @@ from torch.nn.functional import cosine_similarity
 
 from ironclip.errors import ArtifactError, LabelError, OptionError
 from ironclip.folding import convolutional, folded
+from ironclip.head import Head
 from ironclip.int8 import quantize
 from ironclip.preprocessing import Preprocessing
 from ironclip.tokenizing import CopyableLock, bound_tokenizer, check_words
 from ironclip.upcast import pays, upcast
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
-HEADS: dict[str, tuple[str, ...]] = {
-    "cosine": (),
-    "poincare": ("curvature", "image_scale", "text_scale", "temperature"),
-}
-"""Types of head, and the numbers that each has."""
-
 # Least cosine of features before and after layers were exchanged, for a tower that is not broken by it.
 _ALIKE = 0.9
 # Texts whose token ids identify a tokenizer by what it does (case, accents, other scripts, digits, emoji).
@@ -45,40 +38,6 @@ _TOKENIZER_PROBES = (
     "犬の写真 собака كلب",
     "🥕 carrot-like (n=1,024)",
 )
-
-
-@dataclass(frozen=True)
-class Head:
-    """How features become a decision; travels with the weights in `ironclip.json`.
-
-    `cosine`: logit = logit_scale * cos(image, text), CLIP's own rule (Radford et al. 2021).
-
-    `poincare`: logit = -temperature * d(exp_0(image_scale * image), exp_0(text_scale * text)), distances in hyperbolic
-    space of curvature -`curvature`, features not normalised (the hierarchical method; see `ironclip.hyperbolic`).
-    """
-
-    type: str = "cosine"
-    curvature: float = 1.0
-    image_scale: float = 1.0
-    text_scale: float = 1.0
-    temperature: float = 1.0
-
-    @classmethod
-    def parse(cls, value: object) -> Head:
-        """Read a head from its JSON form; raises ArtifactError for one that this version does not have."""
-        kind = value.get("type") if isinstance(value, Mapping) else None
-        if isinstance(value, Mapping) and isinstance(kind, str) and set(value) == {"type", *HEADS.get(kind, ("",))}:
-            numbers = [value[name] for name in HEADS[kind]]
-            if all(isinstance(n, (int, float)) and math.isfinite(n) and n > 0 for n in numbers):
-                return cls(kind, **{name: float(value[name]) for name in HEADS[kind]})
-        raise ArtifactError(
-            f"The artifact's head is {json.dumps(value, default=str)[:200]}; this version knows the types "
-            f"{', '.join(HEADS)}, with numbers above 0. Use a newer ironclip, or export the encoder with a cosine head."
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON form, as stored in `ironclip.json`."""
-        return {"type": self.type, **{name: getattr(self, name) for name in HEADS[self.type]}}
 
 
 class Encoder(nn.Module):

@@ -18,15 +18,9 @@ import uvicorn
 from ironclip import __version__
 from ironclip.errors import IronclipError
 from service import fleet, keys_command, probe_command, selfcheck, telemetry
+from service.environment import let_idle_threads_sleep, traces_wanted
 from service.metrics_port import MetricsPort
-from service.settings import (
-    CONFIG_VARIABLE,
-    Settings,
-    SettingsInvalid,
-    let_idle_threads_sleep,
-    load_settings,
-    traces_wanted,
-)
+from service.settings import CONFIG_VARIABLE, Settings, SettingsInvalid, load_settings
 from service.settings_table import settings_markdown
 from service.shared_port import SharedPort
 from service.tracing import Exporter

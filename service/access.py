@@ -15,9 +15,10 @@ from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ironclip.errors import IronclipError
-from service.errors import KeyMissing, KeyUnknown, RouteNotFound, ScopeMissing, handle_error
+from service.errors import KeyMissing, KeyUnknown, RouteNotFound, ScopeMissing
 from service.keys import ANYBODY, Caller, Keyring
 from service.keys import Scope as KeyScope
+from service.problems import handle_error
 from service.rate_limits import Limiter, Meter
 
 PUBLIC: tuple[KeyScope, ...] = ()

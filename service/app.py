@@ -18,8 +18,8 @@ from ironclip.errors import IronclipError
 from service import openapi
 from service.access import ACCESS, Access, operation
 from service.core import Service
-from service.errors import handle_error, handle_gone
 from service.middleware import ENCODER_HEADER, Accounting, BodyGuard, HeadAsGet, Holding
+from service.problems import handle_error, handle_gone
 from service.routes import classify, embed, label_sets, models, oip, oip_infer, ops, playground, probe
 from service.routes import openai as openai_routes
 from service.routes.remembering import Remembering

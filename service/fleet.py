@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from types import FrameType
 
 from ironclip.cpus import usable_cpus
-from service.settings import Settings, SettingsInvalid, load_settings, process_environment
+from service.environment import process_environment
+from service.settings import Settings, SettingsInvalid, load_settings
 
 # Seconds before each start in a row; the last one is repeated. A process that ran so long begins anew.
 _BACK_OFF = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)

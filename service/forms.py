@@ -21,8 +21,9 @@ from torch import Tensor
 from ironclip.errors import ImageError, InputTooLarge, IronclipError
 from service.container import ImageLimits
 from service.containers import sniff
-from service.errors import BodyMalformed, MediaTypeUnsupported, RequestInvalid, from_validation
+from service.errors import BodyMalformed, MediaTypeUnsupported, RequestInvalid
 from service.images import bytes_digest, check_declared_type, is_url, parse_data
+from service.problems import from_validation
 
 M = TypeVar("M", bound=BaseModel)
 

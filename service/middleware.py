@@ -12,7 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ironclip.errors import InputTooLarge, Overloaded
 from service import telemetry, tracing
-from service.errors import ContentEncodingUnsupported, InternalError, error_response
+from service.errors import ContentEncodingUnsupported, InternalError
+from service.problems import error_response
 from service.telemetry import Stages
 from service.tracing import Exporter, Trace, read_context
 from service.versions import holding

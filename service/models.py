@@ -17,8 +17,9 @@ from ironclip.errors import EncoderNotFound, IronclipError
 from service import telemetry
 from service.catalogue import Catalogue
 from service.decisions import domain_digest
-from service.errors import EncoderBusy, EncoderInUse, RequestInvalid, VersionLost, problem
+from service.errors import EncoderBusy, EncoderInUse, RequestInvalid, VersionLost
 from service.model_loading import Loaded, Loader, as_problem
+from service.problems import problem
 from service.runtime import ServedEncoder
 from service.settings import Settings
 from service.supervisor import Supervisor

@@ -1,15 +1,13 @@
 """The OpenAPI 3.1 document: what the routes read from raw bytes, said to people and to generators of clients.
 
-FastAPI contributes paths, summaries and path parameters; bodies, answers and problems are put in here, because
-the routes parse bodies themselves.
+FastAPI contributes paths, summaries and path parameters; bodies, answers and problems are put in here
+(`service.operations`), because the routes parse bodies themselves.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -21,9 +19,9 @@ from service import answer_schemas as answers
 from service import oip_schemas, probe_schemas, schemas
 from service.access import ACCESS
 from service.access import operation as operation_name
-from service.errors import PROBLEM_JSON, problem_types
-
-Json = dict[str, Any]
+from service.errors import problem_types
+from service.operations import GIVEN, OPERATIONS, Json, Operation, ref
+from service.problems import PROBLEM_JSON
 
 _DESCRIPTION = """CLIP encoders that are hard to fool, over HTTP.
 
@@ -72,6 +70,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
 )
 _IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp", "application/octet-stream")
 _BINARY: Json = {"type": "string", "format": "binary"}
+_REQUEST_ID: Json = {"description": "Names this request in the log and in problems.", "schema": {"type": "string"}}
 _SCHEMES: Json = {
     "bearer": {
         "type": "http",
@@ -80,9 +79,6 @@ _SCHEMES: Json = {
     },
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same key."},
 }
-_OBJECT: Json = {"type": "object", "additionalProperties": True}
-_READS = (400, 404, 413, 415, 422, 424, 429, 500, 503, 504)
-_READS_OIP = tuple(status for status in _READS if status != 424)
 
 
 class _WithoutNull(GenerateJsonSchema):
@@ -95,24 +91,6 @@ class _WithoutNull(GenerateJsonSchema):
         if schema.get("default", 0) is None:
             return self.generate_inner(schema["schema"])
         return super().default_schema(schema)
-
-
-@dataclass(frozen=True)
-class _Operation:
-    """What FastAPI cannot know of one operation."""
-
-    answer: Json
-    problems: Iterable[int] = (500,)
-    body: str = ""
-    options: type[BaseModel] | None = None
-    created: bool = False
-    accepted: Json | None = None
-    headers: Json = field(default_factory=dict)
-    parameters: list[Json] = field(default_factory=list)
-    openai: bool = False
-    oip: bool = False
-    binary: bool = False
-    answer_type: str = "application/json"
 
 
 def document(app: FastAPI) -> Json:
@@ -144,11 +122,10 @@ def _document(app: FastAPI) -> Json:
         "responses": {f"Problem{status}": _problem_response(status) for status in statuses},
     }
     spec["components"]["securitySchemes"] = _SCHEMES
-    operations = _operations()
     for path, methods in spec["paths"].items():
         for method, item in methods.items():
-            _complete(item, operations[item["operationId"]], definitions)
-            _lock(item, ACCESS[operation_name(method.upper(), path)], operations[item["operationId"]].openai)
+            _complete(item, OPERATIONS[item["operationId"]], definitions)
+            _lock(item, ACCESS[operation_name(method.upper(), path)], OPERATIONS[item["operationId"]].openai)
     return spec
 
 
@@ -162,26 +139,8 @@ def _lock(item: Json, scopes: Sequence[str], openai: bool) -> None:
         item["responses"][str(status)] = _openai_response() if openai else shape
 
 
-def _complete(item: Json, operation: _Operation, definitions: Json) -> None:
-    answer: Json = {"description": "The answer.", "headers": _headers(operation)}
-    if operation.answer:
-        answer["content"] = {operation.answer_type: {"schema": operation.answer}}
-    if operation.binary:
-        answer["content"]["application/octet-stream"] = {"schema": _BINARY}
-    item["responses"] = {"200": answer}
-    if operation.created:
-        item["responses"]["201"] = {**answer, "description": "The name is new."}
-    if operation.accepted is not None:
-        content = {"application/json": {"schema": operation.accepted}}
-        item["responses"]["202"] = {**answer, "description": "It goes on by itself.", "content": content}
-    if item["operationId"] in ("getLabelSet", "getSample"):
-        item["responses"]["304"] = {"description": "Not changed since (If-None-Match)."}
-    if item["operationId"] == "deleteModel":
-        del item["responses"]["200"]
-    if item["operationId"] in ("deleteLabelSet", "cancelProbe"):
-        item["responses"] = {"204": {"description": "It is gone."}}
-    if item["operationId"] in ("readyz", "oipLive", "oipReady", "oipModelReady", "oipModelVersionReady"):
-        item["responses"]["503"] = {**answer, "description": "Not now; the reason is in the body."}
+def _complete(item: Json, operation: Operation, definitions: Json) -> None:
+    item["responses"] = {str(status): _given(operation, status) for status in operation.gives}
     for status in operation.problems:
         shape = {"$ref": f"#/components/responses/Problem{status}"}
         item["responses"][str(status)] = (
@@ -198,107 +157,23 @@ def _complete(item: Json, operation: _Operation, definitions: Json) -> None:
             parameter["schema"] = {"type": "string", "minLength": 1}
 
 
-def _operations() -> dict[str, _Operation]:
-    one, failed = _ref("Classification"), _ref("Failed")
-    classified = {"anyOf": [one, {"type": "array", "items": {"anyOf": [one, failed]}}]}
-    etag = {"ETag": {"description": "The digest, in quotes.", "schema": {"type": "string"}}}
-    match = [_header("If-Match", "Only if the set is in this version."), _header("If-None-Match", "`*`: only if new.")]
-    cached = {"Cache-Status": {"description": "RFC 9211.", "schema": {"type": "string"}}}
-    timeout = [
-        _header("X-Request-Timeout-Ms", "Milliseconds that the caller waits.", {"type": "integer", "minimum": 1}),
-        _header("Priority", "`u=4` to `u=7`: batch work, which interactive requests overtake.", {"type": "string"}),
-    ]
-    return {
-        "classify": _Operation(
-            classified, _READS, "ClassifyRequest", schemas.Options, headers=cached, parameters=timeout
-        ),
-        "embed": _Operation(
-            _ref("EmbedResponse"), _READS, "EmbedRequest", schemas.EmbedOptions, headers=cached, parameters=timeout
-        ),
-        "listLabelSets": _Operation(_ref("LabelSetList"), (500, 503)),
-        "getLabelSet": _Operation(
-            _ref("LabelSetStored"), (404, 500, 503), headers=etag, parameters=[_header("If-None-Match", "ETags known.")]
-        ),
-        "putLabelSet": _Operation(
-            _ref("LabelSetSummary"),
-            (400, 409, 412, 413, 415, 422, 429, 500, 503),
-            "LabelSetDocument",
-            created=True,
-            headers=etag,
-            parameters=match,
-        ),
-        "deleteLabelSet": _Operation({}, (404, 409, 412, 422, 500, 503), parameters=match),
-        "listModels": _Operation(_OBJECT),
-        "getModel": _Operation(_OBJECT, (404, 500, 503)),
-        "putModel": _Operation(
-            _ref("ModelStanding"),
-            (400, 403, 409, 413, 415, 422, 429, 500, 503, 504),
-            "ModelDocument",
-            accepted=_ref("ModelStanding"),
-            headers={"Location": {"description": "With 202: where it stands.", "schema": {"type": "string"}}},
-        ),
-        "promoteModel": _Operation(_ref("ModelStanding"), (404, 500)),
-        "deleteCanary": _Operation(_ref("ModelStanding"), (404, 500)),
-        "deleteModel": _Operation({}, (404, 409, 500), accepted=_ref("ModelStanding")),
-        "openaiEmbeddings": _Operation(
-            _ref("OpenAIEmbeddingResponse"), _READS, "OpenAIEmbeddingRequest", parameters=timeout, openai=True
-        ),
-        "openaiModels": _Operation(_OBJECT, openai=True),
-        "openaiModel": _Operation(_OBJECT, (404, 500, 503), openai=True),
-        "listSamples": _Operation(_ref("SampleList")),
-        "getSample": _Operation(
-            {"type": "string", "format": "binary"},
-            (404, 500),
-            headers=etag,
-            parameters=[_header("If-None-Match", "ETags known.")],
-            answer_type="image/*",
-        ),
-        "attackProbe": _Operation(
-            {"anyOf": [_ref("ProbeAnswer"), _OBJECT]},
-            _READS,
-            "ProbeRequest",
-            probe_schemas.ProbeFields,
-            accepted=_ref("ProbeStarted"),
-            parameters=[*timeout, _header("Prefer", "`respond-async`: answer 202 at once.")],
-        ),
-        "getProbe": _Operation(_ref("ProbeStanding"), (404, 500)),
-        "cancelProbe": _Operation({}, (404, 500)),
-        "followProbe": _Operation(
-            {"type": "string"},
-            (404, 500),
-            parameters=[_header("Last-Event-ID", "Go on behind this one.")],
-            answer_type="text/event-stream",
-        ),
-        "livez": _Operation(_ref("Status")),
-        "readyz": _Operation(_ref("Status")),
-        "metrics": _Operation({"type": "string"}, answer_type="text/plain"),
-        "getProblem": _Operation(_OBJECT, (404, 500)),
-        **_oip_operations(timeout),
-    }
+def _given(operation: Operation, status: int) -> Json:
+    """One answer that is no problem."""
+    given: Json = {"description": GIVEN[status]}
+    if status in (204, 304):
+        return given
+    given["headers"] = {"X-Request-Id": _REQUEST_ID, **operation.headers}
+    if status == 202:
+        given["content"] = {"application/json": {"schema": operation.accepted}}
+    else:
+        given["content"] = {operation.answer_type: {"schema": operation.answer}}
+        if operation.binary:
+            given["content"]["application/octet-stream"] = {"schema": _BINARY}
+    return given
 
 
-def _oip_operations(timeout: list[Json]) -> dict[str, _Operation]:
-    header = _header("Inference-Header-Content-Length", "Bytes of the JSON, where binary data follows it.")
-    infer = _Operation(
-        _ref("InferResponse"), _READS_OIP, "InferRequest", parameters=[*timeout, header], oip=True, binary=True
-    )
-    model, ready = _ref("ModelMetadata"), _ref("ModelReady")
-    return {
-        "oipServer": _Operation(_ref("ServerMetadata"), oip=True),
-        "oipLive": _Operation(_ref("Live"), oip=True),
-        "oipReady": _Operation(_ref("Ready"), oip=True),
-        "oipModels": _Operation(_ref("ModelNames"), oip=True),
-        "oipModel": _Operation(model, (404, 500, 503), oip=True),
-        "oipModelVersion": _Operation(model, (404, 500, 503), oip=True),
-        "oipModelReady": _Operation(ready, (404, 500), oip=True),
-        "oipModelVersionReady": _Operation(ready, (404, 500), oip=True),
-        "oipInfer": infer,
-        "oipInferVersion": infer,
-    }
-
-
-def _request_body(operation: _Operation, definitions: Json) -> Json:
-    content: Json = {"application/json": {"schema": _ref(operation.body)}}
+def _request_body(operation: Operation, definitions: Json) -> Json:
+    content: Json = {"application/json": {"schema": ref(operation.body)}}
     if operation.binary:
         content["application/octet-stream"] = {"schema": _BINARY}
     if operation.options is not None:
@@ -362,7 +237,7 @@ def _problem_response(status: int) -> Json:
     }
     response: Json = {
         "description": "; ".join(f"`{kind['code']}`" for kind in kinds),
-        "content": {PROBLEM_JSON: {"schema": _ref("Problem"), "examples": examples}},
+        "content": {PROBLEM_JSON: {"schema": ref("Problem"), "examples": examples}},
     }
     if status in (429, 503):
         response["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
@@ -372,11 +247,11 @@ def _problem_response(status: int) -> Json:
 
 
 def _openai_response() -> Json:
-    return {"description": "OpenAI's error object.", "content": {"application/json": {"schema": _ref("OpenAIError")}}}
+    return {"description": "OpenAI's error object.", "content": {"application/json": {"schema": ref("OpenAIError")}}}
 
 
 def _oip_response() -> Json:
-    schema = _ref("OipError")
+    schema = ref("OipError")
     return {"description": "The protocol's error object.", "content": {"application/json": {"schema": schema}}}
 
 
@@ -385,22 +260,3 @@ def _openai_error() -> Json:
     fields["param"] = {"anyOf": [{"type": "string"}, {"type": "null"}]}
     error = {"type": "object", "properties": fields, "required": sorted(fields), "additionalProperties": False}
     return {"type": "object", "properties": {"error": error}, "required": ["error"], "additionalProperties": False}
-
-
-def _headers(operation: _Operation) -> Json:
-    request_id = {"description": "Names this request in the log and in problems.", "schema": {"type": "string"}}
-    return {"X-Request-Id": request_id, **operation.headers}
-
-
-def _header(name: str, description: str, schema: Json | None = None) -> Json:
-    return {
-        "name": name,
-        "in": "header",
-        "required": False,
-        "description": description,
-        "schema": schema or {"type": "string"},
-    }
-
-
-def _ref(name: str) -> Json:
-    return {"$ref": f"#/components/schemas/{name}"}

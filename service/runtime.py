@@ -31,9 +31,9 @@ from service.admission import Room
 from service.banks import Banks
 from service.batching import Batcher
 from service.dtype import choose_dtype
-from service.errors import problem
 from service.forwards import choose_forward
 from service.probing import Prober, measured_rows
+from service.problems import problem
 from service.supervisor import Watched
 from service.tokenizing import Tokenizing
 from service.tower import ImageJob, ImageTower

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ironclip.errors import IronclipError
-from service.settings import Settings, SettingsInvalid, let_idle_threads_sleep, load_settings
+from service.environment import let_idle_threads_sleep
+from service.settings import Settings, SettingsInvalid, load_settings
 
 if TYPE_CHECKING:
     from service.checks import Report

@@ -23,7 +23,7 @@ def _served(spec: str, arguments: argparse.Namespace) -> Encoder:
     """An encoder in the form that the service runs, in the dtype and with the head asked for."""
     import torch
 
-    from ironclip.encoder import Head
+    from ironclip.head import Head
     from ironclip.loading import load_encoder
 
     encoder: Encoder = load_encoder(spec, device=arguments.device).served(getattr(torch, arguments.dtype))

@@ -16,8 +16,9 @@ import torch
 
 from ironclip.attacks import ThreatModel
 from ironclip.classifier import LEVEL_MODES
-from ironclip.encoder import Encoder, Head
+from ironclip.encoder import Encoder
 from ironclip.errors import OptionError
+from ironclip.head import Head
 from ironclip.loading import load_encoder
 from training.evaluate import attack_emoji, depth_emoji, emoji_pairs, levels_emoji, transfer_emoji
 from training.retrieval import caption_classifier, retrieval

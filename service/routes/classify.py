@@ -17,8 +17,8 @@ from ironclip.domain import Domain
 from ironclip.errors import InputTooLarge, OptionError
 from service.answers import Answers, Item, scores_of
 from service.decisions import Plan
-from service.errors import problem
 from service.forms import Picture, read_ask
+from service.problems import problem
 from service.rate_limits import PICTURE, TEXT, Meter
 from service.routes.common import Deadline, fetched, json_response, meter_of, service_of, stages_of
 from service.routes.remembering import remember

@@ -17,8 +17,8 @@ from ironclip.defences import Defence, make_defence
 from ironclip.errors import InputTooLarge, IronclipError, LabelError, OptionError
 from service.answers import Item
 from service.decisions import encoder_reference, feature_scope
-from service.errors import problem
 from service.forms import Picture, read_ask
+from service.problems import problem
 from service.rate_limits import PICTURE, TEXT
 from service.routes.classify import cache_status
 from service.routes.common import Deadline, fetched, json_response, meter_of, service_of, stages_of

@@ -12,9 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ironclip.errors import IronclipError
 from service.answers import Item
 from service.decisions import Plan
-from service.errors import handle_error, handle_gone
 from service.forms import Picture, is_json, is_raw, media_type, off_loop
 from service.images import bytes_digest
+from service.problems import handle_error, handle_gone
 from service.remembered import Terms, request_key
 from service.routes.common import Deadline, meter_of, service_of, stages_of
 from service.runtime import ServedEncoder

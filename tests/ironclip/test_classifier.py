@@ -11,8 +11,9 @@ import torch
 from ironclip.artifact import save_artifact
 from ironclip.classifier import Classifier, level_label_sets, predict
 from ironclip.defences import make_defence
-from ironclip.encoder import Encoder, Head
+from ironclip.encoder import Encoder
 from ironclip.errors import OptionError, TooManyLabels, TreeError
+from ironclip.head import Head
 from ironclip.hierarchy import LabelTree
 from ironclip.labels import LabelLimits, LabelSet
 from ironclip.loading import load_encoder

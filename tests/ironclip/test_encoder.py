@@ -12,8 +12,9 @@ import torch
 from torchvision.transforms.functional import normalize
 
 from ironclip.artifact import save_artifact
-from ironclip.encoder import Encoder, Head
+from ironclip.encoder import Encoder
 from ironclip.errors import ArtifactError, LabelError
+from ironclip.head import Head
 from tests.conftest import make_residual_encoder, make_tiny_encoder
 
 TEXTS = ["a photo of a dog", "zxqv blorp", "the large cat in the garden behind the old house", "犬", "a"]

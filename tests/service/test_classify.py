@@ -19,7 +19,8 @@ from starlette.testclient import TestClient
 from ironclip.artifact import save_artifact
 from ironclip.classifier import Classifier, predict
 from ironclip.domain import fit_domain
-from ironclip.encoder import Encoder, Head
+from ironclip.encoder import Encoder
+from ironclip.head import Head
 from ironclip.hierarchy import LabelTree
 from ironclip.labels import LabelSet
 from ironclip.loading import load_encoder

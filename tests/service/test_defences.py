@@ -16,7 +16,8 @@ from starlette.testclient import TestClient
 from ironclip.artifact import save_artifact
 from ironclip.classifier import Classifier, predict
 from ironclip.defences import DEFENCES, make_defence
-from ironclip.encoder import Encoder, Head
+from ironclip.encoder import Encoder
+from ironclip.head import Head
 from ironclip.labels import LabelSet
 from ironclip.loading import load_encoder
 from ironclip.preprocessing import to_float

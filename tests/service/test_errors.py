@@ -20,7 +20,8 @@ from starlette.testclient import TestClient
 import ironclip.errors as lib
 from service import telemetry
 from service.app import create_app
-from service.errors import STATUS, error_classes, error_response, problem, problem_types, status_of
+from service.errors import STATUS, error_classes, problem_types, status_of
+from service.problems import error_response, problem
 from service.settings import Settings
 from tests.service.conftest import make_key, write_keys
 

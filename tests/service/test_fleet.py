@@ -18,8 +18,9 @@ import httpx
 import pytest
 
 from service.__main__ import main
+from service.environment import process_environment
 from service.fleet import plan, read_devices
-from service.settings import Settings, SettingsInvalid, process_environment
+from service.settings import Settings, SettingsInvalid
 from tests.service.conftest import ROOT, as_base64, free_port, metric, picture, service_environment
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
-from service.settings import SettingsInvalid, traces_wanted
+from service.environment import traces_wanted
+from service.settings import SettingsInvalid
 from service.tracing import Context, Trace, read_context
 from tests.service.collector import Collector, attributes
 from tests.service.conftest import (

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from ironclip.classifier import Classifier
-from ironclip.encoder import Encoder, Head
+from ironclip.encoder import Encoder
 from ironclip.errors import OptionError
+from ironclip.head import Head
 from ironclip.hierarchy import LabelTree
 from ironclip.labels import LabelSet
 from training.compare_report import depth_table, retrieval_table, severity_table, transfer_table

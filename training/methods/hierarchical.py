@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ironclip.attacks.objectives import Objective
-from ironclip.encoder import Encoder, Head
+from ironclip.encoder import Encoder
 from ironclip.errors import OptionError
+from ironclip.head import Head
 from ironclip.hierarchy import LabelTree
 from ironclip.hyperbolic import ball_norm, paired_distances
 from ironclip.labels import Label, LabelSet

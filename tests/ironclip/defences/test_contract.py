@@ -15,8 +15,9 @@ from ironclip.classifier import Classifier
 from ironclip.defences import DEFENCES, Defence, make_defence
 from ironclip.defences.clipure import ClipureCos
 from ironclip.defences.ttc import TestTimeCounterattack
-from ironclip.encoder import Encoder, Head
+from ironclip.encoder import Encoder
 from ironclip.errors import OptionError
+from ironclip.head import Head
 from ironclip.labels import LabelSet
 from tests.conftest import make_tiny_encoder
 
