@@ -105,6 +105,8 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        # What is told of a request is told by our own layers, under names that are agreed on.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.service = service
     left_out = [] if settings.probes else [probe.router]
@@ -134,7 +136,7 @@ def _add_layers(app: FastAPI, service: Service, included: Sequence[APIRouter], t
     routes = [*app.routes, *(route for router in included for route in router.routes)]
     remembered = (classify.classify, embed.embed)
     known = {route.path: route for route in routes if isinstance(route, Route) and route.endpoint in remembered}
-    app.add_middleware(Remembering, routes=known)
+    app.add_middleware(Remembering, routes=known, memory=service.memory)
     app.add_middleware(Holding)
     app.add_middleware(BodyGuard, max_bytes=settings.max_body_bytes, max_held_bytes=settings.max_held_bytes)
     app.add_middleware(Access, routes=routes, keys=service.keys, limiter=service.limiter)

@@ -22,6 +22,7 @@ from ironclip.errors import ImageError, InputTooLarge, IronclipError
 from service.container import ImageLimits
 from service.containers import sniff
 from service.errors import BodyMalformed, MediaTypeUnsupported, RequestInvalid
+from service.headers import header
 from service.images import bytes_digest, check_declared_type, is_url, parse_data
 from service.problems import from_validation
 
@@ -74,7 +75,7 @@ class Ask(Generic[M]):
 
 def media_type(request: Request) -> str:
     """The request's Content-Type without its parameters, in lower case."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return (header(request.scope, b"content-type") or "").partition(";")[0].strip().lower()
 
 
 async def read_json(request: Request, model: type[M]) -> M:

@@ -13,9 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ironclip.errors import InputTooLarge, Overloaded
 from service import telemetry, tracing
 from service.errors import ContentEncodingUnsupported, InternalError
+from service.headers import header
 from service.problems import error_response
 from service.telemetry import Stages
-from service.tracing import Exporter, Trace, read_context
+from service.tracing import Context, Exporter, Trace, read_context
 from service.versions import holding
 
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{8,128}$")
@@ -62,10 +63,9 @@ class Accounting:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        asked = Headers(scope=scope)
-        given = asked.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.match(given) else secrets.token_hex(16)
-        trace = Trace(read_context(asked.getlist("traceparent"), asked.getlist("tracestate")), self.traces)
+        given = header(scope, b"x-request-id")
+        request_id = given if given and _REQUEST_ID.match(given) else secrets.token_hex(16)
+        trace = Trace(_given_context(scope), self.traces)
         tracing.CURRENT.set(trace)
         stages = Stages(trace)
         state = scope.setdefault("state", {})
@@ -156,6 +156,14 @@ class Accounting:
         return name if name in self.ops else "other"
 
 
+def _given_context(scope: Scope) -> Context | None:
+    """The trace that the request came with."""
+    if header(scope, b"traceparent") is None:
+        return None
+    asked = Headers(scope=scope)
+    return read_context(asked.getlist("traceparent"), asked.getlist("tracestate"))
+
+
 class Holding:
     """Keep the versions of encoders that a request is given until its answer has gone out, and name them in it.
 
@@ -177,7 +185,8 @@ class Holding:
                 if message["type"] == "http.response.start":
                     held.status = message["status"] if asks else 0
                     if names := [f"{version.name}@{version.digest}" for version in held.versions]:
-                        MutableHeaders(scope=message)[ENCODER_HEADER] = ", ".join(names)
+                        named = (ENCODER_HEADER.lower().encode(), ", ".join(names).encode())
+                        message["headers"] = [*message.get("headers", ()), named]
                 await send(message)
 
             asks = scope["method"] == "POST"  # the others look at an encoder
@@ -232,7 +241,7 @@ class BodyGuard:
             nonlocal checked
             if not checked:
                 checked = True
-                self._check_headers(Headers(scope=scope))
+                self._check_headers(scope)
             message = await receive()
             if message["type"] == "http.request":
                 hold(len(message.get("body", b"")))
@@ -246,11 +255,11 @@ class BodyGuard:
             over = True
             self._held -= received
 
-    def _check_headers(self, headers: Headers) -> None:
-        encoding = headers.get("content-encoding", "identity").strip().lower()
-        if encoding not in ("", "identity"):
+    def _check_headers(self, scope: Scope) -> None:
+        encoding = header(scope, b"content-encoding")
+        if encoding and encoding.strip().lower() not in ("", "identity"):
             raise ContentEncodingUnsupported("Send the body plain: Content-Encoding is not read here.")
-        length = headers.get("content-length", "")
+        length = header(scope, b"content-length") or ""
         if length.isdigit() and int(length) > self.max_bytes:
             raise self._too_large()
 

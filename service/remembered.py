@@ -8,10 +8,11 @@ asked for all the same is asked for: its key, its points, its place in the log a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 from cachetools import TTLCache
+from starlette.types import Receive, Scope, Send
 
 from ironclip.errors import IronclipError
 from service import telemetry
@@ -49,7 +50,12 @@ class Remembered:
 
     terms: Terms
     body: bytes
-    headers: dict[str, str]
+    headers: tuple[tuple[bytes, bytes], ...]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        await send({"type": "http.response.start", "status": 200, "headers": list(self.headers)})
+        await send({"type": "http.response.body", "body": self.body})
 
 
 class Memory:
@@ -82,9 +88,9 @@ class Memory:
         telemetry.count_cache(NAME, "hit" if fits else "miss")
         return found if fits else None
 
-    def keep(self, key: bytes, terms: Terms, body: bytes, headers: dict[str, str]) -> None:
-        """Keep an answer."""
-        remembered = Remembered(terms, body, headers)
+    def keep(self, key: bytes, terms: Terms, body: bytes, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Keep an answer, with the headers that its route gave it."""
+        remembered = Remembered(terms, body, tuple(headers))
         if len(body) <= _MAX_ANSWER_BYTES and _size(remembered) <= self._max_bytes:
             self._kept[key] = remembered
             telemetry.CACHE_BYTES.labels(NAME).set(self._kept.currsize)

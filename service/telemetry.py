@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import lru_cache, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -280,18 +280,14 @@ class Stages:
             now = time.perf_counter()
             self._trace.note(tracing.Span(stage, now - seconds, now))
 
-    @contextmanager
-    def time(self, stage: str) -> Iterator[None]:
+    def time(self, stage: str) -> AbstractContextManager[None]:
         """Time a block as part of one stage."""
-        start = time.perf_counter()
-        try:
-            if self._trace is None:
-                yield
-            else:
-                with tracing.stage(self._trace, stage):
-                    yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+        return _Timed(self, stage) if self._trace is None else self._traced(self._trace, stage)
+
+    @contextmanager
+    def _traced(self, trace: tracing.Trace, stage: str) -> Iterator[None]:
+        with _Timed(self, stage), tracing.stage(trace, stage):
+            yield
 
     def observe(self) -> None:
         """Put the stages into the histogram; called once, when the answer goes out."""
@@ -301,6 +297,23 @@ class Stages:
     def header(self) -> str:
         """The `Server-Timing` value, durations in milliseconds."""
         return ", ".join(f"{stage};dur={1000 * seconds:.2f}" for stage, seconds in self.seconds.items())
+
+
+class _Timed:
+    """A block whose time belongs to a stage; a class, since every answer from memory passes through it."""
+
+    __slots__ = ("_stage", "_stages", "_start")
+
+    def __init__(self, stages: Stages, stage: str) -> None:
+        self._stages = stages
+        self._stage = stage
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        seconds = self._stages.seconds
+        seconds[self._stage] = seconds.get(self._stage, 0.0) + time.perf_counter() - self._start
 
 
 def configure_logging(level: str, log_format: str) -> None:

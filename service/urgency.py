@@ -30,5 +30,5 @@ CURRENT: ContextVar[Urgency] = ContextVar("urgency", default=_UNSAID)
 
 def rank_of(priority: str) -> int:
     """The class that a `Priority` header (RFC 9218) asks for: `u=4` to `u=7` is batch; ignores what it cannot read."""
-    found = _URGENCY.findall(priority)
+    found = _URGENCY.findall(priority) if priority else ()
     return BATCH if found and int(found[-1]) >= _MOST_URGENT_OF_BATCH else INTERACTIVE

@@ -16,6 +16,7 @@ from ironclip.errors import DeadlineExceeded
 from service import telemetry, urgency
 from service.errors import RequestInvalid
 from service.forms import Picture
+from service.headers import header
 from service.keys import Caller
 from service.rate_limits import Meter
 from service.telemetry import Stages
@@ -31,7 +32,7 @@ else:
 
 T = TypeVar("T")
 
-TIMEOUT_HEADER = "x-request-timeout-ms"
+_TIMEOUT_HEADER = b"x-request-timeout-ms"
 
 
 def service_of(request: Request) -> Service:
@@ -103,13 +104,13 @@ class Deadline:
 
     def __init__(self, request: Request) -> None:
         limit = service_of(request).settings.request_timeout_ms
-        asked = request.headers.get(TIMEOUT_HEADER)
+        asked = header(request.scope, _TIMEOUT_HEADER)
         if asked is not None and not (asked.isascii() and asked.isdigit() and len(asked) < 12 and int(asked) > 0):
             raise RequestInvalid("X-Request-Timeout-Ms is a whole number of milliseconds above 0.")
         self.milliseconds = limit if asked is None else min(limit, int(asked))
         self._end = time.monotonic() + self.milliseconds / 1000
         # Every queue on the way sees it.
-        urgency.CURRENT.set(Urgency(rank_of(request.headers.get("priority", "")), self._end))
+        urgency.CURRENT.set(Urgency(rank_of(header(request.scope, b"priority") or ""), self._end))
         self.request = request
 
     @classmethod

@@ -15,7 +15,8 @@ from service.decisions import Plan
 from service.forms import Picture, is_json, is_raw, media_type, off_loop
 from service.images import bytes_digest
 from service.problems import handle_error, handle_gone
-from service.remembered import Terms, request_key
+from service.rate_limits import Meter
+from service.remembered import Memory, Remembered, Terms, request_key
 from service.routes.common import Deadline, meter_of, service_of, stages_of
 from service.runtime import ServedEncoder
 
@@ -26,25 +27,27 @@ class Remembering:
     Args:
         app: the layers below.
         routes: by path, those whose endpoints call `remember`.
+        memory: of the answers.
     """
 
-    def __init__(self, app: ASGIApp, routes: Mapping[str, Route]) -> None:
+    def __init__(self, app: ASGIApp, routes: Mapping[str, Route], memory: Memory) -> None:
         self.app = app
         self.routes = routes
+        self.memory = memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         route = self.routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if route is None:
+        if route is None or not self.memory.enabled:
             await self.app(scope, receive, send)
             return
         request = Request(scope, receive)
         kind = media_type(request)
-        if not service_of(request).memory.enabled or not (is_raw(kind) or is_json(kind)):
+        if not (is_raw(kind) or is_json(kind)):
             await self.app(scope, receive, send)
             return
         scope.update(route=route, endpoint=route.endpoint)  # as the router would
-        answer: Response | None
+        answer: ASGIApp | None
         try:
             answer = await self._answer(request, kind)
         except IronclipError as error:
@@ -56,7 +59,7 @@ class Remembering:
         else:
             await self.app(scope, _again(await request.body(), receive), send)
 
-    async def _answer(self, request: Request, kind: str) -> Response | None:
+    async def _answer(self, request: Request, kind: str) -> Remembered | None:
         """The answer, paid for, if there is one that holds; if not, `remember` will know the request by its key.
 
         Raises:
@@ -64,16 +67,16 @@ class Remembering:
         """
         async with Deadline.of(request).receiving():
             body = await request.body()
-        state, meter = request.state, meter_of(request)
+        scope, state = request.scope, request.scope["state"]
+        meter: Meter = state["meter"]
         with stages_of(request).time("cache"):
-            state.body_digest = await off_loop(len(body), bytes_digest, body)
-            path, query = request.scope["path"], request.scope["query_string"]
-            state.remember_as = key = request_key(meter.caller.tenant, path, query, kind, state.body_digest)
-            found = await service_of(request).memory.find(key, meter.caller.tenant)
-        if found is None:
-            return None
-        async with meter.paid(found.terms.points):
-            return Response(found.body, 200, found.headers, "application/json")
+            state["body_digest"] = digest = await off_loop(len(body), bytes_digest, body)
+            tenant = meter.caller.tenant
+            state["remember_as"] = key = request_key(tenant, scope["path"], scope["query_string"], kind, digest)
+            found = await self.memory.find(key, tenant)
+        if found is not None:
+            await meter.pay(found.terms.points)
+        return found
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
@@ -122,5 +125,4 @@ def remember(
         return
     digest = plan.reference["digest"] if plan is not None and label_set is not None else ""
     terms = Terms(encoder, served.serial, label_set, digest, meter_of(request).spent)
-    headers = {"Cache-Status": response.headers["Cache-Status"]}
-    service_of(request).memory.keep(key, terms, bytes(response.body), headers)
+    service_of(request).memory.keep(key, terms, bytes(response.body), response.raw_headers)

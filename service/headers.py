@@ -1,0 +1,14 @@
+"""One header of a request, read from the connection's own list: each request passes layers that look for one."""
+
+from __future__ import annotations
+
+from starlette.types import Scope
+
+
+def header(scope: Scope, name: bytes) -> str | None:
+    """The first value of a header, or None. ASGI gives names in lower case."""
+    for key, value in scope["headers"]:
+        if key == name:
+            text: str = value.decode("latin-1")
+            return text
+    return None
