@@ -25,8 +25,8 @@ from service import telemetry
 from service.admission import Room
 from service.cache import ArrayCache, KeyScope, image_key
 from service.decisions import Classifiers, Plan
+from service.decoder import ImageDecoder
 from service.forms import Picture
-from service.images import ImageDecoder
 from service.runtime import ServedEncoder
 from service.telemetry import Stages
 from service.together import together

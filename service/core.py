@@ -16,10 +16,11 @@ from service import telemetry
 from service.answers import Answers
 from service.cache import ArrayCache
 from service.decisions import Classifiers, Plan
+from service.decoder import ImageDecoder
 from service.errors import RequestInvalid, WorkerLost
 from service.image_addresses import read_rule
 from service.image_urls import ImageUrls
-from service.images import ImageDecoder, ImageLimits
+from service.images import ImageLimits
 from service.keys import Keyring
 from service.label_sets import LabelSets, Registered, load_built_in
 from service.label_stores import FileStore, RedisStore, Store

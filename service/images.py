@@ -6,37 +6,28 @@ Whatever is wrong with the bytes comes out as an ImageError; nothing else can. T
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import hashlib
 import io
 import re
-import threading
-import time
 import warnings as python_warnings
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from PIL import Image, ImageFile
 
-from ironclip.cpus import usable_cpus
 from ironclip.errors import (
     ImageError,
     ImageInvalid,
     ImageTooLarge,
     ImageUnsupported,
-    NotReady,
-    Overloaded,
 )
 from ironclip.preprocessing import Preprocessing
-from service import telemetry
 from service.container import Container, ImageLimits
 from service.containers import ACCEPTED, read_container, sniff
 
-__all__ = ["DecodedImage", "ImageDecoder", "ImageLimits", "bytes_digest", "decode", "parse_data", "pixels_digest"]
+__all__ = ["DecodedImage", "ImageLimits", "bytes_digest", "decode", "parse_data", "pixels_digest"]
 
 # Process-wide, because Pillow knows no other way; both are also Pillow's defaults or stricter.
 ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -50,8 +41,6 @@ _MIME_FORMATS = {
     "image/x-png": "PNG",
     "image/webp": "WEBP",
 }
-# Decodes that come out slower than this many seconds apart (and than four usual ones) are not waited for.
-_LEAST_PACE = 0.01
 _NO_CLAIM = ("", "application/octet-stream", "image/*", "*/*")
 _DATA_URI = re.compile(r"data:(?P<type>[^;,]{0,127})(?:;(?!base64,)[^;,]{0,127}){0,4}(?P<base64>;base64)?,", re.I)
 
@@ -182,84 +171,3 @@ def pixels_digest(pixels: torch.Tensor) -> str:
     digest = hashlib.sha256(f"{domain}{shape};".encode())
     digest.update(pixels.contiguous().numpy().data)
     return digest.hexdigest()
-
-
-class ImageDecoder:
-    """Runs `decode` in a small pool of threads, with a bound on what may wait.
-
-    Threads, not processes: Pillow lets go of the interpreter lock while it decodes and resamples, and pixels need no
-    copy back. The checks before decoding bound time and memory of one picture.
-
-    Args:
-        limits: for every picture.
-        workers: threads; 0 is one a core, within the CPU quota.
-        max_pending: pictures being decoded or waiting for it at most.
-    """
-
-    def __init__(self, limits: ImageLimits, *, workers: int = 0, max_pending: int = 256) -> None:
-        self.limits = limits
-        self.workers = workers or usable_cpus()
-        self.max_pending = max_pending
-        self.pending = 0
-        self._seconds = 0.005  # running mean of one decode
-        self._moved = 0.0  # when a decode last ended, or the first of a spell was handed in
-        self._closed = False
-        self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
-
-    @property
-    def estimated_wait_seconds(self) -> float:
-        """How long a picture that came now would take until it is decoded."""
-        return (self.pending + 1) * self._seconds / self.workers
-
-    @property
-    def flowing(self) -> bool:
-        """Whether pictures are being decoded and come out at about the usual pace; a few huge ones do not."""
-        usual = max(_LEAST_PACE, 4 * self._seconds)
-        return self.pending > 0 and time.perf_counter() - self._moved < usual
-
-    async def decode(self, data: bytes, preprocessing: Preprocessing, declared_type: str | None = None) -> DecodedImage:
-        """Decode in a worker thread; a caller that is cancelled leaves the queue.
-
-        Raises:
-            ImageError: as `decode`.
-            Overloaded: `max_pending` pictures are waiting.
-            NotReady: closed.
-        """
-        if self._closed:
-            raise NotReady("The service is stopping.")
-        if self.pending >= self.max_pending:
-            raise Overloaded(
-                f"{self.pending} pictures are waiting to be decoded, the limit is {self.max_pending} "
-                "(IRONCLIP_MAX_QUEUE, or IRONCLIP_MAX_IMAGES where that is more).",
-                limit_name="decode-items",
-                retry_after=self.estimated_wait_seconds,
-                limit=self.max_pending,
-            )
-        work = self._pool.submit(self._timed, partial(decode, data, preprocessing, self.limits, declared_type))
-        with self._lock:
-            if not self.pending:
-                self._moved = time.perf_counter()
-            self.pending += 1
-        # When the work ends, not when the caller stops waiting: a cancelled caller's decode may run on.
-        work.add_done_callback(self._count_down)
-        return await asyncio.wrap_future(work)
-
-    def close(self) -> None:
-        """Refuse new work, drop what waits, and let running decodes end."""
-        self._closed = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _timed(self, work: partial[DecodedImage]) -> DecodedImage:
-        began = time.perf_counter()
-        try:
-            return work()
-        finally:
-            seconds = time.perf_counter() - began
-            self._seconds += 0.05 * (seconds - self._seconds)
-            telemetry.DECODE_SECONDS.observe(seconds)
-
-    def _count_down(self, work: Future[DecodedImage]) -> None:
-        with self._lock:
-            self.pending -= 1
-            self._moved = time.perf_counter()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
-import io
 import json
 import subprocess
 import sys
@@ -25,12 +23,10 @@ from ironclip.errors import (
     ImageInvalid,
     ImageTooLarge,
     ImageUnsupported,
-    NotReady,
     OptionError,
-    Overloaded,
 )
 from ironclip.preprocessing import WARNINGS, Preprocessing
-from service.images import ImageDecoder, ImageLimits, bytes_digest, decode, parse_data, pixels_digest
+from service.images import ImageLimits, bytes_digest, decode, parse_data, pixels_digest
 
 ROOT = Path(__file__).parents[2]
 LIMITS = ImageLimits()
@@ -231,54 +227,3 @@ def test_digests_tell_content_apart() -> None:
     assert pixels_digest(pixels) != pixels_digest(pixels.reshape(3, 2, 8))
     assert pixels_digest(pixels) == pixels_digest(pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1))
     assert bytes_digest(b"a") != bytes_digest(b"b")
-
-
-def test_decoder_leaves_the_loop_free_and_bounds_what_waits(corpus: ModuleType) -> None:
-    buffer = io.BytesIO()
-    corpus.picture(2400, 1800).save(buffer, "JPEG")
-
-    async def scenario() -> None:
-        decoder = ImageDecoder(LIMITS, workers=1, max_pending=3)
-        tasks = [asyncio.create_task(decoder.decode(buffer.getvalue(), SMALL)) for _ in range(3)]
-        await asyncio.sleep(0)
-        assert decoder.pending == 3
-        with pytest.raises(Overloaded) as caught:
-            await decoder.decode(buffer.getvalue(), SMALL)
-        assert caught.value.retry_after
-        assert caught.value.limit == 3
-        tasks[2].cancel()  # still waiting: leaves the queue
-        ticks = 0
-        while not tasks[1].done():
-            await asyncio.sleep(0.001)
-            ticks += 1
-        assert ticks > 3
-        assert torch.equal((await tasks[0]).pixels, (await tasks[1]).pixels)
-        assert decoder.pending == 0
-        with pytest.raises(ImageInvalid):
-            await decoder.decode(b"\xff\xd8\xff", SMALL)
-        assert decoder.pending == 0
-        decoder.close()
-        with pytest.raises(NotReady):
-            await decoder.decode(buffer.getvalue(), SMALL)
-
-    asyncio.run(scenario())
-
-
-def test_a_huge_picture_is_not_waited_for(corpus: ModuleType) -> None:
-    buffer = io.BytesIO()
-    corpus.picture(4000, 3000).save(buffer, "PNG", compress_level=1)
-
-    async def scenario() -> None:
-        decoder = ImageDecoder(LIMITS, workers=1)
-        assert not decoder.flowing
-        task = asyncio.create_task(decoder.decode(buffer.getvalue(), SMALL))
-        await asyncio.sleep(0)
-        seen = [decoder.flowing]
-        while not task.done():
-            await asyncio.sleep(0.002)
-            seen.append(decoder.flowing)
-        assert seen[0]
-        assert False in seen[:-1]
-        decoder.close()
-
-    asyncio.run(scenario())

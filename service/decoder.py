@@ -1,0 +1,165 @@
+"""Pictures decoded beside the event loop, the most urgent first: nobody waits behind a bulk import's pictures.
+
+Interactive work goes before batch work here as it does at the towers, and within a class whoever has the earliest
+deadline; batch work that waits has every eighth turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+from ironclip.cpus import usable_cpus
+from ironclip.errors import NotReady, Overloaded
+from ironclip.preprocessing import Preprocessing
+from service import telemetry
+from service.container import ImageLimits
+from service.images import DecodedImage, decode
+from service.urgency import BATCH, CLASSES, CURRENT
+
+# Decodes that come out slower than this many seconds apart (and than four usual ones) are not waited for.
+_LEAST_PACE = 0.01
+# Of so many pictures taken while both classes wait, one is of batch work.
+_BATCH_TURN = 8
+
+
+class _Waiting:
+    """Pictures that wait for a thread, by class and deadline. Locks itself."""
+
+    def __init__(self) -> None:
+        self._heaps: list[list[tuple[float, int, Future[DecodedImage], partial[DecodedImage]]]] = [[] for _ in CLASSES]
+        self._lock = threading.Lock()
+        self._added = self._overtaken = 0
+
+    def add(self, rank: int, deadline: float, work: partial[DecodedImage]) -> Future[DecodedImage]:
+        future: Future[DecodedImage] = Future()
+        with self._lock:
+            self._added += 1
+            heapq.heappush(self._heaps[rank], (deadline, self._added, future, work))
+        return future
+
+    def take(self) -> tuple[Future[DecodedImage], partial[DecodedImage]] | None:
+        """The next one that somebody still waits for; it counts as running."""
+        with self._lock:
+            while (rank := self._turn()) is not None:
+                _, _, future, work = heapq.heappop(self._heaps[rank])
+                if future.set_running_or_notify_cancel():
+                    return future, work
+        return None
+
+    def _turn(self) -> int | None:
+        there = [rank for rank in range(len(CLASSES)) if self._heaps[rank]]
+        if len(there) < len(CLASSES):
+            self._overtaken = 0
+            return there[0] if there else None
+        self._overtaken = (self._overtaken + 1) % _BATCH_TURN
+        return BATCH if self._overtaken == 0 else there[0]
+
+    def cancel(self) -> None:
+        with self._lock:
+            for heap in self._heaps:
+                while heap:
+                    heap.pop()[2].cancel()
+
+
+class ImageDecoder:
+    """Runs `decode` in a small pool of threads, with a bound on what may wait.
+
+    Threads, not processes: Pillow lets go of the interpreter lock while it decodes and resamples, and pixels need no
+    copy back. The checks before decoding bound time and memory of one picture.
+
+    Args:
+        limits: for every picture.
+        workers: threads; 0 is one a core, within the CPU quota.
+        max_pending: pictures of a class, and of those before it, that are being decoded or wait for it at most.
+    """
+
+    def __init__(self, limits: ImageLimits, *, workers: int = 0, max_pending: int = 256) -> None:
+        self.limits = limits
+        self.workers = workers or usable_cpus()
+        self.max_pending = max_pending
+        self._pending = [0 for _ in CLASSES]
+        self._seconds = 0.005  # running mean of one decode
+        self._moved = 0.0  # when a decode last ended, or the first of a spell was handed in
+        self._closed = False
+        self._lock = threading.Lock()
+        self._waiting = _Waiting()
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+
+    @property
+    def pending(self) -> int:
+        """Pictures being decoded or waiting for it."""
+        return sum(self._pending)
+
+    @property
+    def flowing(self) -> bool:
+        """Whether pictures are being decoded and come out at about the usual pace; a few huge ones do not."""
+        usual = max(_LEAST_PACE, 4 * self._seconds)
+        return self.pending > 0 and time.perf_counter() - self._moved < usual
+
+    async def decode(self, data: bytes, preprocessing: Preprocessing, declared_type: str | None = None) -> DecodedImage:
+        """Decode in a worker thread; a caller that is cancelled leaves the queue.
+
+        Raises:
+            ImageError: as `decode`.
+            Overloaded: `max_pending` pictures are waiting.
+            NotReady: closed.
+        """
+        if self._closed:
+            raise NotReady("The service is stopping.")
+        rank, deadline = CURRENT.get()
+        waiting = sum(self._pending[: rank + 1])
+        if waiting >= self.max_pending:
+            raise Overloaded(
+                f"{waiting} pictures are waiting to be decoded, the limit is {self.max_pending} "
+                "(IRONCLIP_MAX_QUEUE, or IRONCLIP_MAX_IMAGES where that is more).",
+                limit_name="decode-items",
+                retry_after=(waiting + 1) * self._seconds / self.workers,
+                limit=self.max_pending,
+            )
+        with self._lock:
+            if not self.pending:
+                self._moved = time.perf_counter()
+            self._pending[rank] += 1
+        work = self._waiting.add(rank, deadline, partial(decode, data, preprocessing, self.limits, declared_type))
+        # When the work ends, not when the caller stops waiting: a cancelled caller's decode may run on.
+        work.add_done_callback(partial(self._count_down, rank))
+        try:
+            self._pool.submit(self._run_next)
+        except RuntimeError:  # closed meanwhile
+            work.cancel()
+            raise NotReady("The service is stopping.") from None
+        return await asyncio.wrap_future(work)
+
+    def close(self) -> None:
+        """Refuse new work, drop what waits, and let running decodes end."""
+        self._closed = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._waiting.cancel()
+
+    def _run_next(self) -> None:
+        """Decode what is most urgent now, which need not be what this turn was asked for."""
+        found = self._waiting.take()
+        if found is None:
+            return
+        future, work = found
+        began = time.perf_counter()
+        try:
+            decoded = work()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(decoded)
+        finally:
+            seconds = time.perf_counter() - began
+            self._seconds += 0.05 * (seconds - self._seconds)
+            telemetry.DECODE_SECONDS.observe(seconds)
+
+    def _count_down(self, rank: int, work: Future[DecodedImage]) -> None:
+        with self._lock:
+            self._pending[rank] -= 1
+            self._moved = time.perf_counter()
