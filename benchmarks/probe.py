@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from ironclip.attacks import ThreatModel
+from ironclip.attacks.eight_bit import in_8_bits
 from ironclip.classifier import Classifier
 from ironclip.labels import LabelSet
 from ironclip.loading import DEMO_FOLDER, load_encoder
 from ironclip.preprocessing import load_image, to_float
 from ironclip.probe import ProbeOptions, probe
-from ironclip.probe.oracle import rounded
 from training.jsonfile import write_json
 from training.provenance import made_on
 
@@ -46,7 +46,7 @@ def bisected(classifier: Classifier, image: Tensor, label: int) -> tuple[int, in
         middle = (low + high) // 2
         attack = _theirs().APGD(classifier, eps=middle / 255, steps=STEPS, loss="ce", seed=0)
         found = attack(to_float(image[None]).to(classifier.encoder.device), torch.tensor([label]))
-        picture = rounded(found[0], image, ThreatModel("linf", middle / 255))
+        picture = in_8_bits(found, image[None], ThreatModel("linf", middle / 255))[0]
         broken = _answer(classifier, picture) != label
         low, high = (low, middle) if broken else (middle, high)
         attacks += 1

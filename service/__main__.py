@@ -18,6 +18,7 @@ import uvicorn
 from ironclip import __version__
 from ironclip.errors import IronclipError
 from service import fleet, keys_command, probe_command, selfcheck, telemetry
+from service.connections import HTTP
 from service.environment import let_idle_threads_sleep, traces_wanted
 from service.metrics_port import MetricsPort
 from service.settings import CONFIG_VARIABLE, Settings, SettingsInvalid, load_settings
@@ -86,6 +87,7 @@ def serve(settings: Settings) -> int:
         port=settings.port,
         log_config=None,
         access_log=False,
+        http=HTTP,
         server_header=False,
         ws="none",
         lifespan="on",

@@ -483,8 +483,9 @@ class Batcher(Generic[Item, Result]):
         if entries:
             if self.on_expired is not None:
                 self.on_expired(len(entries))
-            error = DeadlineExceeded("The deadline passed, or would before this is done; it was dropped unstarted.")
-            deliver([(entry.future, Failure(error)) for entry in entries])
+            # One each: whoever answers a request may write into its error.
+            text = "The deadline passed, or would before this is done; it was dropped unstarted."
+            deliver([(entry.future, Failure(DeadlineExceeded(text))) for entry in entries])
 
     def _fail(self, entries: list[Entry[Item]], text: str) -> None:
         deliver([(entry.future, Failure(NotReady(text, retry_after=1))) for entry in entries])

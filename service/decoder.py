@@ -25,31 +25,53 @@ from service.urgency import BATCH, CLASSES, CURRENT
 _LEAST_PACE = 0.01
 # Of so many pictures taken while both classes wait, one is of batch work.
 _BATCH_TURN = 8
+# So many places of cancelled pictures are left in a queue, beside as many as there are pictures.
+_SPARE = 64
 
 
 class _Waiting:
-    """Pictures that wait for a thread, by class and deadline. Locks itself."""
+    """Pictures that wait for a thread, by class and deadline; one that nobody waits for any more is let go of at once.
+
+    Locks itself.
+    """
 
     def __init__(self) -> None:
-        self._heaps: list[list[tuple[float, int, Future[DecodedImage], partial[DecodedImage]]]] = [[] for _ in CLASSES]
+        self._heaps: list[list[tuple[float, int]]] = [[] for _ in CLASSES]
+        self._works: dict[int, tuple[Future[DecodedImage], partial[DecodedImage]]] = {}
         self._lock = threading.Lock()
         self._added = self._overtaken = 0
 
     def add(self, rank: int, deadline: float, work: partial[DecodedImage]) -> Future[DecodedImage]:
         future: Future[DecodedImage] = Future()
         with self._lock:
-            self._added += 1
-            heapq.heappush(self._heaps[rank], (deadline, self._added, future, work))
+            self._added = identity = self._added + 1
+            self._works[identity] = (future, work)
+            heapq.heappush(self._heaps[rank], (deadline, identity))
+        future.add_done_callback(partial(self._forget, identity))
         return future
+
+    def _forget(self, identity: int, future: Future[DecodedImage]) -> None:
+        if future.cancelled():
+            with self._lock:
+                self._works.pop(identity, None)
+                for rank, heap in enumerate(self._heaps):
+                    if len(heap) > 2 * len(self._works) + _SPARE:
+                        self._heaps[rank] = [one for one in heap if one[1] in self._works]
+                        heapq.heapify(self._heaps[rank])
 
     def take(self) -> tuple[Future[DecodedImage], partial[DecodedImage]] | None:
         """The next one that somebody still waits for; it counts as running."""
-        with self._lock:
-            while (rank := self._turn()) is not None:
-                _, _, future, work = heapq.heappop(self._heaps[rank])
-                if future.set_running_or_notify_cancel():
-                    return future, work
-        return None
+        while True:
+            with self._lock:
+                for heap in self._heaps:
+                    while heap and heap[0][1] not in self._works:
+                        heapq.heappop(heap)
+                rank = self._turn()
+                if rank is None:
+                    return None
+                found = self._works.pop(heapq.heappop(self._heaps[rank])[1])
+            if found[0].set_running_or_notify_cancel():
+                return found
 
     def _turn(self) -> int | None:
         there = [rank for rank in range(len(CLASSES)) if self._heaps[rank]]
@@ -61,9 +83,9 @@ class _Waiting:
 
     def cancel(self) -> None:
         with self._lock:
-            for heap in self._heaps:
-                while heap:
-                    heap.pop()[2].cancel()
+            left = [future for future, _ in self._works.values()]
+        for future in left:
+            future.cancel()
 
 
 class ImageDecoder:

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ironclip.attacks import Attack, ThreatModel, WhiteBox, classification, drive, make_attack
+from ironclip.attacks import Answer, Attack, Query, ThreatModel, WhiteBox, classification, drive, make_attack
+from ironclip.attacks.eight_bit import in_8_bits
 from ironclip.classifier import Classifier
 from ironclip.errors import InputError
 from ironclip.hierarchy import BoundTree
@@ -31,18 +32,26 @@ Say = Callable[[str], None]
 
 
 def examples(
-    classifier: Classifier, sample: Sample, cell: Cell, folder: Path, *, batch_size: int = 0, progress: Say = print
+    classifier: Classifier,
+    sample: Sample,
+    cell: Cell,
+    folder: Path,
+    *,
+    whole: bool = True,
+    batch_size: int = 0,
+    progress: Say = print,
 ) -> Tensor:
     """Adversarial pictures of a sample, uint8 [N, 3, R, R]; made batch by batch, kept in ``folder``, and resumed.
 
-    Every picture is attacked, whether it is right or not; one that is wrong as it is stays as it is. Rounding to 8 bits
-    moves a pixel by at most half a step towards the picture, so the radius still holds.
+    One that is wrong as it is stays as it is. The radius holds in 8 bits too.
 
     Args:
         classifier: attacked, as a whole.
         sample: on what.
         cell: how, at which level.
         folder: where they are kept, by a digest of all this.
+        whole: the attack takes all its steps. Else a picture is left where it first fools the model that is attacked:
+            just across its boundary, from where few examples carry over to another model.
         batch_size: pictures attacked together; `robustness.together` if 0.
         progress: told a line after each batch.
     """
@@ -54,10 +63,11 @@ def examples(
     def make(rows: slice) -> Tensor:
         images, truth = to_float(sample.pixels[rows]).to(device), labels[rows].to(device)
         keys = torch.arange(rows.start, rows.start + len(images), device=device)
-        return attack_all(model, images, truth, attack, cell.threat, keys)
+        return attack_all(model, images, truth, attack, cell.threat, keys, whole=whole)
 
     name = f"{cell.attack} {cell.threat.label} {cell.level}"
-    path = folder / f"examples-{key_of(classifier, sample, cell)[:24]}.safetensors"
+    mode = "whole-" if whole else ""
+    path = folder / f"examples-{mode}{key_of(classifier, sample, cell)[:24]}.safetensors"
     return kept_examples(
         path, sample.pixels, cell.threat, make, batch_size=batch_size, say=lambda n: progress(f"{name}: {n}")
     )
@@ -86,7 +96,7 @@ def kept_examples(
     while len(done) < len(pixels):
         start = len(done)
         made, batch_size = as_many_as_fit(lambda n: make(slice(start, min(start + n, len(pixels)))), batch_size, say)  # noqa: B023
-        done = torch.cat([done, rounded(made.cpu(), pixels[start : start + len(made)], threat)])
+        done = torch.cat([done, in_8_bits(made.cpu(), pixels[start : start + len(made)], threat)])
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_suffix(".writing")
         save_file({"images": done}, staged)
@@ -96,27 +106,34 @@ def kept_examples(
 
 
 def attack_all(
-    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, attack: Attack, threat: ThreatModel, keys: Tensor
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    attack: Attack,
+    threat: ThreatModel,
+    keys: Tensor,
+    *,
+    whole: bool,
 ) -> Tensor:
-    """A batch after the attack, float [N, 3, R, R]; pictures that are wrong as they are stay as they are."""
+    """A batch after the attack, float [N, 3, R, R]; pictures that are wrong as they are stay as they are.
+
+    ``whole``: the attack is told of no success, so that it takes all its steps, and ends where it would.
+    """
     with torch.no_grad():
         right = model(images).argmax(1) == labels
     problem = replace(classification(images, labels, threat, keys=keys), active=right)
-    return drive(attack, problem, WhiteBox(model, problem, batch_size=len(images))).images
+    oracle = WhiteBox(model, problem, batch_size=len(images))
+    return drive(attack, problem, unmoved(oracle) if whole else oracle, keep_fooled=not whole).images
 
 
-def rounded(images: Tensor, original: Tensor, threat: ThreatModel) -> Tensor:
-    """Pictures in 8 bits, still inside the threat model: float [N, 3, R, R] and uint8 [N, 3, R, R] -> uint8.
+def unmoved(oracle: Callable[[Query], Answer]) -> Callable[[Query], Answer]:
+    """An oracle that calls nothing fooled: no item stops before the end."""
 
-    For L-inf each value is rounded and kept within the whole steps that the radius allows; for other norms a value is
-    rounded towards the original, so that no distance grows.
-    """
-    steps = images.detach().float() * 255
-    start = original.float()
-    if threat.norm == "linf":
-        reach = int(threat.eps * 255 + 1e-4)
-        return torch.minimum(torch.maximum(steps.round(), start - reach), start + reach).clamp(0, 255).to(torch.uint8)
-    return torch.where(steps > start, steps.floor(), steps.ceil()).clamp(0, 255).to(torch.uint8)
+    def ask(query: Query) -> Answer:
+        answer = oracle(query)
+        return replace(answer, fooled=torch.zeros_like(answer.fooled))
+
+    return ask
 
 
 def _right(model: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor, device: torch.device) -> Tensor:

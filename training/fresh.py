@@ -11,17 +11,18 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ironclip.attacks import APGD, PGD, Answer, Attack, Query, WhiteBox, classification, drive
+from ironclip.attacks import APGD, PGD, Attack, WhiteBox, classification, drive
+from ironclip.attacks.eight_bit import in_8_bits
 from ironclip.classifier import Classifier
 from ironclip.preprocessing import to_float
-from training.examples import rounded
+from training.examples import unmoved
 from training.jsonfile import finished, read_json, write_json
 from training.provenance import commit
 from training.robustness import FOOLED, HELD, WRONG, Cell, Sample, key_of, named, wilson
@@ -156,14 +157,9 @@ def _stage(
     if stage.attack == "pgd":
         attack = PGD(iterations=stage.iterations, momentum=0.75, stop_fooled=False, keep="last", seed=number)
     oracle = WhiteBox(classifier, problem, batch_size=len(images), draws=draws)
-
-    def unmoved(query: Query) -> Answer:
-        # Where decisions draw, one that is fooled once may not be fooled again: no item stops before the end.
-        answer = oracle(query)
-        return replace(answer, fooled=torch.zeros_like(answer.fooled))
-
-    result = drive(attack, problem, unmoved, keep_fooled=False)
-    return rounded(result.images.cpu(), pixels, cell.threat), int(result.backwards.sum()) * stage.draws
+    # Where decisions draw, one that is fooled once may not be fooled again.
+    result = drive(attack, problem, unmoved(oracle), keep_fooled=False)
+    return in_8_bits(result.images.cpu(), pixels, cell.threat), int(result.backwards.sum()) * stage.draws
 
 
 def _result(

@@ -1,7 +1,7 @@
 """`defences`: defences at decision time on a ladder of attacks, from those that do not see them to those that do.
 
     transfer-pgd, -cw   ten steps on the undefended encoder, step 1/255: the papers' protocol
-    transfer-apgd       APGD-CE, 100 steps on the undefended encoder
+    transfer-apgd       APGD-CE, 100 steps on the undefended encoder; all of them, as above
     white-box           APGD-CE, then APGD-DLR, through the whole decision, its draws known
     fresh               expectation over draws, judged by draws that nobody has seen (`training.fresh`)
     ensemble            APGD-CE and APGD-T through the whole decision, its draws known
@@ -41,8 +41,8 @@ from training.robustness import FOOLED, HELD, WRONG, Cell, Sample, key_of, measu
 
 # Rung -> its attack and options. Transfer rungs make examples on the undefended encoder.
 TRANSFER: dict[str, tuple[str, dict[str, Any]]] = {
-    "transfer-pgd": ("pgd", {"iterations": 10, "step_size": 1 / 255}),
-    "transfer-cw": ("cw", {"iterations": 10, "step_size": 1 / 255}),
+    "transfer-pgd": ("pgd", {"iterations": 10, "step_size": 1 / 255, "keep": "last"}),
+    "transfer-cw": ("cw", {"iterations": 10, "step_size": 1 / 255, "keep": "last"}),
     "transfer-apgd": ("apgd-ce", {}),
 }
 SEEING: dict[str, str] = {
@@ -205,7 +205,11 @@ def _cell(
         source = Cell("apgd-ce", threat)
         sources = [undefended, classifier, *surrogates(classifier)]
         size = max(8, 128 // classifier.defence.view_count)
-        candidates = [examples(one, sample, source, made, batch_size=size, progress=say) for one in sources]
+        candidates = [
+            examples(one, sample, source, made, whole=whole, batch_size=size, progress=say)
+            for whole in (False, True)
+            for one in sources
+        ]
         measure_fresh(classifier, sample, Cell("eot-pgd", threat), path, candidates=candidates, progress=say)
     else:
         cell = Cell(SEEING[rung], threat)
@@ -243,7 +247,7 @@ def measure_transfer(
     say: Say = print,
 ) -> dict[str, Any]:
     """How a defended decision answers examples made on the undefended one; written to ``path``."""
-    key = f"{key_of(undefended, sample, cell)} {key_of(classifier, sample, cell)}"
+    key = f"whole {key_of(undefended, sample, cell)} {key_of(classifier, sample, cell)}"
     if (found := finished(path, key)) is not None:
         return found
     adversarial = examples(undefended, sample, cell, made, progress=say)

@@ -24,11 +24,11 @@ _BACK = 0.9  # beta: how much of the way back to the picture is kept, once acros
 def project_on_plane(points: Tensor, normals: Tensor, offsets: Tensor, norm: Norm) -> Tensor:
     """The shortest step onto a hyperplane that stays inside [0, 1] (section 2.2): [b, ...] of the shape of ``points``.
 
-    Each coordinate moves by min(lambda * u, room), with u = 1 for ``linf`` and |w| for ``l2``, and room the way to the
-    cube's face. What is covered towards the plane is a concave, piecewise linear function of lambda, so Newton's method
-    from 0 climbs to the one that reaches it and stops there exactly, after a few passes over the coordinates (sorting
-    them, as the paper does, takes longer than a small network's backward pass). Where the plane does not meet the cube,
-    the step goes as far towards it as the cube allows.
+    Each coordinate moves by min(lambda * u, room), with u = 1 for ``linf`` (0 where w is) and |w| for ``l2``, and room
+    the way to the cube's face. What is covered towards the plane is a concave, piecewise linear function of lambda, so
+    Newton's method from 0 climbs to the one that reaches it and stops there exactly, after a few passes over the
+    coordinates (sorting them, as the paper does, takes longer than a small network's backward pass). Where the plane
+    does not meet the cube, the step goes as far towards it as the cube allows.
 
     Args:
         points: [b, ...] in [0, 1].
@@ -40,7 +40,8 @@ def project_on_plane(points: Tensor, normals: Tensor, offsets: Tensor, norm: Nor
     down = (w * offsets[:, None]) > 0  # against the gradient where the offset is positive
     room = torch.where(down, x, 1 - x)
     weight = w.abs()
-    unit = torch.ones_like(weight) if norm == "linf" else weight
+    # Where the plane does not lean, a step leads nowhere.
+    unit = (weight > 0).to(w) if norm == "linf" else weight
     need = offsets.abs()[:, None]
     speed, most = weight * unit, weight * room
     beyond = most.sum(1, keepdim=True) <= need
@@ -113,9 +114,9 @@ class FAB:
         items = progress.left
         originals = problem.images[items]
         pixels = random_start(problem, items, seed=self.seed, restart=draw) if random else originals
-        for _ in range(self.iterations):
-            if not len(items):
-                break
+        left = torch.full_like(items, self.iterations)
+        back = torch.zeros_like(items, dtype=torch.bool)  # whose point was just taken back, and is stepped from
+        while len(items):
             answer: Answer = yield Query(pixels, items, objective, True, progress.step)
             progress.step += 1
             assert answer.gradient is not None
@@ -123,14 +124,14 @@ class FAB:
             inside = answer.fooled & (reach <= threat.eps)
             progress.images[items[inside]] = pixels[inside]
             progress.fooled[items[inside]] = True
-            # Once across, go back towards the picture; that point is asked about before the next step.
-            rows = answer.fooled[:, None, None, None]
-            pixels = torch.where(rows, originals + _BACK * (pixels - originals), pixels)
-            going = ~inside
-            items, originals, pixels = items[going], originals[going], pixels[going]
-            gradient, loss, rows = answer.gradient[going], answer.loss[going], rows[going]
+            going = ~inside & (left > 0)
+            items, originals, pixels, left = items[going], originals[going], pixels[going], left[going]
+            gradient, loss = answer.gradient[going], answer.loss[going]
+            # Once across, back towards the picture; the next step begins there, on whichever side that is.
+            back = answer.fooled[going] & ~back[going]
             moved = self._step(originals, pixels, gradient, loss, threat.norm)
-            pixels = torch.where(rows, pixels, moved)
+            pixels = torch.where(back[:, None, None, None], originals + _BACK * (pixels - originals), moved)
+            left = left - (~back).long()
         return progress.images
 
     @staticmethod

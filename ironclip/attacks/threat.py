@@ -11,7 +11,8 @@ from ironclip.errors import OptionError
 
 Norm = Literal["linf", "l2"]
 NORMS: tuple[Norm, ...] = ("linf", "l2")
-_ROUNDING = 1e-6
+# What float32 adds to a length over many pixels grows with it.
+_RELATIVE, _ROUNDING = 1e-5, 1e-6
 
 
 def lengths(vectors: Tensor, norm: Norm) -> Tensor:
@@ -70,7 +71,7 @@ class ThreatModel:
 
     def contains(self, images: Tensor, candidates: Tensor) -> Tensor:
         """Whether each perturbation is inside the radius, up to what float32 may add to its length: bool [N]."""
-        return self.distances(images, candidates) <= self.eps + _ROUNDING
+        return self.distances(images, candidates) <= self.eps * (1 + _RELATIVE) + _ROUNDING
 
     def distances(self, images: Tensor, candidates: Tensor) -> Tensor:
         """Length of each perturbation in this norm: [N]."""

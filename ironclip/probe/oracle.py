@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ironclip.attacks import Answer, Problem, Query, ThreatModel
+from ironclip.attacks import Answer, Problem, Query
+from ironclip.attacks.eight_bit import in_8_bits
 from ironclip.attacks.whitebox import as_found
 from ironclip.classifier import Classifier
 from ironclip.precision import exact_float32
@@ -49,7 +50,7 @@ class Ask:
     _fooled: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.picture = rounded(self.query.pixels[0], self.original, self.problem.threat)
+        self.picture = in_8_bits(self.query.pixels[:1], self.original[None], self.problem.threat)[0]
 
     def confirm(self) -> Iterator[None]:
         """Where all draws together were fooled, ask the served decision, a decision at a time."""
@@ -85,29 +86,6 @@ class Ask:
         if self.problem.labels is not None:
             return said != self.problem.labels
         return torch.ones_like(said, dtype=torch.bool)
-
-
-def rounded(pixels: Tensor, original: Tensor, threat: ThreatModel) -> Tensor:
-    """The nearest picture of 8 bits inside the threat model: float [3, R, R], uint8 [3, R, R] -> uint8 [3, R, R].
-
-    For L-inf a value is kept within the whole steps that the radius allows. For L2 the perturbation is made shorter
-    until the rounded one is short enough.
-    """
-    start = original.to(pixels.device).float()
-    steps = pixels.detach().float() * 255
-    if threat.norm == "linf":
-        reach = int(threat.eps * 255 + 1e-4)
-        inside = torch.minimum(torch.maximum(steps.round(), start - reach), start + reach)
-        return inside.clamp(0, 255).to(torch.uint8)
-    delta, low, high = steps - start, 0.0, 1.0
-    whole = (start + delta).round().clamp(0, 255)
-    if float((whole - start).norm()) <= threat.eps * 255:
-        return whole.to(torch.uint8)
-    for _ in range(12):
-        middle = (low + high) / 2
-        short = (start + middle * delta).round().clamp(0, 255)
-        low, high = (middle, high) if float((short - start).norm()) <= threat.eps * 255 else (low, middle)
-    return (start + low * delta).round().clamp(0, 255).to(torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ironclip.attacks import ThreatModel, WhiteBox, classification, drive, make_attack
+from ironclip.attacks.eight_bit import in_8_bits
 from ironclip.classifier import Classifier
 from ironclip.defences import make_defence
 from ironclip.defences.none import NoDefence
@@ -25,7 +26,6 @@ from ironclip.labels import LabelSet
 from ironclip.loading import DEMO_FOLDER, load_encoder
 from ironclip.preprocessing import load_image, to_float
 from ironclip.probe import Ask, Probe, ProbeOptions, Rows, Target, VectorTarget, pieces, png, probe, run, steps
-from ironclip.probe.oracle import rounded
 from tests.conftest import make_tiny_encoder
 
 NAMES = ["dog", "cat", "cow", "horse", "sheep", "goat"]
@@ -211,18 +211,6 @@ def test_l2_pictures_are_short_enough_when_rounded(tiny: Encoder) -> None:
     assert 0 < length <= found["broken_at"] * (1 + 1e-6)
     assert found["broken_at"] / found["robust_to"] < 1.06
     assert answer(classifier, found["artefacts"]["adversarial"]) != found["label"]
-
-
-def test_rounding_keeps_inside_the_ball_and_near() -> None:
-    generator = torch.Generator().manual_seed(0)
-    original = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=generator)
-    moved = (original.float() / 255 + 0.02 * torch.randn(3, 8, 8, generator=generator)).clamp(0, 1)
-    for norm, eps in (("linf", 2 / 255), ("linf", 2.9 / 255), ("l2", 0.1), ("l2", 0.3)):
-        threat = ThreatModel(norm, eps)  # type: ignore[arg-type]
-        picture = rounded(threat.project(original[None].float() / 255, moved[None])[0], original, threat)
-        distance = threat.distances(original[None].float() / 255, picture[None].float() / 255)
-        assert float(distance) <= eps + 1e-6
-        assert float(distance) > 0
 
 
 def test_a_level_is_attacked_as_a_level(demo: Encoder) -> None:
@@ -429,7 +417,7 @@ def test_against_torchattacks_the_smallest_radius_is_no_larger(demo: Encoder) ->
             middle = (low + high) // 2
             attack = torchattacks.APGD(classifier, eps=middle / 255, steps=20, loss="ce", seed=0)
             adversarial = attack(to_float(image[None]), label)
-            picture = rounded(adversarial[0], image, ThreatModel("linf", middle / 255))
+            picture = in_8_bits(adversarial, image[None], ThreatModel("linf", middle / 255))[0]
             broken = classifier.names.index(answer(classifier, picture)) != int(label)
             low, high = (low, middle) if broken else (middle, high)
         theirs.append(high)

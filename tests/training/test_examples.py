@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ironclip.attacks import ThreatModel
+from ironclip.attacks import ThreatModel, make_attack
 from ironclip.classifier import Classifier, predict
 from ironclip.encoder import Encoder
 from ironclip.errors import InputError
@@ -17,7 +17,7 @@ from ironclip.labels import LabelSet
 from ironclip.preprocessing import Preprocessing
 from tests.conftest import make_tiny_encoder
 from training.__main__ import main
-from training.examples import examples, level_matrix, rounded, transfer_matrix
+from training.examples import attack_all, examples, level_matrix, transfer_matrix
 from training.robustness import Cell, Sample
 
 NAMES = ["carrot", "kale", "cat", "dog", "rocket"]
@@ -62,12 +62,24 @@ def test_examples_are_8_bit_pictures_inside_the_ball_and_resume(
     assert again == []
 
 
-def test_rounding_never_leaves_the_ball() -> None:
-    original = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
-    start = original.float() / 255
-    for threat in (ThreatModel("linf", 1.5 / 255), ThreatModel("l2", 0.05)):
-        moved = threat.project(start, start + torch.randn(start.shape))
-        assert threat.contains(start, rounded(moved, original, threat).float() / 255).all()
+@pytest.mark.parametrize("cell", [CELL, Cell("pgd", ThreatModel("linf", 30 / 255), {"iterations": 10, "keep": "last"})])
+def test_examples_for_others_take_all_steps(classifier: Classifier, sample: Sample, cell: Cell, tmp_path: Path) -> None:
+    """Where a picture first fools its maker is just across that one's boundary, from where little carries over."""
+    images, labels, asked = sample.pixels.float() / 255, sample.labels, list[int]()
+
+    def model(pixels: torch.Tensor) -> torch.Tensor:
+        asked.append(len(pixels) if pixels.requires_grad else 0)
+        return classifier(pixels)
+
+    keys = torch.arange(len(labels))
+    attack_all(model, images, labels, make_attack(cell.attack, cell.options), cell.threat, keys, whole=True)
+    assert sum(asked) == 10 * 14  # the two that are wrong are not attacked
+    made, stopped = (examples(classifier, sample, cell, tmp_path, whole=whole) for whole in (True, False))
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(classifier(one.float() / 255)[2:], labels[2:]) for one in (made, stopped)
+        ]
+    assert float(losses[0]) > float(losses[1])
 
 
 def test_the_transfer_matrix(classifier: Classifier, sample: Sample, tmp_path: Path) -> None:

@@ -83,3 +83,24 @@ def test_it_finds_the_boundary_of_a_linear_model(norm: Norm) -> None:
             )
             result = drive(FAB(classes=2, iterations=40), problem, WhiteBox(model, problem))
             assert bool(result.fooled[0]) is fooled
+
+
+def test_a_coordinate_that_changes_nothing_is_left_alone() -> None:
+    weights = torch.tensor([[1.0, 0.0, -2.0], [0.0, 0.0, 0.0]])
+    step = project_on_plane(torch.full((2, 3), 0.5), weights, torch.tensor([-0.3, -0.4]), "linf")
+    assert torch.allclose(step, torch.tensor([[0.1, 0.0, -0.1], [0.0, 0.0, 0.0]]))
+
+
+def test_every_iteration_is_a_step() -> None:
+    """To go back across the boundary and look from there is none: it is asked for beside the steps."""
+    images = torch.full((1, 3, 8, 8), 0.5)
+    weights = torch.linspace(-1, 1, 192)
+
+    def model(pixels: Tensor) -> Tensor:
+        score = 3 - (pixels - 0.5).flatten(1) @ weights
+        return torch.stack([score, torch.zeros_like(score)], 1)
+
+    problem = classification(images, torch.tensor([0]), ThreatModel("linf", 0.01))  # the boundary is at 0.03
+    result = drive(FAB(classes=1, iterations=10), problem, WhiteBox(model, problem))
+    assert not bool(result.fooled[0])
+    assert 11 < int(result.backwards[0]) <= 21

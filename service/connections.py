@@ -1,0 +1,115 @@
+"""What a connection may do before there is a request that the layers could refuse: uvicorn's protocol, with bounds.
+
+uvicorn's parser takes a head of any length, a piece at a time, joins a growing value by copying it, and waits for ever
+for the rest. Here bytes that come to nothing (the head, trailers, the extensions of chunks) are bounded, and so is the
+time that a head takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from typing import Any
+
+try:
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+except ImportError:  # uvicorn then takes h11, which has a bound of its own
+    HTTP: Any = "auto"
+else:
+
+    class GuardedProtocol(HttpToolsProtocol):
+        """One connection.
+
+        Attributes:
+            most_quiet: bytes in which no head ends and no body goes on.
+            patience: seconds for a head, from its first byte on; and for the rest of a body whose request has been
+                answered.
+            most_connections: more are answered 503 at once.
+        """
+
+        most_quiet = 64 * 1024
+        patience = 20.0
+        # The rest of the files that this process may open is for pictures, Redis and what is fetched.
+        most_connections = max(64, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 20) - 256)
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._quiet = 0
+            self._heard = self._begun = False
+            self._timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > self.most_connections:
+                self._refuse(b"503 Service Unavailable", b"Too many connections.")
+            else:
+                # As long as between two requests: whoever connects ahead of its first one is not told that it is late.
+                self._be_patient(self.timeout_keep_alive)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._be_easy()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self.transport.is_closing():
+                return
+            self._heard = False
+            super().data_received(data)
+            self._quiet = 0 if self._heard else self._quiet + len(data)
+            if self._quiet > self.most_quiet:
+                self._refuse(b"431 Request Header Fields Too Large", b"The headers are too large.")
+
+        def on_message_begin(self) -> None:
+            self._heard = self._begun = True
+            super().on_message_begin()
+            self._be_easy()
+            self._be_patient(self.patience)
+
+        def on_headers_complete(self) -> None:
+            self._heard = True
+            self._be_easy()
+            super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            self._heard = True
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._heard, self._begun = True, False
+            self._be_easy()
+            super().on_message_complete()
+
+        def on_response_complete(self) -> None:
+            unread = self.cycle is not None and self.cycle.response_complete and self.cycle.more_body
+            super().on_response_complete()
+            if unread and not self.transport.is_closing():
+                self._be_patient(self.patience)
+
+        def _be_patient(self, seconds: float) -> None:
+            if self._timer is None:
+                self._timer = self.loop.call_later(seconds, self._too_late)
+
+        def _be_easy(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        def _too_late(self) -> None:
+            self._timer = None
+            if self._begun:
+                self._refuse(b"408 Request Timeout", b"The request did not arrive in time.")
+            else:
+                self.transport.close()
+
+        def _refuse(self, status: bytes, text: bytes) -> None:
+            """Say why, unless an answer is on its way already, and close."""
+            if self.transport.is_closing():
+                return
+            if self.cycle is None or (self.cycle.response_complete and not self.cycle.more_body):
+                self.transport.write(
+                    b"HTTP/1.1 %s\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\n"
+                    b"connection: close\r\n\r\n%s" % (status, len(text), text)
+                )
+            self.transport.close()
+
+    HTTP = GuardedProtocol
