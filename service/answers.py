@@ -27,6 +27,7 @@ from service.cache import ArrayCache, KeyScope, image_key
 from service.decisions import Classifiers, Plan
 from service.decoder import ImageDecoder
 from service.forms import Picture
+from service.rate_limits import TEXT, Meter
 from service.runtime import ServedEncoder
 from service.telemetry import Stages
 from service.together import together
@@ -83,8 +84,17 @@ class Answers:
         self.scores = scores
         self.classifiers = classifiers
 
-    async def classify(self, plan: Plan, pictures: Sequence[Picture], stages: Stages) -> list[Item]:
-        """Decide about each picture; an item has `scores` or `error`."""
+    async def classify(
+        self, plan: Plan, pictures: Sequence[Picture], stages: Stages, meter: Meter | None = None
+    ) -> list[Item]:
+        """Decide about each picture; an item has `scores` or `error`.
+
+        Args:
+            plan: how.
+            pictures: as they came.
+            stages: where times go.
+            meter: who pays for texts that have to be encoded first; None: nobody.
+        """
         items = _items(pictures)
         with stages.time("cache"):
             await self._known_bytes(plan.served, plan.tenant, _open(items))
@@ -93,10 +103,10 @@ class Answers:
         if waiting:
             # Before anything is decoded: a request that is refused is to cost next to nothing.
             with plan.served.room_for(len(waiting), plan.defence) as room:
-                await self._classify(plan, waiting, stages, room)
+                await self._classify(plan, waiting, stages, room, meter)
         return items
 
-    async def _classify(self, plan: Plan, waiting: list[Item], stages: Stages, room: Room) -> None:
+    async def _classify(self, plan: Plan, waiting: list[Item], stages: Stages, room: Room, meter: Meter | None) -> None:
         """Decide about pictures whose bytes, under this plan, are not known."""
         decoded = await self._ready(
             plan.served, plan.tenant, [item for item in waiting if not item.pixels_digest], stages
@@ -110,12 +120,20 @@ class Answers:
         if classifier is None:
             plan.served.images.release(room)  # texts may take long: the pictures are let in anew after them
             with stages.time("labels"):
-                classifier = await self.classifiers.get(plan)
+                classifier = await self._encoded(plan, meter)
         with stages.time("cache"):
             await self._known_features(plan.served, plan.defence, plan.features_key, waiting)
         await self._encode(plan.served, plan.tenant, plan.defence, plan.features_key, waiting, stages, room)
         with stages.time("decide"):
             await self._decide(plan, classifier, _open(waiting))
+
+    async def _encoded(self, plan: Plan, meter: Meter | None) -> Classifier:
+        """The plan's Classifier, its texts paid for by whoever is limited."""
+        if meter is None or not meter.limited:
+            return await self.classifiers.get(plan)
+        # Apart from what the request costs again and again: encoded once, they are there for the next.
+        async with meter.paid(TEXT * await self.classifiers.texts_to_encode(plan), again=False):
+            return await self.classifiers.get(plan)
 
     async def embed(
         self,

@@ -90,9 +90,15 @@ class Service:
         self.limiter = Limiter(self._link, settings.redis_prefix)
         seal = Seal(settings.redis_mac_key.get_secret_value().encode(), b"label sets")
         store: Store = (
-            RedisStore(self._link, settings.redis_prefix, settings.max_label_sets, seal)
+            RedisStore(
+                self._link,
+                settings.redis_prefix,
+                settings.max_label_sets,
+                seal,
+                max_bytes=settings.max_label_set_bytes,
+            )
             if self._link is not None
-            else FileStore(settings.state_dir, settings.max_label_sets)
+            else FileStore(settings.state_dir, settings.max_label_sets, settings.max_label_set_bytes)
         )
         self.label_sets = LabelSets(
             store,

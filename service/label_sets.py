@@ -31,6 +31,8 @@ Trees = LabelTree | Mapping[str, LabelTree]
 # For so long a replica answers from what it last saw before it asks the store again.
 _FRESH_SECONDS = 0.5
 # Sets kept as objects, by a guess at their size: an object is some ten times its JSON.
+# Threads that take documents apart at once: all other work that is done beside the loop shares its threads with them.
+_PARSERS = 2
 _PARSED_BYTES = 256 * 1024 * 1024
 _JSON_TO_OBJECT = 10
 _KEYS = {"labels", "templates", "tree"}
@@ -147,6 +149,7 @@ class LabelSets:
             _PARSED_BYTES, getsizeof=lambda entry: entry[1]
         )
         self._heads: LRUCache[tuple[str, str], tuple[float, str]] = LRUCache(4096)
+        self._parsing = asyncio.Semaphore(_PARSERS)
 
     async def get(self, reference: str, *, fresh: bool = False, tenant: str = "") -> Registered:
         """The tenant's set of this `name` or `name@digest`; `fresh` asks the store even if it was asked just now.
@@ -180,7 +183,8 @@ class LabelSets:
             Unavailable: the store does not answer.
         """
         self._refuse_built_in(name)
-        entry, document = await asyncio.to_thread(_parse_and_dump, name, content, self.limits)
+        async with self._parsing:
+            entry, document = await asyncio.to_thread(_parse_and_dump, name, content, self.limits)
         try:
             created = await self.store.of(tenant).put(name, entry.digest, document, expect)
         except StoreDown as error:

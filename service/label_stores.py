@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,14 @@ from ironclip.errors import Conflict
 from service.errors import TooManyLabelSets
 from service.redis_link import RedisLink, RedisRefused, RedisUnavailable
 from service.seal import NotSigned, Seal
-from service.settings import NAME_PATTERN
+from service.settings import MIB, NAME_PATTERN
 
 T = TypeVar("T")
 
-KEPT_VERSIONS = 16
+# Versions of a name that are kept beside the newest: as many, and as long as there is room.
+KEPT_VERSIONS = 15
 MAX_SETS = 1000
+MAX_BYTES = 64 * MIB
 _LOCK_SECONDS = 5.0
 # A label set is read rarely and can be megabytes: it may take longer than a cached vector.
 _REDIS_SECONDS = 2.0
@@ -86,14 +88,15 @@ class FileStore:
     take a lock.
     """
 
-    def __init__(self, folder: Path, max_sets: int = MAX_SETS) -> None:
+    def __init__(self, folder: Path, max_sets: int = MAX_SETS, max_bytes: int = MAX_BYTES) -> None:
         self.root = folder
         self.folder = folder / "label-sets"
         self.max_sets = max_sets
+        self.max_bytes = max_bytes
 
     def of(self, tenant: str) -> FileStore:
         """The documents of one tenant: a folder beside the others."""
-        return FileStore(self.root / "tenants" / tenant, self.max_sets) if tenant else self
+        return FileStore(self.root / "tenants" / tenant, self.max_sets, self.max_bytes) if tenant else self
 
     async def head(self, name: str) -> str | None:
         """Digest of the newest version."""
@@ -149,12 +152,15 @@ class FileStore:
             if current is None:
                 _check_room(len(self._heads()), self.max_sets)
             folder = self.folder / name
+            versions = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+            older = [(path, path.stat().st_size) for path in versions if path.stem != digest]
+            others = sum(path.stat().st_size for path in self.folder.glob("*/*.json") if path.parent != folder)
+            kept = _kept(len(document), [size for _, size in older], others, self.max_bytes)
             folder.mkdir(exist_ok=True)
             _replace(folder / f"{digest}.json", document)
             _replace(folder / "current", digest.encode())
-            versions = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-            for old in versions[KEPT_VERSIONS:]:
-                old.unlink(missing_ok=True)
+            for path, _ in older[kept:]:
+                path.unlink(missing_ok=True)
             return current is None
 
     def _delete(self, name: str, expect: Expect) -> bool:
@@ -172,6 +178,33 @@ class FileStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".lock", timeout=_LOCK_SECONDS):
             yield
+
+
+def _kept(document: int, older: Sequence[int], others: int, most: int) -> int:
+    """How many older versions of a name there is room for, the newest of them first.
+
+    Args:
+        document: bytes of the version that comes.
+        older: bytes of those that are there.
+        others: bytes of all other names' versions.
+        most: bytes of all.
+
+    Raises:
+        TooManyLabelSets: there is not even room for the one that comes.
+    """
+    if others + document > most:
+        raise TooManyLabelSets(
+            f"All label sets with their older versions would take {others + document} bytes, at most {most} are kept "
+            "(IRONCLIP_MAX_LABEL_SET_BYTES): delete one, or make this one shorter.",
+            limit=most,
+        )
+    held, kept = others + document, 0
+    for size in older[:KEPT_VERSIONS]:
+        held += size
+        if held > most // 2:  # so that they shut no other set out
+            break
+        kept += 1
+    return kept
 
 
 def _check_room(count: int, most: int) -> None:
@@ -202,20 +235,28 @@ class RedisStore:
     """
 
     def __init__(
-        self, link: RedisLink, prefix: str, max_sets: int = MAX_SETS, seal: Seal | None = None, tenant: str = ""
+        self,
+        link: RedisLink,
+        prefix: str,
+        max_sets: int = MAX_SETS,
+        seal: Seal | None = None,
+        tenant: str = "",
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         self.link = link
         self.max_sets = max_sets
+        self.max_bytes = max_bytes
         self.seal = seal or Seal()
         self.tenant = tenant
         self.root = prefix
         own = f"{prefix}:tenant:{tenant}" if tenant else prefix
         self.names_key = f"{own}:label-sets"
+        self.bytes_key = f"{own}:label-set-bytes"
         self.prefix = f"{own}:label-set:"
 
     def of(self, tenant: str) -> RedisStore:
         """The documents of one tenant: under keys of its own."""
-        return RedisStore(self.link, self.root, self.max_sets, self.seal, tenant) if tenant else self
+        return RedisStore(self.link, self.root, self.max_sets, self.seal, tenant, self.max_bytes) if tenant else self
 
     async def head(self, name: str) -> str | None:
         """Digest of the newest version."""
@@ -262,17 +303,26 @@ class RedisStore:
                 await pipe.watch(self.names_key)
                 _check_room(await pipe.scard(self.names_key), self.max_sets)
             kept = _versions(await pipe.hget(self.prefix + name, "versions"))
-            versions = [digest, *(old for old in kept if old != digest)]
+            older = [old for old in kept if old != digest]
+            await pipe.watch(self.bytes_key)
+            # What another writer put there counts for nothing.
+            held = {
+                _text(key): int(value) for key, value in (await pipe.hgetall(self.bytes_key)).items() if value.isdigit()
+            }
+            sizes = [int(await pipe.hstrlen(self.prefix + name, old)) for old in older]
+            others = sum(size for other, size in held.items() if other != name)
+            count = _kept(len(document), sizes, others, self.max_bytes)
             pipe.multi()  # type: ignore[no-untyped-call]
+            pipe.hset(self.bytes_key, name, len(document) + sum(sizes[:count]))
             pipe.hset(
                 self.prefix + name,
                 mapping={
                     digest: self.seal.close(self._place(name, digest), document),
                     "current": self.seal.close(self._place(name), digest.encode()),
-                    "versions": json.dumps(versions[:KEPT_VERSIONS]),
+                    "versions": json.dumps([digest, *older[:count]]),
                 },
             )
-            for old in versions[KEPT_VERSIONS:]:
+            for old in older[count:]:
                 pipe.hdel(self.prefix + name, old)
             pipe.sadd(self.names_key, name)
             await pipe.execute()
@@ -288,6 +338,7 @@ class RedisStore:
             pipe.multi()  # type: ignore[no-untyped-call]
             pipe.delete(self.prefix + name)
             pipe.srem(self.names_key, name)
+            pipe.hdel(self.bytes_key, name)
             return bool((await pipe.execute())[0])
 
         return await self._transaction(name, expect, write)

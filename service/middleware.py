@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -203,7 +204,8 @@ class BodyGuard:
     Args:
         app: the layers below.
         max_bytes: bytes of one body.
-        max_held_bytes: bytes of all bodies whose requests are not answered yet.
+        max_held_bytes: bytes of all bodies whose requests are not answered yet; those of one API key are a quarter of
+            it at most, or one body.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_held_bytes: int) -> None:
@@ -211,12 +213,16 @@ class BodyGuard:
         self.max_bytes = max_bytes
         self.max_held_bytes = max_held_bytes
         self._held = 0
+        self._share = max(max_bytes, max_held_bytes // 4)
+        self._by_key: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        caller = scope["state"].get("caller")
+        key = caller.key if caller is not None else ""
         received = 0
         checked = over = False
 
@@ -226,8 +232,18 @@ class BodyGuard:
                 return  # what is still on its way to a request that has ended is dropped, and was never given back
             received += size
             self._held += size
+            if key:
+                self._by_key[key] += size
             if received > self.max_bytes:
                 raise self._too_large()
+            if self._by_key[key] > self._share:
+                raise Overloaded(
+                    f"The bodies of this API key's requests under way are over {self._share} bytes (a quarter of "
+                    "IRONCLIP_MAX_HELD_BYTES, or IRONCLIP_MAX_BODY_BYTES where that is more).",
+                    limit_name="held-bytes-of-key",
+                    retry_after=1,
+                    limit=self._share,
+                )
             if self._held > self.max_held_bytes:
                 raise Overloaded(
                     f"The bodies of the requests under way are over {self.max_held_bytes} bytes "
@@ -254,6 +270,10 @@ class BodyGuard:
         finally:
             over = True
             self._held -= received
+            if key:
+                self._by_key[key] -= received
+                if self._by_key[key] <= 0:
+                    del self._by_key[key]
 
     def _check_headers(self, scope: Scope) -> None:
         encoding = header(scope, b"content-encoding")

@@ -26,6 +26,8 @@ from service.schemas import Options
 
 # Plans kept, by what they hold of memory; and what is too much to be taken apart on the event loop.
 _PLAN_BYTES = 128 * 1024 * 1024
+# Plans of many labels that are made at once.
+_MAKERS = 2
 _LARGE_BYTES = 100_000
 _LARGE_SET = 2000
 # Levels of all trees of one request: each costs scores for every picture and a list in every answer.
@@ -46,6 +48,8 @@ class Plans:
         self.limits = limits
         self.most_views = most_views
         self._kept: LRUCache[bytes, tuple[Plan, int]] = LRUCache(_PLAN_BYTES, getsizeof=lambda entry: entry[1])
+        # All other work that is done beside the loop shares its threads with these.
+        self._making = asyncio.Semaphore(_MAKERS)
 
     @property
     def bytes_kept(self) -> int:
@@ -80,7 +84,11 @@ class Plans:
             return kept[0]
         make = (served, options, entry, tenant)
         large = long or (entry is not None and len(entry.label_set) + _edges(entry.tree) > _LARGE_SET)
-        plan, cost = await asyncio.to_thread(self._make, *make) if large else self._make(*make)
+        if large:
+            async with self._making:
+                plan, cost = await asyncio.to_thread(self._make, *make)
+        else:
+            plan, cost = self._make(*make)
         if cost <= _PLAN_BYTES and not served.retired:
             self._kept[key] = (plan, cost)
         return plan

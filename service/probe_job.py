@@ -53,6 +53,7 @@ class Job:
         artefacts: which of `adversarial` and `perturbation` are wanted.
         about: what the answer says of encoder, label set, defence and preprocessing.
         resized: whether the picture was not of the encoder's size.
+        tenant: whose it is; "" where there are no API keys.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class Job:
         artefacts: tuple[str, ...] = (),
         about: dict[str, Any] | None = None,
         resized: bool = False,
+        tenant: str = "",
     ) -> None:
+        self.tenant = tenant
         self.id = uuid.uuid4().hex
         self.build = build
         self.seconds = seconds

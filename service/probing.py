@@ -26,6 +26,8 @@ from service.probe_job import Job
 
 # Probes that advance side by side in one encoder; more wait.
 _ACTIVE = 16
+# Of the probes that run and wait one tenant may have one in so many.
+_TENANT_SHARE = 4
 # A piece alone takes at most this share of the quantum: on a busy machine it takes longer.
 _SHARE = 0.6
 _END = object()
@@ -86,6 +88,10 @@ class Prober:
         waiting = sum(not job.cancelled for job in list(self._waiting))
         return waiting + self._beginning + len(self._active)
 
+    def _running_of(self, tenant: str) -> int:
+        waiting = sum(not job.cancelled for job in self._waiting if job.tenant == tenant)
+        return waiting + sum(job.tenant == tenant for job in self._active)
+
     @property
     def backlog_seconds(self) -> float:
         """Until a probe that comes now is begun, at most."""
@@ -110,6 +116,15 @@ class Prober:
                     limit_name="probes",
                     retry_after=max(1.0, self.backlog_seconds),
                     limit=self.most,
+                )
+            share = max(1, self.most // _TENANT_SHARE)
+            if job.tenant and (ours := self._running_of(job.tenant)) >= share:
+                raise Overloaded(
+                    f"{ours} probes of this tenant run and wait, at most {share} may (a quarter of "
+                    "IRONCLIP_MAX_PROBES).",
+                    limit_name="probes-of-tenant",
+                    retry_after=max(1.0, self.backlog_seconds),
+                    limit=share,
                 )
             left = max(0.0, job.deadline - time.monotonic())
             if self.backlog_seconds > left:
@@ -236,7 +251,9 @@ class Prober:
 
     def _admit(self) -> None:
         with self._lock:
-            job = self._waiting.popleft()
+            # Of whoever has the fewest under way, the first that came.
+            job = min(self._waiting, key=lambda one: sum(other.tenant == one.tenant for other in self._active))
+            self._waiting.remove(job)
             self._beginning = 1  # it counts all the time
         self._work_for([job])
         try:

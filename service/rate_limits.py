@@ -7,6 +7,7 @@ replica counts for itself: an outage makes limits looser, and refuses nobody.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import AsyncIterator
@@ -21,9 +22,12 @@ from service import telemetry
 from service.errors import CostTooHigh, RateLimited
 from service.keys import Caller
 from service.redis_link import RedisLink, RedisUnavailable
+from service.together import REFUSED
 
 # Points of one forward of a picture, of one text, and of one gradient of a probe through one forward.
 PICTURE, TEXT, GRADIENT = 1.0, 0.25, 1.0
+# Labels and prompts beyond so many bytes are paid for by their bytes: to read them takes about as long as a picture.
+_BYTES_A_POINT = 64 * 1024
 # Takes points if they are there (negative ones are given back); returns whether, and how many are left. One step, by
 # Redis' own clock: replicas neither race nor disagree about the time. Whatever another writer has put under the key
 # comes out between an empty and a full bucket.
@@ -44,6 +48,11 @@ if points ~= 0 then
 end
 return {1, string.format('%.6f', left)}
 """
+
+
+def reading(size: int) -> float:
+    """What it costs to read labels and options of so many bytes, in points; little costs nothing."""
+    return PICTURE * (size // _BYTES_A_POINT)
 
 
 @dataclass
@@ -169,19 +178,23 @@ class Meter:
             self._last = await self._limiter.take(self.caller, -points, store)
 
     @asynccontextmanager
-    async def paid(self, points: float) -> AsyncIterator[None]:
+    async def paid(self, points: float, *, again: bool = True) -> AsyncIterator[None]:
         """Take points for the work inside; they come back if the service refuses or fails to do it.
 
-        Not if the caller's time ran out, or the caller went away, or a picture turned out to be unreadable: the work
-        was done as far as it went.
+        They do not if the caller's time ran out, or the caller went away, or a picture turned out to be unreadable: the
+        work was done as far as it went. What the same request would not cost ``again`` is left out of `spent`.
         """
         store = await self.pay(points)
+        self.spent -= 0.0 if again else max(0.0, points)
         try:
             yield
         except (ImageError, DeadlineExceeded):
             raise
-        except Exception:
-            await self.give_back(points, store)
+        except BaseException as error:
+            # Another part of the request was refused, and this one is told to end.
+            if isinstance(error, Exception) or (isinstance(error, asyncio.CancelledError) and error.args == (REFUSED,)):
+                self.spent += 0.0 if again else max(0.0, points)
+                await self.give_back(points, store)
             raise
 
     async def headers(self) -> dict[str, str]:

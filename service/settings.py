@@ -282,6 +282,12 @@ class Settings(BaseSettings):
     max_label_sets: int = Field(
         default=1000, ge=1, le=1_000_000, description="Label sets registered at most, of each tenant."
     )
+    max_label_set_bytes: int = Field(
+        default=64 * MIB,
+        ge=1024,
+        description="Bytes of all registered label sets at most, of each tenant; older versions are kept as long as half "
+        "of it suffices.",
+    )
     max_registered_labels: int = Field(default=20_000, ge=1, description="Labels of one registered set at most.")
     max_prompts: int = Field(
         default=160_000, ge=1, description="Prompts at most that labels, templates and descriptions make together."

@@ -15,11 +15,11 @@ from starlette.responses import Response
 
 from ironclip.domain import Domain
 from ironclip.errors import InputTooLarge, OptionError
-from service.answers import Answers, Item, scores_of
+from service.answers import Item, scores_of
 from service.decisions import Plan
 from service.forms import Picture, read_ask
 from service.problems import problem
-from service.rate_limits import PICTURE, TEXT, Meter
+from service.rate_limits import PICTURE, reading
 from service.routes.common import Deadline, fetched, json_response, meter_of, service_of, stages_of
 from service.routes.remembering import remember
 from service.schemas import ClassifyRequest, Options
@@ -57,10 +57,11 @@ async def classify(request: Request) -> Response:
     async def work() -> tuple[Plan, list[Item]]:
         if ask.single and ask.pictures[0].error is not None:
             raise ask.pictures[0].error
+        await meter.pay(reading(ask.size))  # also for labels that then turn out to be none
         plan = await service.plan(ask.options, ask.size, tenant=meter.caller.tenant)
         check_size(plan, len(ask.pictures), top_k)
-        async with meter.paid(await points_of(plan, ask.pictures, meter, service.answers)):
-            return plan, await service.answers.classify(plan, await fetched(request, ask.pictures), stages)
+        async with meter.paid(points_of(plan, ask.pictures)):
+            return plan, await service.answers.classify(plan, await fetched(request, ask.pictures), stages, meter)
 
     plan, items = await deadline.within(work())
     request_id = request.state.request_id
@@ -81,15 +82,12 @@ async def classify(request: Request) -> Response:
     return answer
 
 
-async def points_of(plan: Plan, pictures: Sequence[Picture], meter: Meter, answers: Answers) -> float:
-    """What deciding about pictures costs, in points: their forwards, and the texts that are to be encoded for it.
+def points_of(plan: Plan, pictures: Sequence[Picture]) -> float:
+    """What deciding about pictures costs, in points: their forwards. Texts are paid for where they are encoded.
 
     A picture that is known from before costs the same: a price that can be told beforehand, and tells nothing.
     """
-    if not meter.limited:
-        return 0.0
-    forwards = plan.defence.cost * sum(picture.error is None for picture in pictures)
-    return PICTURE * forwards + TEXT * await answers.classifiers.texts_to_encode(plan)
+    return PICTURE * plan.defence.cost * sum(picture.error is None for picture in pictures)
 
 
 def predictions_of(plan: Plan, top_k: int) -> int:

@@ -13,7 +13,7 @@ from service.errors import RequestInvalid
 from service.forms import read_json
 from service.label_sets import Registered
 from service.label_stores import Expect
-from service.rate_limits import PICTURE
+from service.rate_limits import PICTURE, reading
 from service.routes.common import (
     Deadline,
     caller_of,
@@ -60,6 +60,7 @@ async def put_label_set(request: Request, name: str) -> Response:
         document = await read_json(request, LabelSetDocument)
     content = {key: value for key, value in document if value is not None}
     service, meter = service_of(request), meter_of(request)
+    await meter.pay(reading(len(await request.body())))  # also for labels that then turn out to be none
     async with meter.paid(PICTURE):
         entry, created = await service.label_sets.put(name, content, _expect(request), tenant=meter.caller.tenant)
     request.state.audit = {**_named(name), "labels": entry.digest}

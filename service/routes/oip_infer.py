@@ -19,7 +19,7 @@ from service.decisions import Plan, encoder_reference
 from service.errors import MediaTypeUnsupported
 from service.forms import media_type, off_loop
 from service.oip import Inference, Limits, read_inference, shortened, wanted
-from service.rate_limits import TEXT
+from service.rate_limits import TEXT, reading
 from service.routes.classify import DEFAULT_TOP_K, best, cache_status, check_size, points_of, softmax
 from service.routes.common import Deadline, meter_of, service_of, stages_of
 from service.routes.embed import embed_images, embed_texts, image_defence
@@ -118,6 +118,7 @@ async def _answer(request: Request, served: ServedEncoder, inference: Inference)
     _raise_first([picture.error for picture in inference.pictures])
     plan = None
     if inference.options is not None:
+        await meter.pay(reading(inference.size))
         plan = await service.plan(inference.options, inference.size, tenant=meter.caller.tenant)
     levels = list(plan.level_nodes) if plan is not None else []
     names = wanted(inference, levels, plan is not None and plan.domain is not None)
@@ -130,7 +131,7 @@ async def _answer(request: Request, served: ServedEncoder, inference: Inference)
 
     async def see() -> None:
         if decided and plan is not None:
-            found.items = await service.answers.classify(plan, inference.pictures, stages)
+            found.items = await service.answers.classify(plan, inference.pictures, stages, meter)
             _raise_first([item.error for item in found.items])
         if "embedding" in names or ("warnings" in names and not decided):
             found.embedded = await _embed(request, found, inference)
@@ -143,16 +144,16 @@ async def _answer(request: Request, served: ServedEncoder, inference: Inference)
             )
             _raise_first(found.texts)
 
-    async with meter.paid(await _points(request, found, inference, decided)):
+    async with meter.paid(_points(found, inference, decided)):
         await together([see(), read()])
     return found
 
 
-async def _points(request: Request, found: _Found, inference: Inference, decided: bool) -> float:
+def _points(found: _Found, inference: Inference, decided: bool) -> float:
     """What a request costs; pictures that are decided about and embedded go through the tower once."""
     points = TEXT * len(inference.texts) if "text_embedding" in found.names else 0.0
     if found.plan is not None and (decided or "embedding" in found.names):
-        points += await points_of(found.plan, inference.pictures, meter_of(request), service_of(request).answers)
+        points += points_of(found.plan, inference.pictures)
     return points
 
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ironclip.errors import IronclipError, OptionError
+from ironclip.errors import InputTooLarge, IronclipError, OptionError
 from service.errors import RequestInvalid
 from service.forms import pictures_from_text, read_json
 from service.routes.common import Deadline, json_response, meter_of, service_of, stages_of
@@ -44,6 +44,14 @@ async def openai_embeddings(request: Request) -> Response:
             f"This encoder's vectors have {served.encoder.dim} dimensions and cannot be shortened.",
             pointer="/dimensions",
             limit=served.encoder.dim,
+        )
+    limits = service.settings
+    if isinstance(asked.input, list) and len(asked.input) > limits.max_texts + limits.max_images:
+        raise InputTooLarge(
+            f"{len(asked.input)} inputs were sent; at most {limits.max_texts} texts and {limits.max_images} pictures "
+            "fit into one request.",
+            pointer="/input",
+            limit=limits.max_texts + limits.max_images,
         )
     inputs = split_input(asked.input)
     check_texts([text for _, text in inputs.texts], service.settings.max_texts)

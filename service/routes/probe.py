@@ -25,7 +25,7 @@ from service.forms import Ask, read_ask
 from service.probe_job import ENDS, Event, Job
 from service.probe_schemas import ProbeFields, ProbeRequest
 from service.probing import Prober
-from service.rate_limits import GRADIENT, TEXT, Bill
+from service.rate_limits import GRADIENT, TEXT, Bill, reading
 from service.routes.classify import check_size
 from service.routes.common import Deadline, caller_of, fetched, json_response, meter_of, service_of, stages_of
 from service.runtime import ServedEncoder
@@ -90,6 +90,7 @@ async def _prepare(request: Request, ask: Ask[ProbeFields], bill: Bill) -> tuple
         raise RequestInvalid("Give one image: a probe is about one decision.")
     if ask.pictures[0].error is not None:
         raise ask.pictures[0].error
+    await meter.pay(reading(ask.size))
     plan = await service.plan(_decision(fields, service.encoder(fields.encoder)), ask.size, tenant=meter.caller.tenant)
     check_size(plan, 1, 1, _MAX_COMPARISONS)
     prober = plan.served.prober
@@ -119,6 +120,7 @@ async def _prepare(request: Request, ask: Ask[ProbeFields], bill: Bill) -> tuple
         artefacts=tuple(fields.artefacts),
         about=about,
         resized=item.resized,
+        tenant=meter.caller.tenant,
     )
     request.state.audit = {
         "probe": job.id,

@@ -231,6 +231,10 @@ def test_models_and_readiness(client: Client, gateway: Gateway) -> None:
     gateway.faults.append(Fault(503, body=b'{"status": "unavailable", "reason": "draining"}'))
     state = client.ready()
     assert (bool(state), state.reason) == (False, "draining")
+    # While pods are exchanged a gateway has nobody to ask; that is no reason to give up.
+    gateway.faults += [Fault(502, body=b"<h1>Bad gateway</h1>") for _ in range(2)]
+    assert not client.ready()
+    client.wait_ready(5)
     with Client("http://127.0.0.1:9") as nobody:
         assert not nobody.ready()
         with pytest.raises(NotReady, match="refused"):

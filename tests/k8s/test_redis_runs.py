@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -17,6 +18,11 @@ import pytest
 from redis import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
+from service.keys import Caller
+from service.label_sets import LabelLimits, LabelSets
+from service.label_stores import Expect, RedisStore
+from service.rate_limits import Limiter
+from service.redis_link import RedisLink
 from tests.k8s.conftest import Chart, Manifest, only
 from tests.k8s.test_service_pod import AWAITED, environment
 from tests.service.conftest import free_port, launch_service, metric, picture
@@ -159,3 +165,23 @@ def test_the_service_runs_in_the_rendered_environment(running: Running, tmp_path
             assert metric(service.url, f'ironclip_redis_errors_total{{reason="{reason}"}}') == 0
     finally:
         assert service.stop() == 0
+
+
+def test_the_service_may_do_there_what_it_has_to(running: Running) -> None:
+    """Rate limits are a script that asks the server's clock: what a script may do is its user's to be allowed."""
+
+    async def take() -> list[str]:
+        link = RedisLink(running.url, 2.0)
+        await link.start()
+        limiter = Limiter(link, "ironclip")
+        caller = Caller("acme", "key1", frozenset({"infer"}), points_per_minute=60, burst=10)
+        taken = [await limiter.take(caller, 2), await limiter.take(caller, 0)]
+        assert taken[1].left == pytest.approx(8, abs=1)
+        sets = LabelSets(RedisStore(link, "ironclip"), {}, LabelLimits())
+        await sets.put("pets", {"labels": ["cat"]}, Expect())
+        await sets.put("pets", {"labels": ["dog"]}, Expect())
+        await sets.delete("pets", Expect())
+        await link.close()
+        return [one.store for one in taken]
+
+    assert asyncio.run(take()) == ["redis", "redis"]

@@ -69,6 +69,32 @@ def test_batch_work_is_not_starved(corpus: ModuleType) -> None:
     assert [at for at, name in enumerate(ended) if name == "batch"] == [8, 16]
 
 
+def test_what_nobody_waits_for_any_more_is_let_go_of(corpus: ModuleType) -> None:
+    """While others keep the thread busy: else bytes that are counted as given back would pile up."""
+    first, small = jpeg(corpus, 2400, 1800), jpeg(corpus, 64, 64)
+
+    async def scenario() -> None:
+        decoder, ended = ImageDecoder(LIMITS, workers=1, max_pending=300), list[str]()
+        running = [asked(decoder, first, "first", Urgency(), ended) for _ in range(3)]
+        await asyncio.sleep(0)
+        for _ in range(4):
+            bodies = [small + bytes([at]) for at in range(200)]
+            gone = [asked(decoder, one, "gone", Urgency(INTERACTIVE, 9e9), ended) for one in bodies]
+            await asyncio.sleep(0)
+            for task in gone:
+                task.cancel()
+            await asyncio.gather(*gone, return_exceptions=True)
+            waiting = decoder._waiting
+            assert decoder.pending <= 3
+            assert len(waiting._works) <= 3
+            assert sum(map(len, waiting._heaps)) <= 3 * 3 + 64
+        await asyncio.gather(*running)
+        decoder.close()
+        assert ended == ["first"] * 3
+
+    asyncio.run(scenario())
+
+
 def test_batch_work_does_not_shut_requests_out(corpus: ModuleType) -> None:
     first, small = jpeg(corpus, 2400, 1800), jpeg(corpus, 64, 64)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -283,6 +284,57 @@ def test_bodies_together_are_bounded_too(tiny_artifact: Path, tmp_path: Path) ->
         assert refused._value.get() == before + 3
         response = client.post("/embed", content=b"x" * 90_000, headers={"content-type": "image/png"})
         assert response.status_code != 429  # what was refused is not held any longer
+
+
+def test_so_many_inputs_that_none_is_looked_at(small: TestClient) -> None:
+    answer = small.post("/v1/embeddings", json={"input": ["a"] * 2000})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (413, "input")
+
+
+def test_one_keys_bodies_leave_room_for_others(tiny_artifact: Path, tmp_path: Path) -> None:
+    made = {name: make_key(name, name, "infer") for name in ("greedy", "other")}
+    keys = write_keys(tmp_path / "keys.toml", made)
+    settings = Settings(
+        encoders={"tiny": str(tiny_artifact)},
+        state_dir=tmp_path,
+        keys_file=tmp_path / "keys.toml",
+        max_body_bytes=50_000,
+        max_held_bytes=200_000,
+    )
+    app = create_app(settings)
+
+    async def held(key: str, statuses: list[int]) -> None:
+        """A request whose body does not end, until it is refused or the test is over."""
+        first = True
+
+        async def receive() -> dict[str, Any]:
+            nonlocal first
+            if first:
+                first = False
+                return {"type": "http.request", "body": b"x" * 40_000, "more_body": True}
+            await asyncio.sleep(1)
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        headers = [(b"content-type", b"image/png"), (b"x-api-key", keys[key].encode())]
+        scope = {"type": "http", "method": "POST", "path": "/embed", "raw_path": b"/embed", "query_string": b""}
+        await app({**scope, "headers": headers, "root_path": "", "http_version": "1.1"}, receive, send)
+
+    async def scenario() -> tuple[list[int], list[int]]:
+        async with app.router.lifespan_context(app):
+            greedy, other = list[int](), list[int]()
+            tasks = [asyncio.create_task(held("greedy", greedy)) for _ in range(3)]
+            await asyncio.sleep(0.2)
+            tasks.append(asyncio.create_task(held("other", other)))
+            await asyncio.sleep(0.2)
+            refused = list(greedy), list(other)
+            await asyncio.gather(*tasks)
+            return refused
+
+    assert asyncio.run(scenario()) == ([429, 429], [])
 
 
 def test_paths_and_methods(small: TestClient) -> None:

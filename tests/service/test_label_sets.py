@@ -76,11 +76,36 @@ async def test_a_pinned_version_outlives_the_next(replica: Replica) -> None:
 
 async def test_old_versions_go_and_the_newest_stay(replica: Replica) -> None:
     sets = await replica()
-    digests = [(await sets.put("pets", {"labels": [f"x{i}"]}, ANY))[0].digest for i in range(KEPT_VERSIONS + 2)]
+    digests = [(await sets.put("pets", {"labels": [f"x{i}"]}, ANY))[0].digest for i in range(KEPT_VERSIONS + 3)]
     other = await replica()
     with pytest.raises(LabelSetNotFound):
         await other.get(f"pets@{digests[0]}")
     assert (await other.get(f"pets@{digests[-2]}")).digest == digests[-2]
+
+
+async def test_all_sets_together_are_bounded_in_bytes(redis_server: RedisServer, tmp_path: Path) -> None:
+    """Older versions make way; a set that there is no room for is refused, and room comes back with a deletion."""
+    link = RedisLink(redis_server.url, 0.5)
+    await link.start()
+
+    def document(name: str) -> dict[str, object]:
+        return {"labels": [f"{name} {'x' * 30} {number}" for number in range(50)]}
+
+    for store in (FileStore(tmp_path, max_bytes=8500), RedisStore(link, "bytes", max_bytes=8500)):
+        sets = LabelSets(store, {}, LabelLimits())
+        digests = [(await sets.put("one", document(f"v{version}"), ANY))[0].digest for version in range(4)]
+        fresh = LabelSets(store, {}, LabelLimits())
+        assert (await fresh.get(f"one@{digests[3]}")).digest == digests[3]
+        assert (await fresh.get(f"one@{digests[2]}")).digest == digests[2]
+        with pytest.raises(LabelSetNotFound):  # two of some 2,000 bytes are not yet half
+            await fresh.get(f"one@{digests[1]}")
+        await sets.put("two", document("two"), ANY)
+        with pytest.raises(TooManyLabelSets, match="IRONCLIP_MAX_LABEL_SET_BYTES"):
+            await sets.put("three", {"labels": [f"{'y' * 90} {number}" for number in range(50)]}, ANY)
+        await sets.put("one", {"labels": ["short"]}, ANY)
+        await sets.delete("two", ANY)
+        await sets.put("three", {"labels": [f"{'y' * 90} {number}" for number in range(50)]}, ANY)
+    await link.close()
 
 
 async def test_preconditions(replica: Replica) -> None:

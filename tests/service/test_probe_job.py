@@ -10,6 +10,7 @@ import torch
 
 from ironclip.classifier import Classifier
 from ironclip.encoder import Encoder
+from ironclip.errors import Overloaded
 from ironclip.labels import LabelSet
 from ironclip.probe import Probe, ProbeOptions, Target, VectorTarget, rows_for
 from service.probe_job import Job
@@ -123,3 +124,35 @@ def test_one_that_is_to_end_ends_with_the_next_step(tiny: Encoder, how: str) -> 
     assert other.status == "running"
     if how == "overdue":
         assert first.events[-1].data["status"] == "budget_exhausted"
+
+
+def test_one_tenant_does_not_take_all_places_nor_all_turns(tiny: Encoder) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(["dog", "cat"]))
+
+    async def run() -> list[str]:
+        loop, worker = asyncio.get_running_loop(), prober()
+        target, order = VectorTarget(classifier, cosine_below=-1.0), list[str]()
+
+        def of(tenant: str, seed: int) -> Job:
+            picture = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+
+            def build() -> Probe:
+                order.append(tenant)
+                return Probe(target, picture, ENDLESS)
+
+            return Job(build, loop, seconds=1, tenant=tenant)
+
+        for seed in range(2):
+            worker.submit(of("a", seed))
+        with pytest.raises(Overloaded, match="of this tenant") as refused:
+            worker.submit(of("a", 3))
+        assert (refused.value.limit_name, refused.value.limit) == ("probes-of-tenant", 2)
+        worker.submit(of("b", 4))
+        while len(order) < 3:
+            worker.step()
+        worker.stop()
+        while worker.pending:
+            worker.step()
+        return order
+
+    assert asyncio.run(asyncio.wait_for(run(), 60)) == ["a", "b", "a"]

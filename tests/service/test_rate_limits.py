@@ -15,6 +15,7 @@ import redis as sync_redis
 from service.keys import Caller
 from service.rate_limits import Bucket, Limiter, Meter
 from service.redis_link import RedisLink
+from service.together import together
 from tests.service.conftest import Locked, RedisServer, as_base64, metric, picture
 
 LABELS = ["carrot", "rocket"]
@@ -261,3 +262,64 @@ def test_without_redis_each_replica_counts_for_itself_and_nobody_is_refused(lock
     while metric(locked.metrics_url, "ironclip_redis_up") != 1:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.anyio
+async def test_what_ends_since_another_part_was_refused_is_not_paid_for(link: RedisLink) -> None:
+    from ironclip.errors import ImageInvalid, Overloaded
+
+    limiter = Limiter(link, "test")
+
+    async def spend(error: Exception) -> float:
+        meter = Meter(limiter, SLOW)
+
+        async def paid() -> None:
+            async with meter.paid(5):
+                await asyncio.sleep(60)
+
+        async def refused() -> None:
+            await asyncio.sleep(0.05)
+            raise error
+
+        with pytest.raises(type(error)):
+            await together([paid(), refused()])
+        await asyncio.sleep(0.05)
+        return (await limiter.take(SLOW, 0)).left
+
+    assert await spend(Overloaded("full", retry_after=1)) == pytest.approx(20, abs=0.2)
+    assert await spend(ImageInvalid("broken")) == pytest.approx(15, abs=0.3)
+
+
+@pytest.mark.anyio
+async def test_what_is_paid_once_is_no_part_of_what_it_costs_again(link: RedisLink) -> None:
+    meter = Meter(Limiter(link, "test"), SLOW)
+    async with meter.paid(3), meter.paid(4, again=False):
+        pass
+    assert meter.spent == 3
+    with pytest.raises(RuntimeError):
+        async with meter.paid(2, again=False):
+            raise RuntimeError
+    assert meter.spent == 3
+
+
+def test_long_labels_are_paid_for_as_they_are_read(locked: Locked) -> None:
+    """Also those that turn out to be none: to find that out is the work."""
+    labels = [f"{number:06d} " + "x" * 400 for number in range(500)]
+    with locked.client("paying") as client:
+        before = left(client.get("/models"))
+        answer = client.post("/classify", json={"image": as_base64(picture(301)), "labels": [*labels, labels[0]]})
+        assert answer.status_code == 422
+        assert before - left(answer) == 3
+
+
+def test_texts_are_not_paid_for_where_nobody_encodes_them(locked: Locked) -> None:
+    """All scores known, none of the texts: an answer from the cache needs none of them."""
+    body = {"image": as_base64(picture(302)), "labels": [f"l{number}" for number in range(100)], "templates": ["{}"]}
+    with locked.client("paying") as client:
+        before = left(client.get("/models"))
+        costs = []
+        for _ in range(3):
+            answer = client.post("/classify", json=body)
+            costs.append(before - left(answer))
+            before = left(answer)
+    assert costs == [26, 1, 1]

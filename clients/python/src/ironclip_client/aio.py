@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 import httpx
 
 from ironclip_client import calls, many
-from ironclip_client.errors import ConnectionFailed, IronclipError, NotReady, Unavailable, UsageError
+from ironclip_client.errors import IronclipError, NotReady, UsageError, not_now
 from ironclip_client.following import Following
 from ironclip_client.images import ImageSource
 from ironclip_client.options import CallOptions, ClassifyOptions, Defence, EmbedOptions, Labels, ProbeOptions, takes
@@ -253,8 +253,10 @@ class AsyncClient:
         """As `Client.ready`."""
         try:
             return await self._send(calls.ready(timeout))
-        except (Unavailable, ConnectionFailed) as error:
-            return Readiness(False, error.detail)
+        except IronclipError as error:
+            if not_now(error):
+                return Readiness(False, error.detail)
+            raise
 
     async def wait_ready(self, timeout: float = 120.0) -> None:
         """As `Client.wait_ready`."""

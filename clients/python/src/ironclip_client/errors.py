@@ -278,6 +278,11 @@ def from_response(status: int, headers: Mapping[str, str], body: bytes) -> Ironc
     return kind(detail, status=status, request_id=request_id, retry_after=wait)
 
 
+def not_now(error: IronclipError) -> bool:
+    """Whether the service could not be asked, or said no for the moment; a gateway may say so for it (502, 504)."""
+    return isinstance(error, (Unavailable, ConnectionFailed)) or error.status in (500, 502, 503, 504)
+
+
 def parse_retry_after(value: str) -> float | None:
     """Seconds from a `Retry-After` header: a number, or a date (RFC 9110, section 10.2.3); None if neither."""
     value = value.strip()
