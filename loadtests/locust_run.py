@@ -7,12 +7,16 @@ anything but a refusal (429, 503) failed. Options after `--` go to locust as the
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from loadtests.processes import ROOT
 
@@ -33,6 +37,19 @@ def command_of(options: argparse.Namespace) -> list[str]:
         *(["--allow-remote"] if options.allow_remote else []),
         *options.more,
     ]
+
+
+def trouble(url: str) -> str | None:
+    """Why there would be nothing to see: nobody listens, or the key is none; None where all is well."""
+    key = os.environ.get("IRONCLIP_API_KEY", "")
+    try:
+        answer = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=30)
+    except httpx.HTTPError as error:
+        return f"nothing answers at {url} ({type(error).__name__}): start the service, or give its --url"
+    if answer.status_code in (401, 403):
+        what = "IRONCLIP_API_KEY was refused" if key else "the service wants an API key: set IRONCLIP_API_KEY"
+        return f"{what} ({answer.status_code}; the scope infer is needed)"
+    return None
 
 
 def show(summary: dict[str, Any]) -> int:
@@ -59,6 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     more = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
     options = _parse(arguments[: arguments.index("--")] if "--" in arguments else arguments)
     options.more = more
+    if importlib.util.find_spec("locust") is None:
+        print("locust is not installed: .venv/bin/pip install -e '.[load]'", file=sys.stderr)
+        return 2
+    if (why := trouble(options.url)) is not None:
+        print(why, file=sys.stderr)
+        return 2
     options.summary.unlink(missing_ok=True)
     for path in (options.summary, options.report):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,8 @@ from typing import TypeVar
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import MaxConnectionsError, RedisError, ResponseError
+from redis.exceptions import AuthenticationError, MaxConnectionsError, NoPermissionError, RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service import telemetry
 
@@ -45,6 +46,16 @@ class RedisRefused(RedisUnavailable):
         self.wrong_type = str(error).rsplit("caused error: ", 1)[-1].startswith("WRONGTYPE")
 
 
+def _reason(error: BaseException) -> str:
+    """Why Redis cannot be used, from a closed set: texts of errors may hold what was sent."""
+    if isinstance(error, (AuthenticationError, NoPermissionError)):
+        return "wrong user or password: IRONCLIP_REDIS_URL"
+    cause = error.__cause__ or error.__context__ or error
+    if isinstance(error, (asyncio.TimeoutError, RedisTimeoutError)):
+        return "no answer in time"
+    return "connection refused" if isinstance(cause, ConnectionRefusedError) else type(error).__name__
+
+
 class RedisLink:
     """One replica's connection pool to Redis.
 
@@ -62,6 +73,9 @@ class RedisLink:
             retry=Retry(NoBackoff(), 0),
             max_connections=2 * _CALLS,
         )
+        told = self._redis.connection_pool.connection_kwargs
+        self._address = str(told.get("path") or f"{told.get('host', 'localhost')}:{told.get('port', 6379)}")
+        self._why = ""  # the last ping did not come back
         self._turns = asyncio.Semaphore(_CALLS)
         self._failures = 0
         self._open = True  # until the first ping has come back
@@ -71,8 +85,10 @@ class RedisLink:
     async def start(self) -> None:
         """Try to reach Redis once; if it is not there, go on and keep trying in the background."""
         telemetry.REDIS_UP.set(0)
-        if not await self._ping():
-            self._log.warning("redis unreachable, serving without it")
+        if await self._ping():
+            self._log.info("redis answers", address=self._address)
+        else:
+            self._log.warning("redis unreachable, serving without it", address=self._address, reason=self._why)
             self._trip()
 
     async def close(self) -> None:
@@ -142,15 +158,19 @@ class RedisLink:
         wait = _FIRST_PING
         while True:
             await asyncio.sleep(wait)
+            before = self._why
             if await self._ping():
-                self._log.info("redis answers again")
+                self._log.info("redis answers again", address=self._address)
                 return
+            if self._why != before:
+                self._log.warning("redis still unreachable", address=self._address, reason=self._why)
             wait = min(2 * wait, _LAST_PING)
 
     async def _ping(self) -> bool:
         try:
             await asyncio.wait_for(self._redis.ping(), _PING_SECONDS)
-        except (RedisError, OSError, asyncio.TimeoutError, RuntimeError):
+        except (RedisError, OSError, asyncio.TimeoutError, RuntimeError) as error:
+            self._why = _reason(error)
             return False
         self._open, self._failures = False, 0
         telemetry.REDIS_UP.set(1)

@@ -285,8 +285,8 @@ class Settings(BaseSettings):
     max_label_set_bytes: int = Field(
         default=64 * MIB,
         ge=1024,
-        description="Bytes of all registered label sets at most, of each tenant; older versions are kept as long as half "
-        "of it suffices.",
+        description="Bytes of all registered label sets at most, of each tenant; older versions are kept as long as "
+        "half of it suffices.",
     )
     max_registered_labels: int = Field(default=20_000, ge=1, description="Labels of one registered set at most.")
     max_prompts: int = Field(

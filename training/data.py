@@ -66,7 +66,8 @@ class FolderImages:
         pictures = []
         for index in indices:
             with Image.open(self._files[index]) as picture:
-                pictures.append(picture.convert("RGBA"))
+                picture.load()
+                pictures.append(picture.copy())
         return _pixels(pictures, self._preprocessing)
 
 
@@ -85,4 +86,4 @@ class TorchvisionImages:
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """float RGB in [0,1], [len(indices), 3, side, side]."""
-        return _pixels([self._dataset[index][0].convert("RGBA") for index in indices], self._preprocessing)
+        return _pixels([self._dataset[index][0] for index in indices], self._preprocessing)

@@ -25,7 +25,7 @@ from ironclip.preprocessing import to_float
 from training.examples import unmoved
 from training.jsonfile import finished, read_json, write_json
 from training.provenance import commit
-from training.robustness import FOOLED, HELD, WRONG, Cell, Sample, key_of, named, wilson
+from training.robustness import FOOLED, HELD, WRONG, Cell, Sample, defence_form, key_of, named, wilson
 
 _SCHEMA = 2
 
@@ -57,6 +57,7 @@ def measure_fresh(
     path: Path,
     *,
     candidates: Sequence[Tensor] = (),
+    kinds: Sequence[str] = (),
     stages: Sequence[Stage] = STAGES,
     batch_size: int = 32,
     progress: Callable[[str], None] = print,
@@ -69,13 +70,14 @@ def measure_fresh(
         cell: its threat model; the attack's name is written down as it is.
         path: of the result.
         candidates: adversarial pictures made elsewhere, uint8 [N, 3, R, R] each, that are tried too.
+        kinds: of candidates there are, for the result.
         stages: of the attack.
         batch_size: pictures attacked together.
         progress: told a line after each batch.
 
     Returns:
         The result: `clean` and `robust` are means over pictures and test draws; `worst` counts pictures that hold under
-        every test draw; `outcomes` go by most of the test draws.
+        every test draw; `outcomes`, and `majority_interval` of their share, go by most of the test draws.
     """
     known = {
         "schema": _SCHEMA,
@@ -103,7 +105,7 @@ def measure_fresh(
         done = len(state["robust"])
         left = state["seconds"] / done * (len(sample.labels) - done) / 60
         progress(f"fresh draws {cell.threat.label}: {done}/{len(sample.labels)}, {left:.1f} min left")
-    result = _result(classifier, sample, cell, stages, state)
+    result = _result(classifier, sample, cell, stages, state) | {"candidates": list(kinds)}
     write_json(path, result)
     partial.unlink(missing_ok=True)
     return result
@@ -174,13 +176,14 @@ def _result(
         "key": state["key"],
         "commit": commit(),
         "encoder": named(classifier.encoder),
+        "defence_options": defence_form(classifier.defence),
         "sample": {"name": sample.name, "digest": sample.digest, "pictures": count},
         **cell.to_json(),
         "stages": [vars(stage) for stage in stages],
         "draws": {"validation": len(_VALIDATION), "test": len(_TEST)},
         "clean": round(100 * float(clean.mean()), 2),
         "robust": round(100 * float(robust.mean()), 2),
-        "robust_interval": [round(bound, 2) for bound in wilson(held, count)],
+        "majority_interval": [round(bound, 2) for bound in wilson(held, count)],
         "worst": round(100 * float((robust == 1).float().mean()), 2),
         "gradients": state["gradients"],
         "seconds": round(state["seconds"], 1),

@@ -37,7 +37,7 @@ from training.examples import examples
 from training.fresh import measure_fresh
 from training.jsonfile import finished, write_json
 from training.provenance import commit
-from training.robustness import FOOLED, HELD, WRONG, Cell, Sample, key_of, measure, named, wilson
+from training.robustness import FOOLED, HELD, WRONG, Cell, Sample, defence_form, key_of, measure, named, wilson
 
 # Rung -> its attack and options. Transfer rungs make examples on the undefended encoder.
 TRANSFER: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,6 +45,10 @@ TRANSFER: dict[str, tuple[str, dict[str, Any]]] = {
     "transfer-cw": ("cw", {"iterations": 10, "step_size": 1 / 255, "keep": "last"}),
     "transfer-apgd": ("apgd-ce", {}),
 }
+# Of examples that are made by all of an attack's steps.
+WHOLE = "all steps"
+# Of those that stay where they first fool their maker.
+FIRST = "up to the first success"
 SEEING: dict[str, str] = {
     "white-box": "autoattack-rand",
     "ensemble": "autoattack-ensemble",
@@ -210,7 +214,8 @@ def _cell(
             for whole in (False, True)
             for one in sources
         ]
-        measure_fresh(classifier, sample, Cell("eot-pgd", threat), path, candidates=candidates, progress=say)
+        cell = Cell("eot-pgd", threat)
+        measure_fresh(classifier, sample, cell, path, candidates=candidates, kinds=(FIRST, WHOLE), progress=say)
     else:
         cell = Cell(SEEING[rung], threat)
         first = None
@@ -259,10 +264,12 @@ def measure_transfer(
         "commit": commit(),
         "encoder": named(classifier.encoder),
         "defence": classifier.defence.name,
+        "defence_options": defence_form(classifier.defence),
         "label_set": classifier.label_set.digest,
         "sample": {"name": sample.name, "digest": sample.digest, "pictures": count},
         **cell.to_json(),
         "adaptive": False,
+        "examples": WHOLE,
         "clean": round(100 * sum(right) / count, 2),
         "robust": round(100 * outcomes.count(HELD) / count, 2),
         "robust_interval": [round(bound, 2) for bound in wilson(outcomes.count(HELD), count)],

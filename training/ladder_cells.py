@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ironclip.attacks import ThreatModel
 from ironclip.errors import OptionError
 from training.claims import paired
 from training.gates import worst_case
-from training.ladder import SEEING, TRANSFER, LadderConfig, folder_of, results_of
-from training.robustness import HELD, WRONG
+from training.ladder import RUNGS, SEEING, TRANSFER, WHOLE, LadderConfig, folder_of, results_of
+from training.robustness import HELD, WRONG, defence_form
 
 CellResult = Mapping[str, Any]
 # Whatever is made by an attack that does not see the defence is called transfer.
@@ -140,19 +141,40 @@ def read_ladder(folder: Path, config: LadderConfig) -> Ladder:
     """The finished cells of a folder, whichever of the config's are there.
 
     Raises:
-        OptionError: an encoder's cells are of two encoders, dtypes, samples or label sets: they cannot be compared.
+        OptionError: an encoder's cells are of two encoders, dtypes, samples or label sets, so that they cannot be
+            compared; or one is of another attack, radius or defence than the config has under its name.
     """
     cells = results_of(folder)
     for spec in config.encoders:
         alike: dict[str, set[str]] = {}
-        for row in cells.get(folder_of(spec), {}).values():
-            for cell in row.values():
+        for row, found in cells.get(folder_of(spec), {}).items():
+            for stem, cell in found.items():
                 for what in ("digest", "dtype"):
                     alike.setdefault(f"encoder's {what}", set()).add(cell["encoder"][what])
                 alike.setdefault("sample", set()).add(cell["sample"]["digest"])
+                _check_planned(folder, config, spec, row, stem, cell)
                 # Fresh draws' cells do not name it.
                 alike.setdefault("label set", set()).update({cell["label_set"]} if "label_set" in cell else set())
-        for what, found in alike.items():
-            if len(found) > 1:
+        for what, values in alike.items():
+            if len(values) > 1:
                 raise OptionError(f"{folder / folder_of(spec)}: cells differ in the {what}: delete the older ones")
     return Ladder(config, cells)
+
+
+def _check_planned(folder: Path, config: LadderConfig, spec: str, row: str, stem: str, cell: CellResult) -> None:
+    """Raise OptionError for a cell that was not made as the config and this version would make it."""
+    rung, _, eps = stem.rpartition("-")
+    if row not in config.defences or rung not in RUNGS:
+        return  # nobody reads it
+    attack, options = TRANSFER.get(rung, (SEEING.get(rung, "eot-pgd"), {}))
+    differs = {
+        "attack": (cell["attack"], cell["options"]) != (attack, options),
+        "radius": cell["threat"]["label"] != ThreatModel("linf", float(eps) / 255).label,
+        "defence": cell["defence_options"] != defence_form(config.defence(row)),
+        "way of making examples": rung in TRANSFER and cell.get("examples") != WHOLE,
+    }
+    if any(differs.values()):
+        what = ", ".join(name for name, differ in differs.items() if differ)
+        raise OptionError(
+            f"{folder / folder_of(spec) / row / stem}.json was made with another {what}: delete it and measure it again"
+        )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from training.fresh import STAGES
 from training.gates import worst_case
-from training.ladder import SEEING, TRANSFER, LadderConfig, folder_of
+from training.ladder import SEEING, TRANSFER, WHOLE, LadderConfig, folder_of
 from training.ladder_cells import TITLES, CellResult, Ladder, read_ladder
 from training.ladder_gates import doubts
 from training.ladder_words import changed, ladder_words
@@ -159,6 +159,27 @@ def arithmetic(ladder: Ladder, again: Ladder) -> list[str]:
     return lines
 
 
+def weaker(ladder: Ladder) -> list[str]:
+    """Which cells were made by an attack that has become stronger since, and what it finds in what they left."""
+    lines, known = [], _by_place(ladder)
+    early = [place for place, cell in known.items() if "stages" in cell and WHOLE not in cell.get("candidates", ())]
+    if early:
+        lines.append(
+            "To be made again, with transfer examples of all steps among the first candidates, where until now there "
+            f"were those that stop at their first success: {', '.join(f'`{place}`' for place in early)}."
+        )
+    halved = {p: c for p, c in known.items() if c["attack"] == "autoattack" and c.get("attacks", 1) < 2}
+    again = {place: cell["fab_again"] for place, cell in halved.items() if "fab_again" in cell}
+    if halved:
+        said = "".join(f"; of `{place}` {one['fooled']} of {one['left']} fell" for place, one in again.items())
+        left = [f"`{place}`" for place in halved if place not in again]
+        lines.append(
+            "AutoAttack was run when FAB-T took half of its steps; what it left is attacked by FAB-T once more"
+            f"{said}{'; not yet ' + ', '.join(left) if left else ''}."
+        )
+    return lines
+
+
 def _by_place(ladder: Ladder) -> dict[str, CellResult]:
     return {
         f"{name} {row} {rung}": cell
@@ -190,12 +211,13 @@ def measured(ladder: Ladder, again: Ladder, command: str) -> list[str]:
         f"{', '.join(devices) or 'nothing yet'}; commit{'s' * (len(commits) != 1)} {', '.join(commits) or 'none yet'}."
     )
     lines += arithmetic(ladder, again)
+    lines += weaker(ladder)
     for rung in ladder.transfer:
         attack, options = TRANSFER[rung]
         said = "".join(f", {key} {_value(value)}" for key, value in options.items())
         lines.append(
-            f"{TITLES[rung]}: `{attack}`{said or ', 100 steps'}, on `{ladder.undefended}`, rounded to 8 bits; answered "
-            "by each defence with seed 0."
+            f"{TITLES[rung]}: `{attack}`{said or ', 100 steps'}, on `{ladder.undefended}`, all steps whether they fool "
+            "it or not, rounded to 8 bits; answered by each defence with seed 0."
         )
     for rung in ladder.seeing:
         what = f"`{SEEING[rung]}` ({PARTS[rung]}; 100 steps each)"

@@ -157,7 +157,10 @@ def identity_in_words(ladder: Ladder, encoder: str, row: str) -> str:
         return ""
     why = ""
     if ladder.config.defences[row] == {"name": "clipure"}:
-        why = " With the published settings its steps swing the feature there and back to where it began."
+        why = (
+            " With the published settings and a norm of each picture's own, as here, its steps swing the feature there "
+            "and back to where it began; the published code shares one norm over a batch."
+        )
     return (
         f"**{named(ladder, row)}** comes to what `{ladder.undefended}` comes to, picture by picture, in all {total:,} "
         f"outcomes over every radius: here it changes no decision.{why}"

@@ -197,7 +197,7 @@ def train_step(run: Run) -> dict[str, float]:
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
         raise NonFiniteLoss(
             f"step {run.step}: loss {loss.item()}, gradient norm {norm.item()}, parts {parts}, "
-            f"learning rate {rate:.2e}; resume from the last checkpoint with a smaller learning_rate or dtype=float32"
+            f"learning rate {rate:.2e}; begin again in another run folder with a smaller learning_rate or dtype=float32"
         )
     for optimiser in run.optimisers:
         optimiser.step()

@@ -115,6 +115,11 @@ class RobustConfig:
     def __post_init__(self) -> None:
         if (self.steps > 0) == (self.budget > 0):
             raise OptionError("give one of steps and budget, above 0")
+        for name in ("batch_size", "accumulate", "evaluate_every", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} is at least 1, not {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise OptionError(f"learning_rate is above 0, not {self.learning_rate}")
         if self.batch_size % self.accumulate:
             raise OptionError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
 

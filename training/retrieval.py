@@ -71,7 +71,7 @@ def read_pairs(folder: Path, preprocessing: Preprocessing, count: int = 0) -> Pa
         if not (folder / file).is_file() or not content[file]:
             raise InputError(f"{table}: {file!r} is not there, or has no caption")
         with Image.open(folder / file) as picture:
-            pixels.append(preprocessing(picture.convert("RGBA"))[0])
+            pixels.append(preprocessing(picture)[0])
         truth[row, [position[text] for text in content[file]]] = True
     return Pairs(folder.name, torch.stack(pixels), tuple(captions), truth)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 from collections.abc import Callable
@@ -16,10 +18,11 @@ from torch import Tensor, nn
 from ironclip.classifier import Classifier
 from ironclip.encoder import Encoder
 from ironclip.errors import OptionError
+from ironclip.head import Head
 from ironclip.labels import LabelSet
 from ironclip.loading import load_encoder, pick_device
 from training.anchors import AnchorCache
-from training.checkpoint import REPORTING, load_checkpoint
+from training.checkpoint import REPORTING, CheckpointError, load_checkpoint
 from training.methods.base import Batch, Method, Networks, Phase, Texts, Weights
 from training.recipe import RobustConfig, make_method, picture_units
 from training.sources import Source, make_source
@@ -101,6 +104,7 @@ class Run:
     anchors: AnchorCache | None
     stretches: list[Stretch]
     epoch: int
+    made_of: dict[str, str]
     step: int = 0
     kept: Weights | None = None
 
@@ -118,6 +122,8 @@ class Run:
             "kept": self.kept,
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "dtype": str(self.tower.dtype).removeprefix("torch."),
+            "steps": self.steps,
+            "made_of": self.made_of,
         }
 
 
@@ -159,6 +165,8 @@ def start(config: RobustConfig, folder: Path, fabric: Fabric) -> Run:
     checkpoint = load_checkpoint(folder / "checkpoint.pt", comparable(config), MAY_CHANGE)
     encoder, original = (load_encoder(config.base).to(fabric.device) for _ in range(2))
     encoder.provenance = {}
+    encoder.head = Head()  # the methods train cosines; the hierarchical one puts its own in the end
+    made_of = {"base": original.digest}
     encoder.requires_grad_(False)
     original.requires_grad_(False)
     encoder.model.visual.requires_grad_(True)
@@ -177,20 +185,24 @@ def start(config: RobustConfig, folder: Path, fabric: Fabric) -> Run:
         with torch.no_grad():
             return frozen(pixels.to(fabric.device, encoder.mean.dtype)), labels.to(fabric.device)
 
+    proxy = _proxy(config, label_set, dtype, fabric, made_of) if method.proxy else {}
+    _check_same(checkpoint, made_of, folder)
     networks = Networks(
         student=tower,
         texts=_texts(classifier, dtype),
         original=frozen,
         extra=method.extra(encoder, classifier.label_set, sample),
         gather=_gather(fabric),
-        **(_proxy(config, label_set, dtype, fabric) if method.proxy else {}),
+        batch_size=config.batch_size,
+        **proxy,
     )
     module: Any = LossModule(method, tower, networks)
     optimisers: list[Any] = build_optimisers(
         module, config.optimiser, config.weight_decay, betas=config.betas, momentum=config.momentum
     )
     module, *optimisers = fabric.setup(module, *optimisers)
-    steps = config.steps or _steps_of_budget(config, method, tower, networks, source, part)
+    steps = (checkpoint or {}).get("steps") or config.steps
+    steps = steps or _steps_of_budget(config, method, tower, networks, source, part)
     keeps = method.anchored and source.fixed and config.keep_anchors
     run = Run(
         config=config,
@@ -204,7 +216,8 @@ def start(config: RobustConfig, folder: Path, fabric: Fabric) -> Run:
         optimisers=optimisers,
         source=source,
         classifier=classifier,
-        anchors=_anchors(folder, source, original, dtype, fabric) if keeps else None,
+        anchors=_anchors(folder, config, source, original, dtype, fabric) if keeps else None,
+        made_of=made_of,
         stretches=stretches(method, steps),
         epoch=config.epoch_steps or math.ceil(len(source.labels) / config.batch_size),
     )
@@ -247,9 +260,30 @@ def _texts(classifier: Classifier, dtype: torch.dtype) -> Texts:
     return Texts(classifier.bank.weights.to(wide), float(classifier.encoder.logit_scale))
 
 
-def _proxy(config: RobustConfig, label_set: LabelSet, dtype: torch.dtype, fabric: Fabric) -> dict[str, Any]:
-    """The proxy's part of `Networks`; pixels are resized to its own resolution where that differs."""
+def _check_same(checkpoint: dict[str, Any] | None, made_of: dict[str, str], folder: Path) -> None:
+    """Raise CheckpointError where what a spec leads to has been exchanged since the run began."""
+    for what, digest in (checkpoint or {}).get("made_of", {}).items():
+        if digest != made_of.get(what):
+            raise CheckpointError(
+                f"{folder / 'checkpoint.pt'} was made with another {what} of the same name (digest {digest[:12]}, now "
+                f"{str(made_of.get(what))[:12]}); use another run folder"
+            )
+
+
+def _proxy(
+    config: RobustConfig, label_set: LabelSet, dtype: torch.dtype, fabric: Fabric, made_of: dict[str, str]
+) -> dict[str, Any]:
+    """The proxy's part of `Networks`; pixels are resized to its own resolution where that differs.
+
+    Raises:
+        OptionError: it decides by another head than cosines, which is what is distilled.
+    """
     encoder = load_encoder(config.proxy).to(fabric.device).requires_grad_(False)
+    if encoder.head.type != "cosine":
+        raise OptionError(
+            f"the proxy {config.proxy} has a {encoder.head.type} head; one that decides by cosines is needed"
+        )
+    made_of["proxy"] = encoder.digest
     encoder = encoder.double() if dtype == torch.float64 else encoder
     templates = list(config.data.templates) or list(encoder.default_templates)
     texts = _texts(Classifier(encoder, LabelSet.parse(list(label_set.names), templates)), dtype)
@@ -263,8 +297,12 @@ def _proxy(config: RobustConfig, label_set: LabelSet, dtype: torch.dtype, fabric
     return {"proxy": resized, "proxy_texts": texts}
 
 
-def _anchors(folder: Path, source: Source, original: Encoder, dtype: torch.dtype, fabric: Fabric) -> AnchorCache:
-    key = f"{original.digest} {dtype} {len(source.labels)}"
+def _anchors(
+    folder: Path, config: RobustConfig, source: Source, original: Encoder, dtype: torch.dtype, fabric: Fabric
+) -> AnchorCache:
+    data = json.dumps({**asdict(config.data), "workers": 0}, sort_keys=True, default=str).encode()
+    pictures = hashlib.sha256(data + source.labels.numpy().tobytes()).hexdigest()
+    key = f"{original.digest} {dtype} {len(source.labels)} {pictures}"
     with fabric.rank_zero_first(local=True):
         return AnchorCache(folder, len(source.labels), original.dim, key)
 

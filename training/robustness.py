@@ -18,8 +18,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ironclip.attacks import Attack, AutoAttack, Result, ThreatModel, WhiteBox, classification, drive, make_attack
+from ironclip.attacks import (
+    VERSION,
+    Attack,
+    AutoAttack,
+    Result,
+    ThreatModel,
+    WhiteBox,
+    classification,
+    drive,
+    make_attack,
+)
 from ironclip.classifier import Classifier
+from ironclip.defences import Defence
 from ironclip.encoder import Encoder
 from ironclip.errors import OptionError
 from ironclip.preprocessing import to_float
@@ -136,12 +147,17 @@ def key_of(classifier: Classifier, sample: Sample, cell: Cell) -> str:
         "form": classifier.encoder.form,
         "head": classifier.encoder.head.to_json(),
         "label_set": classifier.label_set.digest,
-        "defence": [defence.name, {key: repr(value) for key, value in sorted(defence.options().items())}],
+        "defence": defence_form(defence),
         "levels": [classifier.level_mode, {name: list(level.nodes) for name, level in classifier.levels.items()}],
         "sample": sample.digest,
         "cell": cell.to_json(),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def defence_form(defence: Defence) -> list[Any]:
+    """A defence with all its options, as a cell has it."""
+    return [defence.name, {key: repr(value) for key, value in sorted(defence.options().items())}]
 
 
 def attack_batch(
@@ -360,9 +376,11 @@ def _result(classifier: Classifier, sample: Sample, cell: Cell, state: Mapping[s
         "encoder": {**named(classifier.encoder), "device": ", ".join(state["devices"])},
         "commit": commit(),
         "defence": classifier.defence.name,
+        "defence_options": defence_form(classifier.defence),
         "label_set": classifier.label_set.digest,
         "sample": {"name": sample.name, "digest": sample.digest, "pictures": count},
         **cell.to_json(),
+        "attacks": VERSION,
         "mode": classifier.level_mode if cell.level else "",
         "clean": round(share * right, 2),
         "clean_interval": [round(bound, 2) for bound in wilson(right, count)],

@@ -56,10 +56,16 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """The log's entries by step; of a step that a resumed run went through again, the later entry's values."""
+    """The log's entries by step; of a step that a resumed run went through again, the later entry's values.
+
+    A line that was cut short, when the disk was full or the power went, is left out.
+    """
     entries: dict[float, dict[str, float]] = {}
     for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
         entries.setdefault(entry["step"], {}).update(entry)
     return [entries[step] for step in sorted(entries)]
 

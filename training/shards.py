@@ -73,7 +73,7 @@ class ShardImages:
                 handle.seek(member.offset)
                 content = handle.read(member.size)
             with Image.open(io.BytesIO(content)) as picture:
-                pictures.append(self._preprocessing(picture.convert("RGBA"))[0])
+                pictures.append(self._preprocessing(picture)[0])
         return to_float(torch.stack(pictures))
 
 

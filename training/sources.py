@@ -152,7 +152,7 @@ class EmojiSource:
 
 def _named(classes: Sequence[str], names: str) -> list[str]:
     if not names:
-        return [name.replace("_", " ") for name in classes]
+        return distinct([name.replace("_", " ") for name in classes])
     if names == "imagenet":
         from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 
@@ -160,12 +160,22 @@ def _named(classes: Sequence[str], names: str) -> list[str]:
             raise InputError(
                 f"classes = imagenet names {len(IMAGENET_CLASSNAMES)} classes, the data has {len(classes)}"
             )
-        return list(IMAGENET_CLASSNAMES)
+        return distinct(IMAGENET_CLASSNAMES)
     table = json.loads(Path(names).read_text(encoding="utf-8"))
     missing = [name for name in classes if name not in table]
     if missing:
         raise InputError(f"{names} names no class {missing[0]!r} ({len(missing)} are missing)")
-    return [str(table[name]) for name in classes]
+    return distinct([str(table[name]) for name in classes])
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names of which no two are alike: a later one is numbered. ImageNet calls two pairs of its classes alike."""
+    seen: dict[str, int] = {}
+    result = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        result.append(name if seen[name] == 1 else f"{name} {seen[name]}")
+    return result
 
 
 def make_source(config: DataConfig, preprocessing: Preprocessing) -> Source:
@@ -210,7 +220,8 @@ def parents_of(config: DataConfig, source: Source) -> Tensor | None:
 def parent_batch(source: Source, parents: Tensor, per_parent: int, step: int, batch_size: int, seed: int) -> Tensor:
     """A batch of whole families: int64 [batch_size], ``per_parent`` pictures for each of some parents, drawn by weight.
 
-    Parents are drawn by the weights of their pictures; one with fewer pictures gives all it has, and others fill up.
+    Parents are drawn by the weights of their pictures; one with fewer pictures gives all it has, and others fill up,
+    with more than ``per_parent`` of their own where there are too few parents.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     weights = torch.ones(len(parents)) if source.weights is None else source.weights
@@ -219,11 +230,14 @@ def parent_batch(source: Source, parents: Tensor, per_parent: int, step: int, ba
     # Within a family by weight: the smallest of exponentials over weights (Efraimidis and Spirakis 2006).
     keys = torch.empty(len(parents)).exponential_(generator=generator) / weights
     chosen: list[Tensor] = []
-    for parent in order.tolist():
-        members = torch.nonzero(parents == parent).flatten()
-        chosen.append(members[torch.argsort(keys[members])[:per_parent]])
-        if sum(map(len, chosen)) >= batch_size:
-            break
+    taken = 0
+    while sum(map(len, chosen)) < min(batch_size, len(parents)):
+        for parent in order.tolist():
+            members = torch.nonzero(parents == parent).flatten()
+            chosen.append(members[torch.argsort(keys[members])[taken : taken + per_parent]])
+            if sum(map(len, chosen)) >= batch_size:
+                break
+        taken += per_parent
     return torch.cat(chosen)[:batch_size]
 
 

@@ -23,6 +23,7 @@ from ironclip.preprocessing import Preprocessing
 from training.config import from_mapping, read_config
 from training.data import FolderImages, LabelledImages, TorchvisionImages
 from training.robustness import fixed_sample, measure_all
+from training.sources import distinct
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,20 @@ def load_set(entry: SetConfig, root: Path, preprocessing: Preprocessing) -> tupl
         InputError: class folders that cannot be named.
         OptionError: no such torchvision set.
     """
+    found = _of_torchvision(entry, root)
+    if found is not None:
+        # torchvision keeps some sets in folders of these very names, with folders of its own in them.
+        images: LabelledImages = TorchvisionImages(found, preprocessing)
+        return images, [readable(name) for name in images.classes]
     folder = root / (entry.folder or entry.name)
     if folder.is_dir() and any(path.is_dir() for path in folder.iterdir()):
-        images: LabelledImages = FolderImages(folder, preprocessing)
+        images = FolderImages(folder, preprocessing)
         return images, _named(entry, images)
+    return None
+
+
+def _of_torchvision(entry: SetConfig, root: Path) -> Any:
+    """torchvision's data set, where it finds it below ``root``; None elsewhere. Raises OptionError if it has none."""
     if not entry.torchvision:
         return None
     import torchvision.datasets
@@ -117,8 +128,7 @@ def load_set(entry: SetConfig, root: Path, preprocessing: Preprocessing) -> tupl
         return None
     if not hasattr(found, "classes"):
         found.classes = list(getattr(found, "categories", entry.prompts))
-    images = TorchvisionImages(found, preprocessing)
-    return images, [readable(name) for name in images.classes]
+    return found
 
 
 def _label_set(entry: SetConfig, names: Sequence[str]) -> LabelSet:
@@ -127,17 +137,7 @@ def _label_set(entry: SetConfig, names: Sequence[str]) -> LabelSet:
             raise InputError(f"{entry.name}: {len(entry.prompts)} prompts for {len(names)} classes")
         labels = [{"name": name, "prompts": [text]} for name, text in zip(names, entry.prompts, strict=True)]
         return LabelSet.parse(labels)
-    return LabelSet.parse(_unique(names), [entry.template])
-
-
-def _unique(names: Sequence[str]) -> list[str]:
-    """ImageNet calls two pairs of classes alike; the later one is numbered."""
-    seen: dict[str, int] = {}
-    result = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        result.append(name if seen[name] == 1 else f"{name} {seen[name]}")
-    return result
+    return LabelSet.parse(distinct(names), [entry.template])
 
 
 def evaluate_suite(

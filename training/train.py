@@ -105,8 +105,8 @@ def train_step(run: Run, drawn: StepBatch) -> dict[str, float]:
     norm = nn.utils.clip_grad_norm_(run.module.parameters(), config.clip_norm or math.inf)
     if not (math.isfinite(totals["loss"]) and torch.isfinite(norm)):
         raise NonFiniteLoss(
-            f"step {run.step}: gradient norm {norm.item()}, loss and parts {totals}, learning rate {rate:.2e}; resume "
-            "from the last checkpoint with a smaller learning_rate, clip_norm=1.0, or dtype=float32"
+            f"step {run.step}: gradient norm {norm.item()}, loss and parts {totals}, learning rate {rate:.2e}; begin "
+            "again in another run folder with a smaller learning_rate, clip_norm=1.0 or dtype=float32"
         )
     for optimiser in run.optimisers:
         optimiser.step()

@@ -30,7 +30,7 @@ class Watch:
     def __init__(self, source: Source, config: RobustConfig, fabric: Fabric) -> None:
         self._config, self._fabric = config, fabric
         pixels, labels = source.probe(max(1, config.evaluate_count), config.seed)
-        mine = torch.arange(fabric.global_rank, len(labels), fabric.world_size)
+        mine = torch.arange(len(labels))[fabric.global_rank :: fabric.world_size]
         self._pixels, self._labels, self._keys = pixels[mine], labels[mine], mine
         self._seconds: list[float] = []
 
@@ -53,12 +53,13 @@ class Watch:
         attack = PGD(iterations=max(1, config.evaluate_iterations), seed=config.seed)
         counts = torch.zeros(3, dtype=torch.float64, device=device)
         classifier.eval()
-        for rows in torch.split(torch.arange(len(self._labels)), batch_size):
+        for start in range(0, len(self._labels), batch_size):
+            rows = slice(start, start + batch_size)
             images, labels = self._pixels[rows].to(device), self._labels[rows].to(device)
             right, fooled, _ = attack_batch(
                 classifier, images, labels, attack, config.attack.threat, keys=self._keys[rows].to(device)
             )
-            counts += torch.tensor([right.sum(), right.sum() - fooled.sum(), len(rows)]).to(counts)
+            counts += torch.tensor([right.sum(), right.sum() - fooled.sum(), len(labels)]).to(counts)
         if self._fabric.world_size > 1:
             counts = torch.as_tensor(self._fabric.all_reduce(counts, reduce_op="sum"))
         right_count, held, count = counts.tolist()

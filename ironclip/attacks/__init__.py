@@ -45,6 +45,9 @@ __all__ = [
     "make_attack",
 ]
 
+# Raised when one of them finds more than before, so that results say which they were made by. 2: FAB-T makes all steps.
+VERSION = 2
+
 ATTACKS: dict[str, Callable[..., Attack]] = {
     "fgsm": FGSM,
     "pgd": partial(PGD, loss="own"),

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.service.conftest import free_port
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:8000"
@@ -32,10 +34,27 @@ def test_tables_are_current() -> None:
     assert result.returncode == 0, f"run `make readme`\n{result.stdout}{result.stderr}"
 
 
+def test_code_ends_where_it_should() -> None:
+    """A fence that is not closed turns the text behind it into code."""
+    for path in (ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")):
+        if ".venv" in path.parts:
+            continue
+        inside = False
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("```"):
+                assert not inside or line == "```", f"{path}: {line} within code"
+                inside = not inside
+            assert not (inside and line.startswith("## ")), f"{path}: {line} within code"
+        assert not inside, path
+
+
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if not target.startswith(("http://", "https://")):
             assert (ROOT / target).exists(), target
+    headings = re.findall(r"^##+ (.*)$", README, re.M)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
 
 
 @pytest.fixture
@@ -57,6 +76,46 @@ def test_curl_commands_get_answers(service_url: str) -> None:
         answers += [json.loads(answer) for answer in result.stdout.split("@@@") if answer.strip()]
     best = [answer["predictions"][0]["label"] for answer in answers if "predictions" in answer]
     assert best == ["carrot", "penguin", "guitar", "octopus"]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="there is no redis-server on this machine")
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_from_a_clone_to_production(tiny_artifact: Path, tmp_path: Path) -> None:
+    """The three blocks as they stand, but for ports, folders, a tiny encoder, and seconds of load."""
+    section = README.split("## From a clone to production")[1].split("\n## ")[0]
+    start, ask, load = re.findall(r"^```sh\n(.*?)^```", section, re.M | re.S)
+    ports = {"8000": str(free_port()), "9000": str(free_port()), "6379": str(free_port())}
+
+    def here(script: str) -> str:
+        for port, ours in ports.items():
+            script = script.replace(port, ours)
+        script = script.replace(".venv/bin/python", sys.executable).replace("keys.toml", str(tmp_path / "keys.toml"))
+        script = script.replace("--daemonize yes", f"--daemonize yes --dir {tmp_path} --pidfile {tmp_path}/redis.pid")
+        script = re.sub(r"^\.venv/bin/pip .*$", "", script, flags=re.M)
+        script = script.replace("--users 20 --seconds 30", "--users 7 --seconds 4 --pictures 64 --size 48x48")
+        told = f"--summary {tmp_path}/summary.json --report {tmp_path}/report.html"
+        script = script.replace("loadtests.locust_run", f"loadtests.locust_run {told}")
+        return script.replace("make serve", f"{sys.executable} -m service & SERVICE=$!")
+
+    ready = f"until curl -sf http://127.0.0.1:{ports['8000']}/readyz; do kill -0 $SERVICE; sleep 0.2; done"
+    end = f"kill $SERVICE $(cat {tmp_path}/redis.pid) || true"
+    script = "\n".join([f"trap '{end}' EXIT", here(start), ready, "echo @@@", here(ask), "echo @@@", here(load)])
+    environment = {
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "PYTHONPATH": str(ROOT),
+        "IRONCLIP_PORT": ports["8000"],
+        "IRONCLIP_ENCODERS": f"tiny={tiny_artifact}",
+        "IRONCLIP_STATE_DIR": str(tmp_path / "state"),
+    }
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, asked, loaded = done.stdout.split("@@@")
+    assert '"encoder":{"name":"tiny"' in asked
+    for line in ("ironclip_ready 1.0", "ironclip_redis_up 1.0", "ironclip_keys_file_ok 1.0"):
+        assert line in asked
+    assert json.loads((tmp_path / "summary.json").read_text())["total"]["failures"] == 0, loaded
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

@@ -55,3 +55,21 @@ def test_vendors_composite_on_white(demo_data: Path) -> None:
     assert sorted(labels) == list(range(7))
     circle = images.images([labels.index(0)])
     assert torch.allclose(circle[0, :, 0, 15], torch.ones(3))
+
+
+def test_pictures_come_as_the_service_sees_them(tmp_path: Path) -> None:
+    """16 bits of grey are scaled, not cut off, and a palette keeps its transparency."""
+    (tmp_path / "a").mkdir()
+    ramp = (torch.arange(32 * 32).reshape(32, 32) * 64).numpy().astype("uint16")
+    Image.fromarray(ramp).save(tmp_path / "a" / "0.png")
+    palette = Image.new("P", (32, 32), 1)
+    palette.putpalette([0, 0, 0, 200, 30, 30] + [0] * 762)
+    palette.save(tmp_path / "a" / "1.png", transparency=0)
+    Image.new("CMYK", (32, 32), (10, 200, 90, 40)).save(tmp_path / "a" / "2.jpg")
+    preprocessing = Preprocessing(32)
+    found = FolderImages(tmp_path, preprocessing).images([0, 1, 2])
+    for at, name in enumerate(("0.png", "1.png", "2.jpg")):
+        with Image.open(tmp_path / "a" / name) as picture:
+            expected, _ = preprocessing(picture)
+        assert torch.equal((found[at] * 255).round().to(torch.uint8), expected), name
+    assert 0.4 < float(found[0].mean()) < 0.6

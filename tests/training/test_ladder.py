@@ -28,7 +28,7 @@ from training.ladder_cells import Ladder, pair_of, read_ladder
 from training.ladder_gates import doubts
 from training.ladder_report import ladder_table, waiting, write_report
 from training.ladder_words import ladder_words
-from training.robustness import FOOLED, HELD, WRONG, Cell, Sample
+from training.robustness import FOOLED, HELD, WRONG, Cell, Sample, defence_form
 
 SHORT = (Stage(1, 4, "ce"), Stage(2, 3, "margin"))
 NAMES = ["carrot", "kale", "cat", "dog", "rocket"]
@@ -269,6 +269,8 @@ def put(folder: Path, row: str, rung: str, eps: float, outcomes: str, **more: An
         "options": attack[1],
         "threat": threat,
         "level": "",
+        "defence_options": defence_form(CONFIG.defence(row)),
+        **({"examples": ladder.WHOLE} if rung in ladder.TRANSFER else {}),
         "robust": 100 * outcomes.count(HELD) / len(outcomes),
         "unreliable": [],
         "outcomes": outcomes,
@@ -301,6 +303,25 @@ def test_what_is_missing_is_a_dash_and_not_spoken_of(tmp_path: Path) -> None:
     assert "| 0.0 (0 to 4) |\n" in ladder_table(read(tmp_path), "demo", 2.0)
     put(tmp_path, "cola", "ensemble", 2.0, of(10, 50), encoder={"digest": "other", "dtype": "bfloat16"})
     with pytest.raises(OptionError, match="differ in the encoder's digest"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "rung", "more", "what"),
+    [
+        ("cola", "white-box", {"defence_options": ["cola", {"views": "9"}]}, "defence"),
+        ("cola", "transfer-pgd", {"options": {"iterations": 10}}, "attack"),
+        ("cola", "transfer-apgd", {"examples": "up to the boundary"}, "way of making examples"),
+        ("none", "autoattack", {"threat": {"label": "linf 1/255"}}, "radius"),
+    ],
+)
+def test_cells_of_another_plan_are_not_shown_under_this_one(
+    row: str, rung: str, more: dict[str, Any], what: str, tmp_path: Path
+) -> None:
+    put(tmp_path, row, rung, 2.0, of(10, 50))
+    read(tmp_path)
+    put(tmp_path, row, rung, 2.0, of(10, 50), **more)
+    with pytest.raises(OptionError, match=f"{rung}-2.json was made with another {what}: delete it"):
         read(tmp_path)
 
 

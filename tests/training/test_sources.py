@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,21 @@ import webdataset
 from PIL import Image
 
 from ironclip.errors import InputError, OptionError
+from ironclip.labels import LabelSet
 from ironclip.preprocessing import Preprocessing
 from tests.training.robust_world import PREPROCESS
 from training.augment import AugmentConfig
 from training.shards import ShardImages
-from training.sources import DataConfig, EmojiSource, PlainSource, batch_indices, make_source, parents_of, step_batches
+from training.sources import (
+    DataConfig,
+    EmojiSource,
+    PlainSource,
+    batch_indices,
+    make_source,
+    parent_batch,
+    parents_of,
+    step_batches,
+)
 
 PREPROCESSING = Preprocessing.from_open_clip(PREPROCESS)
 
@@ -149,3 +160,30 @@ def test_batches_of_families_hold_several_pictures_of_each_parent(demo_data: Pat
     assert seen == set(families.tolist())
     with pytest.raises(InputError, match=r"data\.per_parent needs data\.tree"):
         parents_of(DataConfig(per_parent=2), source)
+
+
+def test_imagenet_calls_no_two_classes_alike(tmp_path: Path) -> None:
+    """Its names hold two pairs of the same words, and a label set has each once."""
+    for number in range(1000):
+        folder = tmp_path / f"n{number:08d}"
+        folder.mkdir()
+        Image.new("RGB", (4, 4), (number % 256, 0, 0)).save(folder / "0.png")
+    source = make_source(DataConfig(kind="folder", path=str(tmp_path), classes="imagenet"), Preprocessing(8))
+    assert len(set(source.classes)) == 1000
+    assert [source.classes[at] for at in (657, 744)] == ["missile", "missile 2"]
+    LabelSet.parse(list(source.classes))
+
+
+def test_a_batch_of_families_is_full() -> None:
+    """Also where there are fewer parents than it takes at so many pictures each."""
+
+    class Some:
+        labels = torch.arange(60)
+        weights = None
+
+    source: Any = Some()
+    parents = torch.arange(60) % 3
+    for batch_size, most in ((6, 2), (32, 12), (60, 20)):
+        batch = parent_batch(source, parents, 2, 0, batch_size, 0)
+        assert len(batch) == len(set(batch.tolist())) == batch_size
+        assert int(parents[batch].bincount().max()) <= most

@@ -51,6 +51,17 @@ def test_class_names_are_the_papers() -> None:
         imagenet_names(["n99999999"])
 
 
+def test_torchvisions_own_folders_are_not_taken_for_classes(tiny_encoder: Encoder, tmp_path: Path) -> None:
+    """It keeps some sets in folders of the sets' own names, with other folders in them than classes."""
+    entry = next(entry for entry in load_suite("zeroshot15") if entry.name == "eurosat")
+    _fill(tmp_path / "eurosat" / "2750", ["AnnualCrop", "Forest", "SeaLake"])
+    found = load_set(entry, tmp_path, tiny_encoder.preprocessing)
+    assert found is not None
+    images, names = found
+    assert names == ["annualcrop", "forest", "sealake"]
+    assert len(images) == 6
+
+
 def test_folders_come_first_and_absent_sets_are_none(tiny_encoder: Encoder, tmp_path: Path) -> None:
     entry = SetConfig("dtd", torchvision="DTD", options={"split": "test"})
     assert load_set(entry, tmp_path, tiny_encoder.preprocessing) is None

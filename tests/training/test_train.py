@@ -9,13 +9,17 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
 import torch
 from torch import Tensor
 
+from ironclip.artifact import save_artifact
+from ironclip.classifier import Classifier
 from ironclip.errors import OptionError
+from ironclip.labels import LabelSet
 from ironclip.loading import load_encoder
 from tests.training.robust_world import CONV, VIT, make_artifact, write_config
 from training.__main__ import TRAINING, main
@@ -25,8 +29,9 @@ from training.methods.hpt_gpd import HPTGPD
 from training.recipe import RobustConfig, load_recipe, make_method, picture_units
 from training.robust_run import make_fabric, start, stretches
 from training.runlog import read_log
-from training.sources import step_batches
+from training.sources import make_source, step_batches
 from training.train import adversarial_pixels, train, train_step
+from training.watch import Watch
 
 ROOT = Path(__file__).parents[2]
 
@@ -147,12 +152,70 @@ def test_two_processes_follow_the_loss_of_one_under_attack(config_file: Path, tm
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 
 
-def test_parts_of_a_batch_add_up_to_it(config_file: Path, tmp_path: Path) -> None:
-    overrides = ["dtype=float64", "attack.iterations=0", "evaluate_count=0"]
-    whole = train(load_recipe("tecoa", str(config_file), overrides), tmp_path / "whole").parent
-    parts = train(load_recipe("tecoa", str(config_file), [*overrides, "accumulate=3"]), tmp_path / "parts").parent
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("tecoa", []),
+        ("hpt_gpd", ["options.batch_sum=true", "optimiser=sgd"]),  # AdamW hides a factor
+        ("pmg_aft", ["options.published_code=true", "optimiser=sgd"]),
+    ],
+)
+def test_parts_of_a_batch_add_up_to_it(method: str, options: list[str], config_file: Path, tmp_path: Path) -> None:
+    overrides = ["dtype=float64", "attack.iterations=0", "evaluate_count=0", *options]
+    whole = train(load_recipe(method, str(config_file), overrides), tmp_path / "whole").parent
+    parts = train(load_recipe(method, str(config_file), [*overrides, "accumulate=3"]), tmp_path / "parts").parent
     for key, value in _weights(whole).items():
         assert torch.allclose(value, _weights(parts)[key], atol=1e-9), key
+
+
+def test_a_run_does_not_go_on_over_an_exchanged_base(
+    config_file: Path, encoders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(encoders[1], base)
+    overrides = [f"base={base}", "evaluate_count=0", "steps=2"]
+    train(load_recipe("fare", str(config_file), overrides), tmp_path / "run")
+    train(load_recipe("fare", str(config_file), overrides), tmp_path / "run")  # the same again is no trouble
+    other = load_encoder(str(base))
+    with torch.no_grad():
+        next(other.model.visual.parameters()).mul_(1.01)  # type: ignore[union-attr]
+    save_artifact(other, base, {})
+    with pytest.raises(CheckpointError, match="another base of the same name"):
+        train(load_recipe("fare", str(config_file), overrides), tmp_path / "run")
+
+
+def test_a_torn_line_of_the_log_does_not_cost_the_artifact(config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log.jsonl").write_text('{"step": 2, "lo', encoding="utf-8")
+    artifact = train(load_recipe("tecoa", str(config_file), ["evaluate_count=0", "log_every=1"]), run)
+    assert (artifact / "ironclip.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "override", ["log_every=0", "checkpoint_every=0", "accumulate=0", "batch_size=0", "learning_rate=-1"]
+)
+def test_numbers_that_cannot_be_are_refused(override: str, config_file: Path) -> None:
+    with pytest.raises(OptionError, match=override.split("=")[0]):
+        load_recipe("tecoa", str(config_file), [override])
+
+
+def test_every_process_watches_its_share_however_small(config_file: Path) -> None:
+    config = load_recipe("tecoa", str(config_file), ["evaluate_count=1"])
+
+    class Third:
+        """The last of three processes, of which two see no picture."""
+
+        global_rank, world_size, device = 2, 1, torch.device("cpu")
+
+    source = make_source(config.data, load_encoder(config.base).preprocessing)
+    fabric: Any = Third()
+    fabric.world_size = 3
+    watch = Watch(source, config, fabric)
+    fabric.world_size = 1
+    encoder = load_encoder(config.base)
+    scores = watch.scores(Classifier(encoder, LabelSet.parse(list(source.classes))))
+    assert scores == {"clean": 0.0, "robust": 0.0}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -236,7 +299,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_report(config_file: Path, tmp_pa
     run = start(config, tmp_path, make_fabric())
     (drawn,) = step_batches(run.source, range(1), 6, seed=0)
     next(run.tower.visual.parameters()).data.fill_(float("nan"))
-    with pytest.raises(NonFiniteLoss, match=r"step 0: .*loss.*nan.*resume from the last checkpoint"):
+    with pytest.raises(NonFiniteLoss, match=r"step 0: .*loss.*nan.*begin again in another run folder"):
         train_step(run, drawn)
 
 

@@ -67,6 +67,8 @@ class Networks:
         proxy_texts: those.
         extra: what the method trains beside the image tower (`Method.extra`).
         gather: this process's rows [b, ...] -> those of all processes, in order, with their gradients.
+        batch_size: pictures of a step, over all processes and parts, for losses that are sums over them; 0: what is
+            given at once is all.
     """
 
     student: Tower
@@ -76,6 +78,7 @@ class Networks:
     proxy_texts: Texts | None = None
     extra: nn.Module | None = None
     gather: Callable[[Tensor], Tensor] = field(default=lambda values: values)
+    batch_size: int = 0
 
 
 @dataclass(frozen=True)

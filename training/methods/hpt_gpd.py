@@ -101,7 +101,7 @@ class HPTGPD:
 
     def loss(self, networks: Networks, batch: Batch, adversarial: Tensor, phase: str = DISTIL) -> Losses:
         """See the class. Raises ValueError in phase B without a proxy."""
-        many = len(adversarial) if self.batch_sum else 1
+        many = (networks.batch_size or len(adversarial)) if self.batch_sum else 1
         moved = networks.texts.logits(networks.student(adversarial))
         anchor = divergence(networks.texts.logits(batch.anchor), moved).mean() * many
         if phase == WARM_UP:

@@ -56,7 +56,7 @@ class PMGAFT(Plain):
         clean = self._logits(networks, networks.student(batch.images))
         original = self._logits(networks, without_gradient(networks.original, adversarial))
         label = F.cross_entropy(moved, batch.labels)
-        many = len(moved) if self.published_code else 1
+        many = (networks.batch_size or len(moved)) if self.published_code else 1
         general = divergence(original, moved).mean() * many
         steady = divergence(clean, moved).mean() * many
         total = label + self.general * general + self.clean * steady
