@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ironclip.attacks import APGD, ATTACKS, NORMS, Attack, AutoAttack, Norm, Square, make_attack
 from ironclip.errors import OptionError, shown
@@ -139,15 +139,21 @@ class ProbeOptions:
                     f"{', '.join(FREE_ATTACKS)}.",
                     pointer="/attack",
                 )
-            found = make_attack(self.attack)
-            fields = {field.name for field in dataclasses.fields(found)}  # type: ignore[arg-type]
-            options = {"seed": self.seed} if "seed" in fields else {}
-            return [(make_attack(self.attack, options), "ce")]
+            return [(make_attack(self.attack, self.attack_options), "ce")]
         if free:
             apgd = APGD("own", effort.iterations, restarts=effort.classes, seed=self.seed)
             return [(apgd, "ce")] if vector else [(apgd, "ce"), (apgd, "margin")]
         whole = AutoAttack(effort.version, effort.iterations, effort.queries, effort.classes, self.seed)
         return [(whole, "ce")]
+
+    @property
+    def attack_options(self) -> dict[str, Any]:
+        """Options of an attack that is asked for by name: its own, and no less than the effort has."""
+        own: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(make_attack(self.attack))}  # type: ignore[arg-type]
+        effort = EFFORTS[self.effort]
+        least = {"iterations": effort.iterations, "classes": effort.classes, "queries": effort.queries}
+        options: dict[str, Any] = {name: max(own[name], most) for name, most in least.items() if name in own}
+        return options | ({"seed": self.seed} if "seed" in own else {})
 
     @property
     def black_box(self) -> Square | None:

@@ -92,7 +92,7 @@ def warnings(probe: Probe, *, resized: bool | None = None) -> list[dict[str, str
         )
     if probe.exhausted:
         found["unfinished"] = f"The probe ended early ({probe.exhausted}): radii in state unknown were not decided."
-    if options.norm == "linf" and any(0 < eps < 1 for eps in options.eps):
+    if any(0 < eps * options.scale * 255 < 1 for eps in options.eps):
         found["below-one-step"] = (
             "A radius below 1/255 holds no other picture of 8 bits, so nothing was found there by construction."
         )
@@ -130,6 +130,7 @@ def result(probe: Probe, *, resized: bool | None = None) -> dict[str, Any]:
             "adaptive": True,
             "draws": "fresh" if probe.fresh else "fixed",
             "seed": options.seed,
+            **({"options": options.attack_options} if options.attack else {}),
         },
         "cost": {
             "gradients": probe.gradients,

@@ -265,3 +265,23 @@ def test_noise_is_uniform_normal_and_the_items_own() -> None:
         assert not torch.equal(uniform(keys, (50,), **{"seed": 1, "step": 0, **other}), draws)
     far = torch.tensor([3, 3 + (1 << 33)])
     assert not torch.equal(*uniform(far, (9,), seed=0, step=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("pgd", {"iterations": "10"}, "iterations of the attack 'pgd' is a whole number, not '10'"),
+        ("pgd", {"iterations": 2.5}, "iterations .* is a whole number"),
+        ("pgd", {"iterations": True}, "iterations .* is a whole number"),
+        ("pgd", {"step_size": float("nan")}, "step_size .* is a finite number"),
+        ("pgd", {"keep": "first"}, "keep .* is one of best, last"),
+        ("pgd", {"stop_fooled": 1}, "stop_fooled .* is a yes or no"),
+        ("square", {"queries": "x"}, "queries .* is a whole number"),
+        ("apgd-t", {"classes": None}, "classes .* is a whole number"),
+        ("autoattack", {"iterations": 1.0}, "iterations .* is a whole number"),
+    ],
+)
+def test_options_of_another_kind_are_refused(name: str, options: dict[str, object], says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        make_attack(name, options)
+    assert make_attack("pgd", {"step_size": 0, "momentum": 1})  # whole numbers are numbers
