@@ -8,8 +8,20 @@ time that a head takes.
 from __future__ import annotations
 
 import asyncio
-import resource
+import contextlib
 from typing import Any
+
+
+def open_files() -> int:
+    """Files that this process may have open at once, a million where nothing limits them."""
+    with contextlib.suppress(ImportError):  # it is POSIX's
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if most != resource.RLIM_INFINITY:
+            return min(most, 1 << 20)
+    return 1 << 20
+
 
 try:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -30,7 +42,7 @@ else:
         most_quiet = 64 * 1024
         patience = 20.0
         # The rest of the files that this process may open is for pictures, Redis and what is fetched.
-        most_connections = max(64, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 20) - 256)
+        most_connections = max(64, open_files() - 256)
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from training.examples import share_table
+from training.examples import WHOLE, share_table
 from training.markdown import table
 
 
@@ -176,14 +176,24 @@ def _made(contents: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
+def early(contents: Mapping[str, Mapping[str, Any]]) -> str:
+    """Said of examples that do not come of all of an attack's steps; empty where they all do."""
+    if all(content.get("examples") == WHOLE for content in contents.values()):
+        return ""
+    return (
+        " **These pictures stay where they first fool what was attacked**, just across its boundary, from where little "
+        "carries over: whatever was not attacked itself is flattered, and is to be measured again."
+    )
+
+
 def compared(results: Path) -> list[str]:
     """Those parts of a study's README for which there are results."""
     parts = []
     if (results / "transfer.json").is_file():
         content = {"": json.loads((results / "transfer.json").read_text(encoding="utf-8"))}
-        parts += ["## Transfer", "", TRANSFER, "", _made(content), "", transfer_table(results)]
+        parts += ["## Transfer", "", TRANSFER, "", _made(content) + early(content), "", transfer_table(results)]
     if found := _load(results / "levels"):
-        parts += ["## Levels of the tree", "", LEVELS, "", _made(found), ""]
+        parts += ["## Levels of the tree", "", LEVELS, "", _made(found) + early(found), ""]
         for mode in ("rollup", "prompts"):
             if (drawn := plot_levels(results, mode)) is not None:
                 parts += [f"By {mode}:", "", f"![{drawn.stem}]({drawn.name})", "", severity_table(results, mode)]

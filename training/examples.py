@@ -29,6 +29,8 @@ from training.markdown import table
 from training.robustness import Cell, Sample, as_many_as_fit, key_of, level_model, named, together, wilson
 
 Say = Callable[[str], None]
+# Of examples that are made by all of an attack's steps; and of those that stay where they first fool their maker.
+WHOLE, FIRST = "all steps", "up to the first success"
 
 
 def examples(
@@ -205,6 +207,7 @@ def transfer_matrix(
         "key": key,
         "sample": {"name": sample.name, "digest": sample.digest, "pictures": len(sample.labels)},
         **cell.to_json(),
+        "examples": WHOLE,
         "encoders": {name: named(c.encoder) for name, c in classifiers.items()},
         "clean": {name: share(right) for name, right in clean.items()},
         "made_on": rows,
@@ -276,6 +279,7 @@ def level_matrix(
         "key": key,
         "sample": {"name": sample.name, "digest": sample.digest, "pictures": len(sample.labels)},
         **cell.to_json(),
+        "examples": WHOLE,
         "encoder": named(classifier.encoder),
         "levels": classifier.level_mode,
         "clean": {name: share(before[name]) for name in names},

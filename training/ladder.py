@@ -33,7 +33,7 @@ from training.config import from_mapping, read_config
 from training.emoji.pictures import manifest_names, read_manifest
 from training.emoji.taxonomy import Name
 from training.evaluate import TEMPLATES, emoji_sample
-from training.examples import examples
+from training.examples import FIRST, WHOLE, examples
 from training.fresh import measure_fresh
 from training.jsonfile import finished, write_json
 from training.provenance import commit
@@ -45,10 +45,6 @@ TRANSFER: dict[str, tuple[str, dict[str, Any]]] = {
     "transfer-cw": ("cw", {"iterations": 10, "step_size": 1 / 255, "keep": "last"}),
     "transfer-apgd": ("apgd-ce", {}),
 }
-# Of examples that are made by all of an attack's steps.
-WHOLE = "all steps"
-# Of those that stay where they first fool their maker.
-FIRST = "up to the first success"
 SEEING: dict[str, str] = {
     "white-box": "autoattack-rand",
     "ensemble": "autoattack-ensemble",

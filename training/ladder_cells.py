@@ -10,8 +10,9 @@ from typing import Any
 from ironclip.attacks import ThreatModel
 from ironclip.errors import OptionError
 from training.claims import paired
+from training.examples import WHOLE
 from training.gates import worst_case
-from training.ladder import RUNGS, SEEING, TRANSFER, WHOLE, LadderConfig, folder_of, results_of
+from training.ladder import RUNGS, SEEING, TRANSFER, LadderConfig, folder_of, results_of
 from training.robustness import HELD, WRONG, defence_form
 
 CellResult = Mapping[str, Any]

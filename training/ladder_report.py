@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from training.examples import WHOLE
 from training.fresh import STAGES
 from training.gates import worst_case
-from training.ladder import SEEING, TRANSFER, WHOLE, LadderConfig, folder_of
+from training.ladder import SEEING, TRANSFER, LadderConfig, folder_of
 from training.ladder_cells import TITLES, CellResult, Ladder, read_ladder
 from training.ladder_gates import doubts
 from training.ladder_words import changed, ladder_words

@@ -116,6 +116,12 @@ def doubts(results: Path) -> list[str]:
             if cell["robust"] > other["robust"] + 1:
                 column = " ".join(part for part in column_of(cell) if part)
                 lines.append(f"{name}: {column} holds {cell['robust']} %, in float32 {other['robust']} %")
+    full = [c for row in read_cells(results).values() for c in row if c["attack"] == "autoattack"]
+    if any(cell.get("attacks", 1) < 2 for cell in full):
+        lines.append(
+            "AutoAttack was run when FAB-T took half of its steps; what it left standing has not been attacked by it "
+            "again."
+        )
     return lines
 
 

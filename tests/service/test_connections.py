@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 import threading
 import time
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import uvicorn
 
-from service.connections import GuardedProtocol
+from service.connections import GuardedProtocol, open_files
 from tests.service.conftest import ServiceProcess, free_port
 
 HEAD = b"POST /classify HTTP/1.1\r\nHost: x\r\n"
@@ -143,3 +144,9 @@ def test_the_service_has_these_bounds(tiny_service: ServiceProcess) -> None:
         tiny_service.port, b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 400_000, b"a" * 400_000, pause=0.3
     )
     assert heard.startswith(b"HTTP/1.1 431 ")
+
+
+def test_without_a_limit_on_files_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    for soft, most in ((resource.RLIM_INFINITY, 1 << 20), (1024, 1024), (1 << 30, 1 << 20)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
+        assert open_files() == most
