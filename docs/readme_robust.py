@@ -105,7 +105,7 @@ def _seen() -> list[str]:
     widest = max(gaps, key=lambda row: gaps[row])
     first = _best("apgd-ce")
     whole = _best("autoattack")
-    moved = _read("transfer.json")["made_on"]
+    moved = _read("transfer-demos.json")["made_on"]
 
     def fooled(made: str, answered: str) -> str:
         found = moved[made][answered]["fooled"]
