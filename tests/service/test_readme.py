@@ -92,11 +92,11 @@ def test_from_a_clone_to_production(tiny_artifact: Path, tmp_path: Path) -> None
             script = script.replace(port, ours)
         script = script.replace(".venv/bin/python", sys.executable).replace("keys.toml", str(tmp_path / "keys.toml"))
         script = script.replace("--daemonize yes", f"--daemonize yes --dir {tmp_path} --pidfile {tmp_path}/redis.pid")
-        script = re.sub(r"^\.venv/bin/pip .*$", "", script, flags=re.M)
+        script = re.sub(r"^make setup .*$", "", script, flags=re.M)
         script = script.replace("--users 20 --seconds 30", "--users 7 --seconds 4 --pictures 64 --size 48x48")
         told = f"--summary {tmp_path}/summary.json --report {tmp_path}/report.html"
         script = script.replace("loadtests.locust_run", f"loadtests.locust_run {told}")
-        return script.replace("make serve", f"{sys.executable} -m service & SERVICE=$!")
+        return script.replace("\nmake serve\n", f"\n{sys.executable} -m service & SERVICE=$!\n")
 
     ready = f"until curl -sf http://127.0.0.1:{ports['8000']}/readyz; do kill -0 $SERVICE; sleep 0.2; done"
     end = f"kill $SERVICE $(cat {tmp_path}/redis.pid) || true"
