@@ -7,7 +7,6 @@ deadline; batch work that waits has every eighth turn.
 from __future__ import annotations
 
 import asyncio
-import heapq
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from ironclip.cpus import usable_cpus
 from ironclip.errors import NotReady, Overloaded
 from ironclip.preprocessing import Preprocessing
 from service import telemetry
+from service.by_urgency import ByUrgency
 from service.container import ImageLimits
 from service.images import DecodedImage, decode
 from service.urgency import BATCH, CLASSES, CURRENT
@@ -25,8 +25,6 @@ from service.urgency import BATCH, CLASSES, CURRENT
 _LEAST_PACE = 0.01
 # Of so many pictures taken while both classes wait, one is of batch work.
 _BATCH_TURN = 8
-# So many places of cancelled pictures are left in a queue, beside as many as there are pictures.
-_SPARE = 64
 
 
 class _Waiting:
@@ -36,55 +34,43 @@ class _Waiting:
     """
 
     def __init__(self) -> None:
-        self._heaps: list[list[tuple[float, int]]] = [[] for _ in CLASSES]
-        self._works: dict[int, tuple[Future[DecodedImage], partial[DecodedImage]]] = {}
+        self._works: ByUrgency[tuple[Future[DecodedImage], partial[DecodedImage]]] = ByUrgency()
         self._lock = threading.Lock()
-        self._added = self._overtaken = 0
+        self._overtaken = 0
 
     def add(self, rank: int, deadline: float, work: partial[DecodedImage]) -> Future[DecodedImage]:
         future: Future[DecodedImage] = Future()
         with self._lock:
-            self._added = identity = self._added + 1
-            self._works[identity] = (future, work)
-            heapq.heappush(self._heaps[rank], (deadline, identity))
+            identity = self._works.add(rank, deadline, (future, work))
         future.add_done_callback(partial(self._forget, identity))
         return future
 
     def _forget(self, identity: int, future: Future[DecodedImage]) -> None:
         if future.cancelled():
             with self._lock:
-                self._works.pop(identity, None)
-                for rank, heap in enumerate(self._heaps):
-                    if len(heap) > 2 * len(self._works) + _SPARE:
-                        self._heaps[rank] = [one for one in heap if one[1] in self._works]
-                        heapq.heapify(self._heaps[rank])
+                self._works.discard(identity)
 
     def take(self) -> tuple[Future[DecodedImage], partial[DecodedImage]] | None:
         """The next one that somebody still waits for; it counts as running."""
         while True:
             with self._lock:
-                for heap in self._heaps:
-                    while heap and heap[0][1] not in self._works:
-                        heapq.heappop(heap)
-                rank = self._turn()
-                if rank is None:
-                    return None
-                found = self._works.pop(heapq.heappop(self._heaps[rank])[1])
-            if found[0].set_running_or_notify_cancel():
+                first = self._first()
+                found = self._works.discard(first) if first is not None else None
+            if found is None or found[0].set_running_or_notify_cancel():
                 return found
 
-    def _turn(self) -> int | None:
-        there = [rank for rank in range(len(CLASSES)) if self._heaps[rank]]
-        if len(there) < len(CLASSES):
+    def _first(self) -> int | None:
+        firsts = [first for rank in range(len(CLASSES)) if (first := self._works.first(rank)) is not None]
+        if len(firsts) < len(CLASSES):
             self._overtaken = 0
-            return there[0] if there else None
+            return firsts[0][1] if firsts else None
         self._overtaken = (self._overtaken + 1) % _BATCH_TURN
-        return BATCH if self._overtaken == 0 else there[0]
+        return firsts[BATCH if self._overtaken == 0 else 0][1]
 
     def cancel(self) -> None:
         with self._lock:
-            left = [future for future, _ in self._works.values()]
-        for future in left:
+            left = self._works.values()
+        for future, _ in left:
             future.cancel()
 
 

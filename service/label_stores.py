@@ -152,14 +152,15 @@ class FileStore:
             if current is None:
                 _check_room(len(self._heads()), self.max_sets)
             folder = self.folder / name
-            versions = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-            older = [(path, path.stat().st_size) for path in versions if path.stem != digest]
-            others = sum(path.stat().st_size for path in self.folder.glob("*/*.json") if path.parent != folder)
-            kept = _kept(len(document), [size for _, size in older], others, self.max_bytes)
+            there = {path: path.stat() for path in self.folder.glob("*/*.json")}
+            others = sum(about.st_size for path, about in there.items() if path.parent != folder)
+            older = [path for path in there if path.parent == folder and path.stem != digest]
+            older.sort(key=lambda path: there[path].st_mtime_ns, reverse=True)
+            kept = _kept(len(document), [there[path].st_size for path in older], others, self.max_bytes)
             folder.mkdir(exist_ok=True)
             _replace(folder / f"{digest}.json", document)
             _replace(folder / "current", digest.encode())
-            for path, _ in older[kept:]:
+            for path in older[kept:]:
                 path.unlink(missing_ok=True)
             return current is None
 

@@ -22,6 +22,7 @@ from service.versions import holding
 
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{8,128}$")
 ENCODER_HEADER = "X-Ironclip-Encoder"
+_ENCODER_HEADER = ENCODER_HEADER.lower().encode()
 # Routes asked by machines every few seconds: they are counted, and logged at debug.
 QUIET = frozenset({"livez", "readyz", "metrics", "oip_live", "oip_ready", "oip_model_ready", "oip_model_version_ready"})
 # Routes whose time is the caller's to choose: never slow.
@@ -186,7 +187,7 @@ class Holding:
                 if message["type"] == "http.response.start":
                     held.status = message["status"] if asks else 0
                     if names := [f"{version.name}@{version.digest}" for version in held.versions]:
-                        named = (ENCODER_HEADER.lower().encode(), ", ".join(names).encode())
+                        named = (_ENCODER_HEADER, ", ".join(names).encode())
                         message["headers"] = [*message.get("headers", ()), named]
                 await send(message)
 

@@ -17,12 +17,11 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from ironclip.errors import DeadlineExceeded, ImageError
 from service import telemetry
 from service.errors import CostTooHigh, RateLimited
 from service.keys import Caller
 from service.redis_link import RedisLink, RedisUnavailable
-from service.together import REFUSED
+from service.together import PAID_FOR, REFUSED
 
 # Points of one forward of a picture, of one text, and of one gradient of a probe through one forward.
 PICTURE, TEXT, GRADIENT = 1.0, 0.25, 1.0
@@ -185,15 +184,16 @@ class Meter:
         work was done as far as it went. What the same request would not cost ``again`` is left out of `spent`.
         """
         store = await self.pay(points)
-        self.spent -= 0.0 if again else max(0.0, points)
+        once = 0.0 if again else max(0.0, points)
+        self.spent -= once
         try:
             yield
-        except (ImageError, DeadlineExceeded):
+        except PAID_FOR:
             raise
         except BaseException as error:
             # Another part of the request was refused, and this one is told to end.
             if isinstance(error, Exception) or (isinstance(error, asyncio.CancelledError) and error.args == (REFUSED,)):
-                self.spent += 0.0 if again else max(0.0, points)
+                self.spent += once
                 await self.give_back(points, store)
             raise
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from ironclip.errors import DeadlineExceeded, ImageError
 
+# The work was done as far as it went: its points are not given back.
+PAID_FOR = (ImageError, DeadlineExceeded)
 # What a piece is cancelled with whose request came to nothing by no fault of the caller's: it gives back its points.
 REFUSED = "another part of the request was refused"
 
@@ -18,7 +20,7 @@ async def together(works: Sequence[Awaitable[Any]]) -> list[Any]:
     try:
         return list(await asyncio.gather(*tasks))
     except BaseException as error:
-        paid_for = isinstance(error, (ImageError, DeadlineExceeded, asyncio.CancelledError))
+        paid_for = isinstance(error, (*PAID_FOR, asyncio.CancelledError))
         for task in tasks:
             task.cancel(None if paid_for else REFUSED)
         raise

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from service.by_urgency import ByUrgency
 from service.early_drop import Schedule
 from service.tracing import place
 from service.urgency import BATCH, CLASSES, INTERACTIVE, Urgency
@@ -52,13 +53,11 @@ class WorkQueue(Generic[Item]):
 
     def __init__(self, patience: float = math.inf) -> None:
         self.patience = patience
-        self._entries: dict[int, Entry[Item]] = {}
-        self._heaps: list[list[tuple[float, int]]] = [[] for _ in CLASSES]
+        self._entries: ByUrgency[Entry[Item]] = ByUrgency()
         self._arrivals: deque[int] = deque()  # of batch work, the oldest first
         self._costs = [0 for _ in CLASSES]
         self._last = [-math.inf for _ in CLASSES]  # no entry of the class comes later in the order
         self._credit = 0.0  # items of late batch work that may be done now
-        self._next_id = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -66,7 +65,7 @@ class WorkQueue(Generic[Item]):
     @property
     def added(self) -> int:
         """How many entries ever came."""
-        return self._next_id
+        return self._entries.added
 
     def cost(self, rank: int = BATCH) -> int:
         """What waits of this class and of those before it, in items."""
@@ -78,23 +77,18 @@ class WorkQueue(Generic[Item]):
         earlier = sum(self._costs[:rank])
         if order >= self._last[rank]:
             return earlier + self._costs[rank]
-        there = (self._entries.get(identity) for at, identity in self._heaps[rank] if at <= order)
-        return earlier + sum(entry.cost for entry in there if entry is not None)
+        return earlier + sum(self._entries[identity].cost for at, identity in self._entries.pairs(rank) if at <= order)
 
     def _order(self, urgency: Urgency) -> float:
         return urgency.deadline if math.isfinite(urgency.deadline) else time.monotonic() + self.patience
 
     def add(self, entry: Entry[Item]) -> int:
         """Put an entry in; returns what `discard` knows it by."""
-        identity, rank = self._next_id, entry.urgency.rank
-        self._next_id += 1
-        self._entries[identity] = entry
+        rank = entry.urgency.rank
         # What has been tried alone keeps nobody waiting by its deadline: it goes first.
         order = -math.inf if entry.alone else self._order(entry.urgency)
-        if not self._heaps[rank]:
-            self._last[rank] = order
-        self._last[rank] = max(self._last[rank], order)
-        heapq.heappush(self._heaps[rank], (order, identity))
+        self._last[rank] = order if self._entries.first(rank) is None else max(self._last[rank], order)
+        identity = self._entries.add(rank, order, entry)
         if rank == BATCH:
             self._arrivals.append(identity)
         self._costs[rank] += entry.cost
@@ -102,14 +96,14 @@ class WorkQueue(Generic[Item]):
 
     def discard(self, identity: int) -> None:
         """Take an entry out that nobody waits for any more, if it is still there."""
-        entry = self._entries.pop(identity, None)
+        entry = self._entries.discard(identity)
         if entry is not None:
             self._costs[entry.urgency.rank] -= entry.cost
 
     def earliest(self) -> float:
         """No deadline of what waits is before this, by the monotonic clock."""
-        self._tidy()
-        return min((heap[0][0] for heap in self._heaps if heap), default=math.inf)
+        firsts = (self._entries.first(rank) for rank in range(len(CLASSES)))
+        return min((first[0] for first in firsts if first is not None), default=math.inf)
 
     def take(
         self, most: float, seconds: Callable[[int], float] = lambda items: 0.0
@@ -142,15 +136,15 @@ class WorkQueue(Generic[Item]):
         Served in order, each batch ends before its first deadline. Of all the entries to begin with, that one is chosen
         which leaves the fewest late; of equal ones that whose batch does most in a second.
         """
-        self._tidy()
-        heap = next((heap for heap in self._heaps if heap), [])
+        foremost = self._entries.foremost()
         now = time.monotonic()
-        if not heap or not math.isfinite(most) or not (longest := seconds(int(most))):
+        if foremost is None or not math.isfinite(most) or not (longest := seconds(int(most))):
             return []
         horizon = now + _HORIZON * longest
-        if not heap[0][0] < horizon or math.isinf(heap[0][0]):  # no haste, or one to be tried alone
+        rank, order, _ = foremost
+        if not order < horizon or math.isinf(order):  # no haste, or one to be tried alone
             return []
-        there = sorted(pair for pair in heap if pair[0] < horizon and pair[1] in self._entries)
+        there = sorted(pair for pair in self._entries.pairs(rank) if pair[0] < horizon)
         # Nobody waits for a moment's end on work that has none.
         pressed = [(at, identity) for at, identity in there if math.isfinite(self._entries[identity].urgency.deadline)]
         costs = [self._entries[identity].cost for _, identity in pressed]
@@ -200,15 +194,9 @@ class WorkQueue(Generic[Item]):
         """About what `take` would take now, up to so many entries, left where they are; late work is not seen to."""
         found: list[Entry[Item]] = []
         for rank in (INTERACTIVE, BATCH):
-            there = (pair for pair in self._heaps[rank] if pair[1] in self._entries)
-            found += [self._entries[identity] for _, identity in heapq.nsmallest(most - len(found), there)]
+            pairs = heapq.nsmallest(most - len(found), self._entries.pairs(rank))
+            found += [self._entries[identity] for _, identity in pairs]
         return found
-
-    def _tidy(self) -> None:
-        """Bring entries that are still there to the front of each class."""
-        for heap in self._heaps:
-            while heap and heap[0][1] not in self._entries:
-                heapq.heappop(heap)
 
     def _give_credit(self, most: float) -> None:
         """Before a batch: late batch work may do its share of it, and saves up for what costs more."""
@@ -217,11 +205,10 @@ class WorkQueue(Generic[Item]):
         self._credit = 0.0 if oldest is None else min(self._credit + share, max(share, self._entries[oldest].cost))
 
     def _late(self) -> int | None:
-        """Batch work that has waited too long and would have to wait for interactive work; all is tidy afterwards."""
+        """Batch work that has waited too long and would have to wait for interactive work."""
         while self._arrivals and self._arrivals[0] not in self._entries:
             self._arrivals.popleft()
-        self._tidy()
-        if not self._arrivals or not self._heaps[INTERACTIVE]:
+        if not self._arrivals or self._entries.first(INTERACTIVE) is None:
             return None
         oldest = self._arrivals[0]
         return oldest if time.perf_counter() - self._entries[oldest].queued_at > self.patience else None
@@ -231,4 +218,6 @@ class WorkQueue(Generic[Item]):
         oldest = self._late()
         if oldest is not None and self._entries[oldest].cost <= self._credit:
             return oldest, True
-        return (self._heaps[INTERACTIVE] or self._heaps[BATCH])[0][1], False
+        foremost = self._entries.foremost()
+        assert foremost is not None
+        return foremost[2], False

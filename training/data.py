@@ -38,10 +38,6 @@ class LabelledImages(Protocol):
         """float RGB in [0,1], [len(indices), 3, side, side]."""
 
 
-def _pixels(pictures: list[Image.Image], preprocessing: Preprocessing) -> Tensor:
-    return to_float(torch.stack([preprocessing(picture)[0] for picture in pictures]))
-
-
 class FolderImages:
     """``root/<class name>/<picture>``, the ImageFolder layout; classes sorted by name.
 
@@ -66,9 +62,8 @@ class FolderImages:
         pictures = []
         for index in indices:
             with Image.open(self._files[index]) as picture:
-                picture.load()
-                pictures.append(picture.copy())
-        return _pixels(pictures, self._preprocessing)
+                pictures.append(self._preprocessing(picture)[0])
+        return to_float(torch.stack(pictures))
 
 
 class TorchvisionImages:
@@ -86,4 +81,4 @@ class TorchvisionImages:
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """float RGB in [0,1], [len(indices), 3, side, side]."""
-        return _pixels([self._dataset[index][0] for index in indices], self._preprocessing)
+        return to_float(torch.stack([self._preprocessing(self._dataset[index][0])[0] for index in indices]))

@@ -166,7 +166,9 @@ def start(config: RobustConfig, folder: Path, fabric: Fabric) -> Run:
     encoder, original = (load_encoder(config.base).to(fabric.device) for _ in range(2))
     encoder.provenance = {}
     encoder.head = Head()  # the methods train cosines; the hierarchical one puts its own in the end
-    made_of = {"base": original.digest}
+    proxy = _load_proxy(config, fabric) if method.proxy else None
+    made_of = {"base": original.digest} | ({"proxy": proxy.digest} if proxy is not None else {})
+    _check_same(checkpoint, made_of, folder)
     encoder.requires_grad_(False)
     original.requires_grad_(False)
     encoder.model.visual.requires_grad_(True)
@@ -185,8 +187,6 @@ def start(config: RobustConfig, folder: Path, fabric: Fabric) -> Run:
         with torch.no_grad():
             return frozen(pixels.to(fabric.device, encoder.mean.dtype)), labels.to(fabric.device)
 
-    proxy = _proxy(config, label_set, dtype, fabric, made_of) if method.proxy else {}
-    _check_same(checkpoint, made_of, folder)
     networks = Networks(
         student=tower,
         texts=_texts(classifier, dtype),
@@ -194,7 +194,7 @@ def start(config: RobustConfig, folder: Path, fabric: Fabric) -> Run:
         extra=method.extra(encoder, classifier.label_set, sample),
         gather=_gather(fabric),
         batch_size=config.batch_size,
-        **proxy,
+        **(_proxy(proxy, config, label_set, dtype) if proxy is not None else {}),
     )
     module: Any = LossModule(method, tower, networks)
     optimisers: list[Any] = build_optimisers(
@@ -270,20 +270,18 @@ def _check_same(checkpoint: dict[str, Any] | None, made_of: dict[str, str], fold
             )
 
 
-def _proxy(
-    config: RobustConfig, label_set: LabelSet, dtype: torch.dtype, fabric: Fabric, made_of: dict[str, str]
-) -> dict[str, Any]:
-    """The proxy's part of `Networks`; pixels are resized to its own resolution where that differs.
-
-    Raises:
-        OptionError: it decides by another head than cosines, which is what is distilled.
-    """
+def _load_proxy(config: RobustConfig, fabric: Fabric) -> Encoder:
+    """The encoder that is distilled; raises OptionError where it decides by another head than cosines."""
     encoder = load_encoder(config.proxy).to(fabric.device).requires_grad_(False)
     if encoder.head.type != "cosine":
         raise OptionError(
             f"the proxy {config.proxy} has a {encoder.head.type} head; one that decides by cosines is needed"
         )
-    made_of["proxy"] = encoder.digest
+    return encoder
+
+
+def _proxy(encoder: Encoder, config: RobustConfig, label_set: LabelSet, dtype: torch.dtype) -> dict[str, Any]:
+    """The proxy's part of `Networks`; pixels are resized to its own resolution where that differs."""
     encoder = encoder.double() if dtype == torch.float64 else encoder
     templates = list(config.data.templates) or list(encoder.default_templates)
     texts = _texts(Classifier(encoder, LabelSet.parse(list(label_set.names), templates)), dtype)

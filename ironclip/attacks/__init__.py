@@ -49,6 +49,7 @@ __all__ = [
 
 # Raised when one of them finds more than before, so that results say which they were made by. 2: FAB-T makes all steps.
 VERSION = 2
+_KINDS = {int: "whole number", float: "finite number", bool: "yes or no (true, false)", str: "text"}
 
 ATTACKS: dict[str, Callable[..., Attack]] = {
     "fgsm": FGSM,
@@ -72,8 +73,9 @@ def make_attack(name: object, options: object = None) -> Attack:
         raise OptionError(
             f"There is no attack {str(name)[:60]!r}; there are: {', '.join(ATTACKS)}.", pointer="/attack/name"
         )
-    make, kind = ATTACKS[name], _kind_of(name)
+    make = ATTACKS[name]
     fixed: Mapping[str, Any] = make.keywords if isinstance(make, partial) else {}
+    kind: Any = make.func if isinstance(make, partial) else make
     known = [field.name for field in dataclasses.fields(kind) if field.name not in fixed]
     if options is None:
         options = {}
@@ -83,30 +85,22 @@ def make_attack(name: object, options: object = None) -> Attack:
             f"The attack {name!r} has the options {', '.join(known) or '(none)'}; given were: {given}.",
             pointer="/attack",
         )
+    hints = typing.get_type_hints(kind) if options else {}
     for field in dataclasses.fields(kind):
         if field.name in options:
-            _check_option(name, field, options[field.name])
+            _check_option(name, field, typing.get_args(hints[field.name]), options[field.name])
     return make(**options)
 
 
-def _check_option(attack: str, field: dataclasses.Field[Any], value: object) -> None:
-    """Raise OptionError unless the value is of the kind that the field's default is: a number where that is one."""
+def _check_option(attack: str, field: dataclasses.Field[Any], choices: tuple[Any, ...], value: object) -> None:
+    """Raise OptionError unless the value is a choice, or of the kind that the default is."""
     default = field.default
     whole = isinstance(value, int) and not isinstance(value, bool)
     fits = type(value) is type(default)
     if isinstance(default, float):
         fits = (whole or isinstance(value, float)) and math.isfinite(value)  # type: ignore[arg-type]
-    choices = typing.get_args(typing.get_type_hints(_kind_of(attack))[field.name])
     if not fits or (choices and value not in choices):
         what = f"one of {', '.join(map(str, choices))}" if choices else f"a {_KINDS[type(default)]}"
         raise OptionError(
             f"{field.name} of the attack {attack!r} is {what}, not {str(value)[:40]!r}.", pointer="/attack"
         )
-
-
-def _kind_of(name: str) -> Any:
-    make = ATTACKS[name]
-    return make.func if isinstance(make, partial) else make
-
-
-_KINDS = {int: "whole number", float: "finite number", bool: "yes or no (true, false)", str: "text"}

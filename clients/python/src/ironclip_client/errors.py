@@ -279,7 +279,7 @@ def from_response(status: int, headers: Mapping[str, str], body: bytes) -> Ironc
 
 
 def not_now(error: IronclipError) -> bool:
-    """Whether the service could not be asked, or said no for the moment; a gateway may say so for it (502, 504)."""
+    """Whether the service could not be asked, or said no for now; a gateway may say so for it (500, 502, 504)."""
     return isinstance(error, (Unavailable, ConnectionFailed)) or error.status in (500, 502, 503, 504)
 
 
