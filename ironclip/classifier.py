@@ -115,23 +115,45 @@ class Classifier(nn.Module):
         return self.label_set.names
 
     @property
-    def state_bytes(self) -> int:
-        """Memory of what the defence keeps beside the text banks."""
-        states = [self._state, *self._level_states.values()]
-        return sum(getattr(state, "nbytes", 0) for state in states)
+    def label_bytes(self) -> int:
+        """Memory of all that was made of the labels: text banks, and what the defence prepared of them."""
+        banks = [self.bank, *self.level_banks.values()]
+        held = [value for bank in banks for value in vars(bank).values() if isinstance(value, Tensor)]
+        for state in (self._state, *self._level_states.values()):
+            held += state.tensors() if hasattr(state, "tensors") else []
+        # A state may point to a bank's own memory.
+        return sum({value.data_ptr(): value.nbytes for value in held}.values())
 
     def reseeded(self, seed: int) -> Classifier:
         """The same decision with other draws of the defence; shares everything with this one."""
+        return self.under(self.defence.reseeded(seed))
+
+    def under(self, defence: Defence) -> Classifier:
+        """The same decision under a defence that prepares the labels alike; shares everything with this one.
+
+        Raises:
+            ValueError: the defence prepares them otherwise.
+        """
+        if defence == self.defence:
+            return self
+        if defence.preparation() != self.defence.preparation():
+            raise ValueError("the defence prepares the labels otherwise")
         other = copy.copy(self)
-        other.defence = self.defence.reseeded(seed)
+        other.defence = defence
         return other
 
     def over(self, encoder: Encoder) -> Classifier:
-        """The same decision over another form of its encoder (another dtype); text banks and trees are shared.
+        """The same decision over another form of its encoder (another dtype); all that was made of the labels is
+        shared, or moved where that one's device is another.
 
         Raises:
             ValueError: another encoder.
         """
+        if encoder.digest == self.encoder.digest and encoder.device == self.encoder.device:
+            other = copy.copy(self)
+            other._modules = dict(self._modules)
+            other.encoder, other._rule = encoder, NativeRule(encoder)
+            return other
         return Classifier(
             encoder,
             self.label_set,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -110,6 +110,13 @@ class Plan:
     def key(self) -> bytes:
         """Digest of everything that decides the scores except the picture."""
         return self.scope(f"classify+{domain_digest(self.domain)}").digest()
+
+    @cached_property
+    def prepared_key(self) -> bytes:
+        """Digest of everything that a Classifier is made of: plans that differ in their draws alone share one."""
+        prepared = self.defence.preparation()
+        form = {"name": prepared.name, **prepared.options()}
+        return replace(self.scope("classifier"), defence=form).digest()
 
     @cached_property
     def features_key(self) -> bytes:
@@ -228,19 +235,21 @@ class Classifiers:
 
     Args:
         banks: the cache of text banks, shared by the replicas where there is a Redis.
-        max_bytes: memory for Classifiers.
+        max_bytes: memory for Classifiers; the newest is kept even if it takes more alone, else every request would make
+            it anew. 0: none is kept.
     """
 
     def __init__(self, banks: ArrayCache, max_bytes: int) -> None:
         self._banks = banks
         self._kept: LRUCache[bytes, Classifier] = LRUCache(max(max_bytes, 1), getsizeof=_size)
         self._max_bytes = max_bytes
+        self._large: tuple[bytes, Classifier] | None = None
         self._flight = SingleFlight()
 
     def kept(self, plan: Plan) -> Classifier | None:
         """The plan's Classifier if it is there already."""
-        found: Classifier | None = self._kept.get(plan.key)
-        return found
+        found = self._find(plan.prepared_key)
+        return None if found is None else found.under(plan.defence)
 
     async def get(self, plan: Plan) -> Classifier:
         """The plan's Classifier.
@@ -252,7 +261,8 @@ class Classifiers:
         kept = self.kept(plan)
         if kept is not None:
             return kept
-        return await self._flight.run(plan.key, lambda: self._make(plan))
+        made = await self._flight.run(plan.prepared_key, lambda: self._make(plan))
+        return made.under(plan.defence)
 
     async def attacked(self, plan: Plan) -> tuple[Classifier, Classifier]:
         """The plan's Classifier, and the same over the float32 encoder that gradients are taken of.
@@ -264,16 +274,11 @@ class Classifiers:
         encoder = plan.served.attacked
         if encoder is served.encoder:
             return served, served
-        key = b"attacked " + plan.key
-        kept = self._kept.get(key)
-        if kept is None:
-            kept = await asyncio.to_thread(served.over, encoder)
-            self._keep(key, kept, plan)
-        return served, kept
+        return served, await asyncio.to_thread(served.over, encoder)
 
     async def texts_to_encode(self, plan: Plan) -> int:
         """How many texts `get` has to encode now; 0 if all are there."""
-        if plan.key in self._kept:
+        if self._find(plan.prepared_key) is not None:
             return 0
         missing = 0
         for label_set in [plan.label_set, *(await self._level_sets(plan)).values()]:
@@ -286,12 +291,28 @@ class Classifiers:
         encoders = (served.encoder, served.attacked)
         for key in [key for key, kept in self._kept.items() if any(kept.encoder is one for one in encoders)]:
             del self._kept[key]
-        telemetry.CACHE_BYTES.labels("classifiers").set(self._kept.currsize)
+        if self._large is not None and any(self._large[1].encoder is one for one in encoders):
+            self._large = None
+        self._told()
+
+    def _find(self, key: bytes) -> Classifier | None:
+        if self._large is not None and self._large[0] == key:
+            return self._large[1]
+        found: Classifier | None = self._kept.get(key)
+        return found
 
     def _keep(self, key: bytes, classifier: Classifier, plan: Plan) -> None:
-        if _size(classifier) <= self._max_bytes and not plan.served.retired:
+        if plan.served.retired or not self._max_bytes:
+            return
+        if _size(classifier) <= self._max_bytes:
             self._kept[key] = classifier
-            telemetry.CACHE_BYTES.labels("classifiers").set(self._kept.currsize)
+        else:
+            self._large = (key, classifier)
+        self._told()
+
+    def _told(self) -> None:
+        large = 0 if self._large is None else _size(self._large[1])
+        telemetry.CACHE_BYTES.labels("classifiers").set(self._kept.currsize + large)
 
     async def _make(self, plan: Plan) -> Classifier:
         # Before anything is encoded: it may be too much.
@@ -308,7 +329,7 @@ class Classifiers:
             level_banks=level_banks,
             defence=plan.defence,
         )
-        self._keep(plan.key, classifier, plan)
+        self._keep(plan.prepared_key, classifier, plan)
         return classifier
 
     async def _level_sets(self, plan: Plan) -> dict[str, LabelSet]:
@@ -378,7 +399,4 @@ def _from_bank(bank: TextBank) -> Arrays:
 
 
 def _size(classifier: Classifier) -> int:
-    banks = [classifier.bank, *classifier.level_banks.values()]
-    return (
-        4096 + classifier.state_bytes + sum(int(getattr(bank, name).nbytes) for bank in banks for name in _BANK_SCHEMA)
-    )
+    return 4096 + classifier.label_bytes

@@ -62,6 +62,10 @@ class ClipureCos:
         """It draws nothing."""
         return self
 
+    def preparation(self) -> ClipureCos:
+        """No option plays a part in it."""
+        return ClipureCos()
+
     def prepare(self, bank: TextBank) -> Tensor:
         """The unit feature of the text that names nothing, [dim]."""
         return bank.blank

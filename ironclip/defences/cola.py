@@ -80,11 +80,10 @@ class Bank:
     basis: Tensor | None
     centres: Tensor
 
-    @property
-    def nbytes(self) -> int:
-        """Memory that it takes."""
-        kept = {value.data_ptr(): value.nbytes for one in self.groups for value in (one.texts, one.projected, one.mask)}
-        return sum(kept.values()) + self.centres.nbytes + (0 if self.basis is None else self.basis.nbytes)
+    def tensors(self) -> list[Tensor]:
+        """All that takes memory; texts may be those of the text bank."""
+        parts = [value for one in self.groups for value in (one.texts, one.projected, one.mask)]
+        return [*parts, self.centres, *([] if self.basis is None else [self.basis])]
 
     def in_order(self, parts: Sequence[Tensor]) -> Tensor:
         """What was found for the groups' labels, [B, k] each, as [B, K]."""
@@ -174,6 +173,11 @@ class Cola:
     def reseeded(self, seed: int) -> Cola:
         """The same with other crops."""
         return replace(self, seed=seed)
+
+    def preparation(self) -> Cola:
+        """Texts and subspace; the exact coupling has a limit of its own."""
+        coupling: Coupling = "exact" if self.coupling == "exact" else "sinkhorn"
+        return Cola(texts=self.texts, projection=self.projection, rank=self.rank, coupling=coupling)
 
     def make_views(self, pixels: Tensor, encode: Encode) -> Tensor:
         """[N, 3, R, R] -> [N, views, 3, R, R]: the picture itself, then its crops."""
@@ -370,5 +374,9 @@ def _group(bank: TextBank, lengths: Tensor, labels: Tensor, basis: Tensor | None
     place = torch.arange(int(lengths[labels].max()), device=labels.device)
     mask = place < lengths[labels][:, None]
     rows = bank.rows[(starts[labels][:, None] + place).clamp_max(len(bank.rows) - 1)]
-    texts = torch.where(mask[..., None], bank.texts[rows], 0.0).flatten(0, 1)
-    return Group(labels, texts, texts if basis is None else texts @ basis, mask, bool(mask.all()))
+    full, laid = bool(mask.all()), rows.flatten()
+    if full and len(laid) == len(bank.texts) and bool((laid == torch.arange(len(laid), device=laid.device)).all()):
+        texts = bank.texts  # they stand there as they are wanted: no second copy
+    else:
+        texts = torch.where(mask[..., None], bank.texts[rows], 0.0).flatten(0, 1)
+    return Group(labels, texts, texts if basis is None else texts @ basis, mask, full)

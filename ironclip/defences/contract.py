@@ -75,9 +75,13 @@ class Defence(Hashable, Protocol):
     def reseeded(self, seed: int) -> Defence:
         """The same with other draws, whose `prepare` comes to the same; itself where it draws nothing."""
 
+    def preparation(self) -> Defence:
+        """The same with every option at its default that `prepare` does not look at: two whose preparations are alike
+        share their state."""
+
     def prepare(self, bank: TextBank) -> Any:
-        """State that depends on the text bank alone; made once per bank; what takes memory says how
-        much by `nbytes`. Raises OptionError if the two do not fit."""
+        """State that depends on the text bank and `preparation` alone; made once per bank; what takes memory tells its
+        tensors by `tensors()`. Raises OptionError if the two do not fit."""
 
     def make_views(self, pixels: Tensor, encode: Encode) -> Tensor:
         """[N, 3, R, R] in [0,1] -> [N, view_count, 3, R, R]; ``encode`` is for defences that look before they leap."""

@@ -38,6 +38,10 @@ class NoDefence:
         """It draws nothing."""
         return self
 
+    def preparation(self) -> NoDefence:
+        """It prepares nothing."""
+        return self
+
     def prepare(self, bank: TextBank) -> None:
         """Nothing to prepare."""
 

@@ -75,6 +75,10 @@ class TestTimeCounterattack:
         """The same with other noise."""
         return replace(self, seed=seed)
 
+    def preparation(self) -> TestTimeCounterattack:
+        """It prepares nothing."""
+        return TestTimeCounterattack()
+
     def prepare(self, bank: TextBank) -> None:
         """Nothing to prepare."""
 

@@ -16,11 +16,13 @@ from starlette.testclient import TestClient
 from ironclip.artifact import save_artifact
 from ironclip.classifier import Classifier, predict
 from ironclip.defences import DEFENCES, make_defence
+from ironclip.defences.cola import Cola
 from ironclip.encoder import Encoder
 from ironclip.head import Head
 from ironclip.labels import LabelSet
 from ironclip.loading import load_encoder
 from ironclip.preprocessing import to_float
+from ironclip.textbank import TextBank
 from service.app import create_app
 from service.settings import Settings, SettingsInvalid
 from tests.conftest import make_tiny_encoder
@@ -232,10 +234,43 @@ def test_uneven_label_sets_are_charged_for_what_they_hold(guarded: TestClient, e
 
     uneven = [{"name": "busy", "prompts": [f"prompt {i}" for i in range(150)]}, *(f"label {i}" for i in range(300))]
     classifier = Classifier(encoder, LabelSet.parse(uneven), defence=make_defence("cola", {"texts": 1000}))
-    held = classifier.state_bytes + sum(getattr(classifier.bank, name).nbytes for name in ("texts", "weights"))
-    assert _size(classifier) >= held
-    assert classifier.state_bytes < 20 * classifier.bank.texts.nbytes  # not laid out, since most of it would be empty
+    bank = sum(getattr(classifier.bank, name).nbytes for name in ("texts", "weights"))
+    assert _size(classifier) > classifier.label_bytes > bank
+    assert classifier.label_bytes < 20 * classifier.bank.texts.nbytes  # not laid out, since most of it would be empty
     wide = [{"name": "busy", "prompts": [f"prompt {i}" for i in range(190)]}, *(f"label {i}" for i in range(990))]
     ask = {"images": [as_base64(picture(seed)) for seed in range(20)], "labels": wide}
     defence = {"name": "cola", "texts": 1000, "views": 8, "iterations": 1000}
     assert guarded.post("/classify", json={**ask, "defence": defence}).status_code == 413
+
+
+@pytest.mark.parametrize("memory", [4096, 256 << 20])
+def test_labels_are_prepared_once_whatever_the_draws(
+    tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
+) -> None:
+    """Also where one Classifier is more than there is memory for: the newest is kept."""
+    prepared: list[Cola] = []
+    prepare = Cola.prepare
+
+    def counted(self: Cola, bank: TextBank) -> Any:
+        prepared.append(self)
+        return prepare(self, bank)
+
+    monkeypatch.setattr(Cola, "prepare", counted)
+    settings = Settings(
+        encoders={"tiny": str(tiny_artifact)}, dtype="bfloat16", text_cache_bytes=memory, state_dir=tmp_path / "state"
+    )
+    with TestClient(create_app(settings)) as small:
+        while small.get("/readyz").status_code != 200:
+            pass
+        for seed in range(3):
+            ask = {"image": as_base64(picture(seed)), "labels": LABELS}
+            for options in ({"seed": seed}, {"seed": seed, "views": 2 + seed}, {"coupling": "product"}):
+                answer = small.post("/classify", json={**ask, "defence": {"name": "cola", **options}})
+                assert answer.status_code == 200, answer.text
+                assert answer.json()["defence"]["seed"] == options.get("seed", 0)
+            probe = {**ask, "defence": {"name": "cola", "views": 2, "seed": seed}, "eps": [1], "gradients": 1}
+            assert small.post("/attack-probe", json=probe).status_code == 200
+        assert len(prepared) == 1
+        answer = small.post("/classify", json={**ask, "defence": {"name": "cola", "rank": 3}})
+        assert answer.status_code == 200
+        assert len(prepared) == 2

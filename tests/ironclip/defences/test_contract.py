@@ -176,3 +176,69 @@ def test_published_clipure_leaves_the_answer_as_it_was(encoder: Encoder) -> None
 def test_a_reseeded_defence_keeps_its_other_options() -> None:
     cola: Defence = make_defence("cola", {"views": 3, "rank": 7})
     assert cola.reseeded(9) == replace(cola, seed=9)  # type: ignore[type-var]
+
+
+# Of each option another value than its default's.
+OTHER: dict[str, dict[str, Any]] = {
+    "none": {},
+    "cola": {
+        "views": 3,
+        "texts": 2,
+        "projection": "none",
+        "rank": 3,
+        "weights": "uniform",
+        "temperature": 1.0,
+        "coupling": "product",
+        "epsilon": 0.2,
+        "iterations": 3,
+        "smallest_crop": 0.9,
+        "calibrated": False,
+        "seed": 7,
+    },
+    "ttc": {"radius": 2.0, "steps": 1, "step_size": 2.0, "threshold": 0.1, "beta": 1.0, "seed": 7},
+    "clipure": {"steps": 3, "step_size": 1.0},
+}
+
+
+def held(state: Any) -> list[Tensor]:
+    return [state] if isinstance(state, Tensor) else state.tensors() if hasattr(state, "tensors") else []
+
+
+@pytest.mark.parametrize("name", DEFENCES)
+def test_two_that_are_prepared_alike_share_their_state(encoder: Encoder, name: str) -> None:
+    """Nothing that `prepare` looks at may be missing in `preparation`: a served state would be another label's."""
+    plain = make_defence(name)
+    bank = Classifier(encoder, LABELS, defence=plain).bank
+    wanted = held(plain.prepare(bank))
+    changed = set()
+    for option in plain.options():
+        other = make_defence(name, {option: OTHER[name][option]})
+        found = held(other.prepare(bank))
+        alike = len(found) == len(wanted) and all(map(torch.equal, found, wanted))
+        if other.preparation() == plain.preparation():
+            assert alike, option
+        else:
+            changed.add(option)
+    assert plain.preparation() == plain.reseeded(5).preparation()
+    assert changed == ({"texts", "projection", "rank"} if name == "cola" else set())
+
+
+def test_a_decision_under_another_defence_is_that_defences(encoder: Encoder) -> None:
+    base = Classifier(encoder, LABELS, defence=make_defence("cola"))
+    other = make_defence("cola", {"views": 2, "coupling": "product", "seed": 3})
+    images = pictures(2)
+    assert torch.equal(base.under(other)(images), Classifier(encoder, LABELS, defence=other)(images))
+    with pytest.raises(ValueError, match="otherwise"):
+        base.under(make_defence("cola", {"rank": 2}))
+
+
+def test_another_form_of_the_encoder_shares_what_was_made_of_the_labels(encoder: Encoder) -> None:
+    base, narrow = Classifier(encoder, LABELS, defence=make_defence("cola")), encoder.served(torch.bfloat16)
+    before = base(pictures(2))
+    over = base.over(narrow)
+    again = Classifier(narrow, LABELS, base.bank, defence=base.defence)
+    assert torch.equal(over(pictures(2)), again(pictures(2)))
+    assert over.bank.texts.data_ptr() == base.bank.texts.data_ptr()
+    assert torch.equal(base(pictures(2)), before)  # which is as it was
+    assert over.encoder is narrow
+    assert base.encoder is encoder
