@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cola import AIMS
+from benchmarks.cola import aim_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,8 +29,9 @@ def cola_cost() -> str:
         said = [f"{100 * share:.1f} % of them in {dtype}" for dtype, share in one["beyond_forwards"].items()]
         if one is found["batches"][0]:
             judged = [
-                f"{100 * AIMS[dtype]:.0f} %, {_verdict(share, AIMS[dtype])}"
+                f"{100 * aim:.0f} %, {_verdict(share, aim)}"
                 for dtype, share in one["beyond_forwards"].items()
+                for aim in [aim_of(dtype, found["device"])]
             ]
             said = [f"{words} (aim {aim})" for words, aim in zip(said, judged, strict=True)]
         parts.append(f"at batch {one['batch']} {' and '.join(said)}")

@@ -16,6 +16,7 @@ from training.markdown import table
 from training.robustness import HELD, WRONG, wilson
 
 MISSING = "-"
+WORST = "worst, draws known"
 
 
 def ladder_table(ladder: Ladder, encoder: str, eps: float, rungs: Sequence[str] = ()) -> str:
@@ -25,7 +26,7 @@ def ladder_table(ladder: Ladder, encoder: str, eps: float, rungs: Sequence[str] 
         ladder: the cells.
         encoder: spec.
         eps: radius in 1/255.
-        rungs: shown, beside clean accuracy and the worst of all that see the defence; all if empty.
+        rungs: shown, beside clean accuracy and the worst of all that see the defence and know its draws; all if empty.
     """
     shown = [rung for rung in ladder.config.rungs if not rungs or rung in rungs]
     lines = []
@@ -35,7 +36,7 @@ def ladder_table(ladder: Ladder, encoder: str, eps: float, rungs: Sequence[str] 
         held = [MISSING if cell is None else f"{cell['robust']:.1f}" for cell in cells]
         first = MISSING if clean is None else _percent(len(clean) - clean.count(WRONG), len(clean))
         lines.append([f"`{row}`", first, *held, _worst(ladder, encoder, row, eps)])
-    return table(["defence", "clean", *(TITLES[rung] for rung in shown), "worst of all that see it"], lines)
+    return table(["defence", "clean", *(TITLES[rung] for rung in shown), WORST], lines)
 
 
 def _worst(ladder: Ladder, encoder: str, row: str, eps: float) -> str:
@@ -235,6 +236,7 @@ def measured(ladder: Ladder, again: Ladder, command: str) -> list[str]:
             "stage on what the one before left; APGD's transfer examples are tried too; the candidate that fools most "
             "of 5 further draws is judged by 10 others."
         )
+    lines.append(NOT_ASKED)
     return lines
 
 
@@ -250,7 +252,15 @@ PARTS = {
 BRACKETS = (
     "Percent of the pictures that are answered right; in brackets the 95 % interval (Wilson); a dash is a cell that is "
     "not there. Transfer: the attack does not see the defence. The last column counts a picture only where it holds "
-    "under every attack through the whole decision that is there, draws known."
+    "under every attack through the whole decision that is there, draws known; fresh draws are another decision, and "
+    "not in it."
+)
+NOT_ASKED = (
+    "Not asked of any row: more than one start of an attack (APGD's restarts), the margin loss where draws are known, "
+    "Square or hard-label attacks where decisions draw anew, AutoAttack for TTC, CLIPure and COLA's parts, random "
+    "noise as an attack. Smoother decisions nearby (three times the crops, no transport, no projection) give "
+    "candidates to the attack on fresh draws, not starting points. TTC decides by a threshold whether it moves a "
+    "picture at all; gradients are those of the picture itself on either side of it, and no attack steers for a side."
 )
 PAIRED = (
     "Differences are of the same pictures, in points, with their 95 % interval (Newcombe 1998); where it includes zero "

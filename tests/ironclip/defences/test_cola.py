@@ -211,7 +211,8 @@ def _calibration_error(probabilities: Tensor, labels: Tensor) -> float:
 
 @pytest.mark.parametrize(("k", "temperature"), [(5, 10.0), (100, 30.0), (1000, 40.0)])
 def test_served_scores_are_as_calibrated_as_plain_clips(encoder: Encoder, k: int, temperature: float) -> None:
-    """Truths are drawn from plain CLIP's own softmax, so plain CLIP is calibrated by construction."""
+    """With the views, texts, weights and transport of the default; truths are drawn from plain CLIP's own softmax, so
+    plain CLIP is calibrated by construction."""
 
     class Rule(NativeRule):
         scale = torch.tensor(temperature)
@@ -221,17 +222,34 @@ def test_served_scores_are_as_calibrated_as_plain_clips(encoder: Encoder, k: int
 
     generator = torch.Generator().manual_seed(k)
     bank, images = _bank(k, 512, generator)
+    bank = _described(bank, 8, generator)
+    views = torch.stack([images, *(_near(images, generator) for _ in range(Cola().views - 1))], 1)
     head = Rule(encoder)
     plain = head(images, bank).softmax(1)
     truths = torch.multinomial(plain, 1, generator=generator)[:, 0]
     errors = {}
     for calibrated in (True, False):
-        defence = Cola(views=1, rank=256, calibrated=calibrated)
-        logits = defence.logits(images[:, None], bank, defence.prepare(bank), head)
+        defence = Cola(calibrated=calibrated)
+        logits = defence.logits(views, bank, defence.prepare(bank), head)
         errors[calibrated] = _calibration_error(logits.softmax(1), truths)
     assert _calibration_error(plain, truths) < 0.05
     assert errors[True] < _calibration_error(plain, truths) + 0.03
     assert errors[False] > 0.1  # what the factor is for
+
+
+def _near(features: Tensor, generator: torch.Generator) -> Tensor:
+    """Other views of the same, or other texts: about 17 degrees away."""
+    away = normalize(torch.randn(features.shape, generator=generator), dim=-1)
+    return normalize(features + 0.3 * away, dim=-1)
+
+
+def _described(bank: TextBank, texts: int, generator: torch.Generator) -> TextBank:
+    """The same labels with so many texts each, all of them in the prompts' mean."""
+    k, dim = bank.weights.shape
+    features = _near(bank.weights.repeat_interleave(texts, 0), generator)
+    counts = torch.stack([torch.ones(k), torch.full((k,), texts - 1.0)], 1).long()
+    weights = normalize(features.view(k, texts, dim).mean(1), dim=-1)
+    return replace(bank, weights=weights, texts=features, rows=torch.arange(k * texts), counts=counts)
 
 
 @pytest.mark.parametrize(
