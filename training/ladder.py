@@ -66,6 +66,8 @@ class LadderConfig:
         rungs: in this order.
         only: rung -> rows that it is measured for; all rows if not named.
         radii: rung -> those of `eps` that it is measured at; all if not named.
+        gate: another radius for the white box alone, so large that nothing may stand: what does speaks of the attack.
+            0: none.
         data: folder of the built emoji data.
         dtype: that encoders are measured in, in the form that is served.
     """
@@ -78,6 +80,7 @@ class LadderConfig:
     rungs: tuple[str, ...] = RUNGS
     only: dict[str, list[str]] = field(default_factory=dict)
     radii: dict[str, list[float]] = field(default_factory=dict)
+    gate: float = 0.0
     data: str = "data/demo"
     dtype: str = "float32"
 
@@ -92,7 +95,8 @@ class LadderConfig:
 
     def radii_of(self, rung: str) -> Sequence[float]:
         """The radii that a rung is measured at."""
-        return self.radii.get(rung, self.eps)
+        gate = (self.gate,) if self.gate and rung == "white-box" else ()
+        return (*self.radii.get(rung, self.eps), *gate)
 
     def defence(self, row: str) -> Defence:
         """The defence of a row."""
@@ -178,7 +182,7 @@ def climb(
             banks = [one.bank for one in decisions.values() if one.bank.descriptions or not defence.reads_descriptions]
             decisions[row] = Classifier(encoder, label_set, banks[0] if banks else None, defence=defence)
         for rung in rungs or config.rungs:
-            for eps in config.eps:
+            for eps in config.radii_of(rung):
                 for row, classifier in decisions.items():
                     if (rows and row not in rows) or not config.planned(row, rung, eps):
                         continue

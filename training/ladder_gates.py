@@ -23,7 +23,8 @@ def doubts(ladder: Ladder) -> list[str]:
     for encoder in ladder.config.encoders:
         for row in ladder.config.defences:
             seeing = ladder.seeing + (ladder.transfer if row == ladder.undefended else ())
-            known = [c for eps in ladder.config.eps for c in ladder.present(encoder, row, seeing, eps).values()]
+            radii = [*ladder.config.eps, *([ladder.config.gate] if ladder.config.gate else [])]
+            known = [c for eps in radii for c in ladder.present(encoder, row, seeing, eps).values()]
             fresh = [c for eps in ladder.config.eps for c in ladder.present(encoder, row, ["fresh"], eps).values()]
             said = [*check(known), *check(fresh), *_rising(ladder, encoder, row)]
             for eps in ladder.config.eps:
@@ -59,6 +60,23 @@ def _at_one_radius(ladder: Ladder, encoder: str, row: str, eps: float) -> list[s
     if right and (unsure := len(set().union(*right) - right[0].intersection(*right))) > CHANCE / 100 * ladder.pictures:
         lines.append(f"{unsure} pictures are right before the attack in some cells and wrong in others")
     return lines
+
+
+def gate_in_words(ladder: Ladder) -> str:
+    """What stands at the radius where nothing may; empty where that has not been measured."""
+    gate, said = ladder.config.gate, []
+    for encoder in ladder.config.encoders:
+        found = {row: ladder.cell(encoder, row, "white-box", gate) for row in ladder.config.defences if gate}
+        there = {row: cell["robust"] for row, cell in found.items() if cell is not None}
+        if there:
+            most = max(there, key=lambda row: there[row])
+            said.append(f"{there[most]:.1f} % of `{encoder}` at most (`{most}`, of {len(there)} rows)")
+    if not said:
+        return ""
+    return (
+        f"At {gate:g}/255, where the ball holds pictures of anything, the white box leaves {' and '.join(said)}; more "
+        "than 1 % would speak of the attack, not of a defence."
+    )
 
 
 def _missed(cell: CellResult, other: CellResult) -> float:

@@ -10,7 +10,7 @@ from training.fresh import STAGES
 from training.gates import worst_case
 from training.ladder import SEEING, TRANSFER, LadderConfig, folder_of
 from training.ladder_cells import TITLES, CellResult, Ladder, read_ladder
-from training.ladder_gates import doubts
+from training.ladder_gates import doubts, gate_in_words
 from training.ladder_words import changed, ladder_words
 from training.markdown import table
 from training.robustness import HELD, WRONG, wilson
@@ -236,7 +236,7 @@ def measured(ladder: Ladder, again: Ladder, command: str) -> list[str]:
             "stage on what the one before left; APGD's transfer examples are tried too; the candidate that fools most "
             "of 5 further draws is judged by 10 others."
         )
-    lines.append(NOT_ASKED)
+    lines += [line for line in (gate_in_words(ladder), NOT_ASKED) if line]
     return lines
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from training.fresh import Stage, measure_fresh
 from training.jsonfile import write_json
 from training.ladder import LadderConfig, climb, described_labels, folder_of, load_ladder, results_of
 from training.ladder_cells import Ladder, pair_of, read_ladder
-from training.ladder_gates import doubts
+from training.ladder_gates import doubts, gate_in_words
 from training.ladder_report import ladder_table, waiting, write_report
 from training.ladder_words import ladder_words
 from training.robustness import FOOLED, HELD, WRONG, Cell, Sample, defence_form
@@ -403,3 +404,22 @@ def test_gates_doubt_what_cannot_be(tmp_path: Path) -> None:
         "eot-pgd at linf 1/255: blind",
     ):
         assert part in said, part
+
+
+def test_a_gate_that_lets_something_through_is_a_doubt(tmp_path: Path) -> None:
+    """At 16/255 a ball holds pictures of anything: what stands there stands by the attack's fault."""
+    config = replace(CONFIG, gate=16.0)
+    planned = [
+        (rung, eps) for rung in config.rungs for eps in config.radii_of(rung) if config.planned("cola", rung, eps)
+    ]
+    assert ("white-box", 16.0) in planned
+    assert [rung for rung, eps in planned if eps == 16] == ["white-box"]
+    put(tmp_path, "none", "white-box", 16.0, of(0, 60))
+    said = write_report(config, tmp_path, tmp_path / "docs").read_text(encoding="utf-8")
+    assert "At 16/255" in said
+    assert "leaves 0.0 % of `demo` at most (`none`, of 1 rows)" in said
+    assert not doubts(read_ladder(tmp_path, config))
+    put(tmp_path, "cola", "white-box", 16.0, of(3, 57))
+    assert "3.0 % of `demo` at most (`cola`, of 2 rows)" in gate_in_words(read_ladder(tmp_path, config))
+    assert any("3.0 % hold, more than 1 %" in line for line in doubts(read_ladder(tmp_path, config)))
+    assert not gate_in_words(read(tmp_path))
