@@ -18,7 +18,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -350,7 +350,10 @@ class Batcher(Generic[Item, Result]):
                 lost.append(entry)
             elif not entry.future.done():
                 entry.alone = True
-                entry.future.add_done_callback(partial(self._forget, self._queue.add(entry)))
+                forget = partial(self._forget, self._queue.add(entry))
+                # Only its own loop may touch a future: one that is cancelled just now would call from this thread.
+                with suppress(RuntimeError):  # the loop is closed, and nobody waits
+                    entry.future.get_loop().call_soon_threadsafe(entry.future.add_done_callback, forget)
         return lost
 
     def _loop(self, turn: int) -> None:
