@@ -141,7 +141,7 @@ async def embed_images(
     """Vectors of pictures; with a label set for a defence that reads it."""
     if not pictures:
         return []
-    pictures = await fetched(request, pictures)
+    pictures = await fetched(request, pictures, served, defence)
     service, meter, plan = service_of(request), meter_of(request), None
     tenant = meter.caller.tenant
     texts = 0
