@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
-from ironclip.errors import DeadlineExceeded, IronclipError, NotReady
+from ironclip.errors import IronclipError, NotReady
 from service.admission import Admission, Room
 from service.attempts import Attempts, Failure, deliver
 from service.pace import Pace
@@ -486,9 +486,14 @@ class Batcher(Generic[Item, Result]):
         if entries:
             if self.on_expired is not None:
                 self.on_expired(len(entries))
-            # One each: whoever answers a request may write into its error.
-            text = "The deadline passed, or would before this is done; it was dropped unstarted."
-            deliver([(entry.future, Failure(DeadlineExceeded(text))) for entry in entries])
+            again = max(self.estimated_wait_seconds, self.pace.seconds(1))
+            deliver([(entry.future, Failure(entry.too_late(self.name, again))) for entry in entries])
 
     def _fail(self, entries: list[Entry[Item]], text: str) -> None:
-        deliver([(entry.future, Failure(NotReady(text, retry_after=1))) for entry in entries])
+        failures = []
+        for entry in entries:
+            # One each: whoever answers a request may write into its error.
+            error = NotReady(text, retry_after=1)
+            error.by_item = entry.alone
+            failures.append((entry.future, Failure(error)))
+        deliver(failures)

@@ -62,12 +62,13 @@ async def classify(request: Request) -> Response:
         check_size(plan, len(ask.pictures), top_k)
         async with meter.paid(points_of(plan, ask.pictures)):
             pictures = await fetched(request, ask.pictures, plan.served, plan.defence)
-            return plan, await service.answers.classify(plan, pictures, stages, meter)
+            items = await service.answers.classify(plan, pictures, stages, meter)
+            if ask.single and items[0].error is not None:
+                raise items[0].error
+            return plan, items
 
     plan, items = await deadline.within(work())
     request_id = request.state.request_id
-    if ask.single and items[0].error is not None:
-        raise items[0].error
 
     def write() -> Response:
         forms = [

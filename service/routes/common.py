@@ -161,7 +161,7 @@ class Deadline:
         try:
             done, _ = await asyncio.wait({task, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if task in done:
-                return task.result()
+                return self._result(task)
             if gone in done:
                 telemetry.DROPPED.labels("disconnect").inc()
                 raise ClientDisconnect()
@@ -170,9 +170,15 @@ class Deadline:
             task.cancel()
             gone.cancel()
 
+    def _result(self, task: asyncio.Future[T]) -> T:
+        try:
+            return task.result()
+        except DeadlineExceeded as error:  # of a queue, which does not know how much was allowed
+            error.limit = self.milliseconds
+            raise
+
     def exceeded(self, what: str) -> DeadlineExceeded:
-        """The error to raise, counted; ``what`` begins its text."""
-        telemetry.DROPPED.labels("deadline").inc()
+        """The error to raise; ``what`` begins its text."""
         return DeadlineExceeded(
             f"{what} within {self.milliseconds} ms; what had not begun was dropped. Allow more with "
             "X-Request-Timeout-Ms (the service's own limit is IRONCLIP_REQUEST_TIMEOUT_MS).",
