@@ -247,24 +247,34 @@ class Overloaded(Unavailable):
 
 
 class NotReady(Unavailable):
-    """Still loading, draining, or a model worker is down."""
+    """Still loading, draining, or a model worker is down.
+
+    Attributes:
+        by_item: the worker went down over an item that it had alone, and had gone down with that item before.
+    """
 
     code = "not-ready"
     title = "The service is not ready"
+    by_item = False
 
 
 class OutOfMemory(Unavailable):
-    """The device has no memory for this item, not even alone."""
+    """The device has no memory for an item, not even alone; since all are equally large, it is no fault of the item."""
 
     code = "out-of-memory"
     title = "Not enough memory"
 
 
 class DeadlineExceeded(Unavailable):
-    """The time the caller allowed has passed."""
+    """The time the caller allowed has passed, or what was left of it did not suffice.
+
+    Attributes:
+        unbegun: it was given up before that time was over, and nothing of it had been begun.
+    """
 
     code = "deadline-exceeded"
     title = "The deadline has passed"
+    unbegun = False
 
 
 def shown(value: object) -> str:

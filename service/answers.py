@@ -1,7 +1,7 @@
 """From pictures to answers: cache by the bytes' digest, decode, cache by the pixels' digest, encode, decide.
 
-Each picture has its own outcome. What concerns the service (a full queue, a dead worker) ends the whole request,
-so that one rule of admission holds for one picture and for sixty-four.
+Each picture has its own outcome. What concerns the service (a full queue, a dead worker, a deadline that the queue gave
+up) ends the whole request (`service.together.fault_of`), so that one rule holds for one picture and for sixty-four.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from service.forms import Picture
 from service.rate_limits import TEXT, Meter
 from service.runtime import ServedEncoder
 from service.telemetry import Stages
-from service.together import together
+from service.together import fault_of, together
 from service.vectors import Arrays, Schema
 
 Floats = NDArray[np.float32]
@@ -262,14 +262,15 @@ class Answers:
             return
         with stages.time("model"):
             outcomes = await served.encode_images([_pixels(item) for item in missing], defence, room)
+        fault = fault_of(outcomes)
         for item, outcome in zip(missing, outcomes, strict=True):
-            if isinstance(outcome, IronclipError):
-                item.error = outcome
-            elif isinstance(outcome, Exception):
-                raise outcome
-            else:
+            if isinstance(outcome, Tensor):  # kept whatever comes of the others: who asks again has less to wait for
                 item.features = outcome.numpy()
                 self.features.put(image_key(key, item.pixels_digest), {"features": outcome.numpy()})
+            elif isinstance(outcome, IronclipError):
+                item.error = outcome.at(item.picture.pointer) if item.picture.pointer else outcome
+        if fault is not None:
+            raise fault
 
     async def _decide(self, plan: Plan, classifier: Any, items: list[Item]) -> None:
         if not items:

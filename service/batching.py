@@ -18,11 +18,11 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
-from ironclip.errors import DeadlineExceeded, IronclipError, NotReady
+from ironclip.errors import IronclipError, NotReady
 from service.admission import Admission, Room
 from service.attempts import Attempts, Failure, deliver
 from service.pace import Pace
@@ -350,7 +350,10 @@ class Batcher(Generic[Item, Result]):
                 lost.append(entry)
             elif not entry.future.done():
                 entry.alone = True
-                entry.future.add_done_callback(partial(self._forget, self._queue.add(entry)))
+                forget = partial(self._forget, self._queue.add(entry))
+                # Only its own loop may touch a future: one that is cancelled just now would call from this thread.
+                with suppress(RuntimeError):  # the loop is closed, and nobody waits
+                    entry.future.get_loop().call_soon_threadsafe(entry.future.add_done_callback, forget)
         return lost
 
     def _loop(self, turn: int) -> None:
@@ -483,9 +486,14 @@ class Batcher(Generic[Item, Result]):
         if entries:
             if self.on_expired is not None:
                 self.on_expired(len(entries))
-            # One each: whoever answers a request may write into its error.
-            text = "The deadline passed, or would before this is done; it was dropped unstarted."
-            deliver([(entry.future, Failure(DeadlineExceeded(text))) for entry in entries])
+            again = max(self.estimated_wait_seconds, self.pace.seconds(1))
+            deliver([(entry.future, Failure(entry.too_late(self.name, again))) for entry in entries])
 
     def _fail(self, entries: list[Entry[Item]], text: str) -> None:
-        deliver([(entry.future, Failure(NotReady(text, retry_after=1))) for entry in entries])
+        failures = []
+        for entry in entries:
+            # One each: whoever answers a request may write into its error.
+            error = NotReady(text, retry_after=1)
+            error.by_item = entry.alone
+            failures.append((entry.future, Failure(error)))
+        deliver(failures)

@@ -148,6 +148,8 @@ def handle_error(request: Request, error: Exception) -> Response:
     if isinstance(known, lib.Overloaded):
         telemetry.DROPPED.labels("overload").inc()
         telemetry.REFUSED.labels(known.limit_name).inc()
+    elif isinstance(known, lib.DeadlineExceeded):
+        telemetry.DROPPED.labels("deadline").inc()
     if isinstance(error, HTTPException) and error.headers and "Allow" in error.headers:
         response.headers["Allow"] = error.headers["Allow"]
     return response

@@ -21,7 +21,7 @@ from service import telemetry
 from service.errors import CostTooHigh, RateLimited
 from service.keys import Caller
 from service.redis_link import RedisLink, RedisUnavailable
-from service.together import PAID_FOR, REFUSED
+from service.together import is_paid_for
 
 # Points of one forward of a picture, of one text, and of one gradient of a probe through one forward.
 PICTURE, TEXT, GRADIENT = 1.0, 0.25, 1.0
@@ -181,18 +181,16 @@ class Meter:
         """Take points for the work inside; they come back if the service refuses or fails to do it.
 
         They do not if the caller's time ran out, or the caller went away, or a picture turned out to be unreadable: the
-        work was done as far as it went. What the same request would not cost ``again`` is left out of `spent`.
+        work was done as far as it went (`is_paid_for`). What the same request would not cost ``again`` is left out of
+        `spent`.
         """
         store = await self.pay(points)
         once = 0.0 if again else max(0.0, points)
         self.spent -= once
         try:
             yield
-        except PAID_FOR:
-            raise
-        except BaseException as error:
-            # Another part of the request was refused, and this one is told to end.
-            if isinstance(error, Exception) or (isinstance(error, asyncio.CancelledError) and error.args == (REFUSED,)):
+        except (Exception, asyncio.CancelledError) as error:
+            if not is_paid_for(error):
                 self.spent += once
                 await self.give_back(points, store)
             raise

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from ironclip.errors import DeadlineExceeded
 from service.by_urgency import ByUrgency
 from service.early_drop import Schedule
 from service.tracing import place
@@ -42,6 +43,28 @@ class Entry(Generic[Item]):
         self.alone = False  # it was in a batch that killed its worker, so it shares no further one
         self.queued_at = time.perf_counter()
         self.place = place()  # in the request's trace, where that is recorded
+
+    def too_late(self, name: str, retry_after: float) -> DeadlineExceeded:
+        """What whoever waits is told when it is given up.
+
+        Args:
+            name: of the model.
+            retry_after: seconds after which it is worth asking again.
+        """
+        waited, left = time.perf_counter() - self.queued_at, self.urgency.deadline - time.monotonic()
+        why = (
+            f"{1000 * left:.0f} ms were left, and it or more of the others would have been late"
+            if left > 0
+            else "its deadline had passed"
+        )
+        error = DeadlineExceeded(
+            f"After {1000 * waited:.0f} ms in the queue of the {name} model this was given up, not begun: {why}. Ask "
+            "again later, or allow more with X-Request-Timeout-Ms (the service's own limit is "
+            "IRONCLIP_REQUEST_TIMEOUT_MS).",
+            retry_after=retry_after,
+        )
+        error.unbegun = left > 0
+        return error
 
 
 class WorkQueue(Generic[Item]):

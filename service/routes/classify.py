@@ -61,12 +61,14 @@ async def classify(request: Request) -> Response:
         plan = await service.plan(ask.options, ask.size, tenant=meter.caller.tenant)
         check_size(plan, len(ask.pictures), top_k)
         async with meter.paid(points_of(plan, ask.pictures)):
-            return plan, await service.answers.classify(plan, await fetched(request, ask.pictures), stages, meter)
+            pictures = await fetched(request, ask.pictures, plan.served, plan.defence)
+            items = await service.answers.classify(plan, pictures, stages, meter)
+            if ask.single and items[0].error is not None:
+                raise items[0].error
+            return plan, items
 
     plan, items = await deadline.within(work())
     request_id = request.state.request_id
-    if ask.single and items[0].error is not None:
-        raise items[0].error
 
     def write() -> Response:
         forms = [

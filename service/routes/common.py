@@ -23,7 +23,9 @@ from service.telemetry import Stages
 from service.urgency import Urgency, rank_of
 
 if TYPE_CHECKING:
+    from ironclip.defences import Defence
     from service.core import Service
+    from service.runtime import ServedEncoder
 
 if sys.version_info >= (3, 11):
     from asyncio import timeout
@@ -59,14 +61,28 @@ def stages_of(request: Request) -> Stages:
     return stages
 
 
-async def fetched(request: Request, pictures: Sequence[Picture]) -> list[Picture]:
+async def fetched(
+    request: Request, pictures: Sequence[Picture], served: ServedEncoder | None = None, defence: Defence | None = None
+) -> list[Picture]:
     """The request's pictures, with those that are URLs fetched; what cannot be fetched has its error.
+
+    Args:
+        request: whose pictures they are.
+        pictures: as they came.
+        served: the encoder that they are for: while it lets nobody in, nothing is fetched.
+        defence: that stands before it.
 
     Raises:
         InputTooLarge, Overloaded: what was fetched is more than a request, or all of them, may hold.
+        Overloaded, NotReady: the encoder would not let the pictures in.
     """
-    if not any(picture.url for picture in pictures):
+    urls = sum(bool(picture.url) for picture in pictures)
+    if not urls:
         return list(pictures)
+    if served is not None and defence is not None:
+        # Only asked, not kept: a host that is slow would keep the room from others while the model idles.
+        with served.room_for(urls, defence):
+            pass
     with stages_of(request).time("fetch"):
         return await service_of(request).image_urls.pictures(pictures, request.state.hold)
 
@@ -145,7 +161,7 @@ class Deadline:
         try:
             done, _ = await asyncio.wait({task, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if task in done:
-                return task.result()
+                return self._result(task)
             if gone in done:
                 telemetry.DROPPED.labels("disconnect").inc()
                 raise ClientDisconnect()
@@ -154,9 +170,15 @@ class Deadline:
             task.cancel()
             gone.cancel()
 
+    def _result(self, task: asyncio.Future[T]) -> T:
+        try:
+            return task.result()
+        except DeadlineExceeded as error:  # of a queue, which does not know how much was allowed
+            error.limit = self.milliseconds
+            raise
+
     def exceeded(self, what: str) -> DeadlineExceeded:
-        """The error to raise, counted; ``what`` begins its text."""
-        telemetry.DROPPED.labels("deadline").inc()
+        """The error to raise; ``what`` begins its text."""
         return DeadlineExceeded(
             f"{what} within {self.milliseconds} ms; what had not begun was dropped. Allow more with "
             "X-Request-Timeout-Ms (the service's own limit is IRONCLIP_REQUEST_TIMEOUT_MS).",

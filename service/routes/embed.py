@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from numpy.typing import NDArray
 from starlette.requests import Request
 from starlette.responses import Response
+from torch import Tensor
 
 from ironclip.defences import Defence, make_defence
 from ironclip.errors import InputTooLarge, IronclipError, LabelError, OptionError
@@ -26,7 +27,7 @@ from service.routes.remembering import remember
 from service.runtime import ServedEncoder
 from service.schemas import EmbedOptions, EmbedRequest, Options
 from service.telemetry import Stages
-from service.together import together
+from service.together import fault_of, together
 
 router = APIRouter(tags=["inference"])
 
@@ -67,11 +68,11 @@ async def embed(request: Request) -> Response:
             images = embed_images(request, served, ask.pictures, stages, defence, options.label_set)
             vectors = embed_texts(request, served, texts, options.truncate, stages)
             found, read = await together([images, vectors])
+            if ask.single and found[0].error is not None:
+                raise found[0].error
             return found, read
 
     items, vectors = await deadline.within(work())
-    if ask.single and items[0].error is not None:
-        raise items[0].error
     request_id, encoding = request.state.request_id, options.encoding_format
 
     def text_answer(vector: TextOutcome) -> dict[str, Any]:
@@ -141,7 +142,7 @@ async def embed_images(
     """Vectors of pictures; with a label set for a defence that reads it."""
     if not pictures:
         return []
-    pictures = await fetched(request, pictures)
+    pictures = await fetched(request, pictures, served, defence)
     service, meter, plan = service_of(request), meter_of(request), None
     tenant = meter.caller.tenant
     texts = 0
@@ -158,7 +159,7 @@ async def embed_images(
 async def embed_texts(
     request: Request, served: ServedEncoder, texts: Sequence[str], truncate: bool, stages: Stages
 ) -> list[TextOutcome]:
-    """Unit vectors of texts; a text that is too long has its error in its place."""
+    """Unit vectors of texts; one that cannot be used has its error in its place."""
     if not texts:
         return []
     limit = service_of(request).settings.max_text_chars
@@ -170,15 +171,18 @@ async def embed_texts(
             errors[i] = error
     good = [text for i, text in enumerate(texts) if i not in errors]
     with stages.time("model"):
-        vectors = iter(await served.encode_texts(good, truncate=truncate) if good else [])
+        found = await served.encode_texts(good, truncate=truncate) if good else []
+    fault, vectors = fault_of(found), iter(found)
+    if fault is not None:
+        raise fault
     outcomes: list[TextOutcome] = []
     for i in range(len(texts)):
         outcome = errors[i] if i in errors else next(vectors)
-        if isinstance(outcome, LabelError):
+        if isinstance(outcome, IronclipError):
             outcome.pointer = f"/texts/{i}"
-        elif isinstance(outcome, Exception):
-            raise outcome
-        outcomes.append(outcome if isinstance(outcome, LabelError) else unit(outcome.numpy()))
+            outcomes.append(outcome)
+        elif isinstance(outcome, Tensor):
+            outcomes.append(unit(outcome.numpy()))
     return outcomes
 
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ironclip.errors import InputTooLarge, IronclipError, OptionError
+from ironclip.errors import InputTooLarge, IronclipError, OptionError, Unavailable
 from service.errors import RequestInvalid
 from service.forms import pictures_from_text, read_json
 from service.routes.common import Deadline, json_response, meter_of, service_of, stages_of
@@ -69,6 +69,9 @@ async def openai_embeddings(request: Request) -> Response:
                     embed_images(request, served, pictures, stages, defence),
                 ]
             )
+            # What the service could not do is not paid for.
+            _raise_first([item.error for item in items], [place for place, _ in inputs.images], Unavailable)
+            _raise_first(vectors, [place for place, _ in inputs.texts], Unavailable)
         _raise_first(vectors, [place for place, _ in inputs.texts])
         _raise_first([item.error for item in items], [place for place, _ in inputs.images])
         found: dict[int, Any] = {place: vector for (place, _), vector in zip(inputs.texts, vectors, strict=True)}
@@ -146,9 +149,9 @@ def _fault(pointer: str, detail: str) -> RequestInvalid:
     return RequestInvalid(detail, errors=[{"pointer": pointer, "code": "input", "detail": detail}])
 
 
-def _raise_first(outcomes: Sequence[object], places: Sequence[int]) -> None:
+def _raise_first(outcomes: Sequence[object], places: Sequence[int], kind: type[IronclipError] = IronclipError) -> None:
     for outcome, place in zip(outcomes, places, strict=True):
-        if isinstance(outcome, IronclipError):
+        if isinstance(outcome, kind):
             outcome.pointer = f"/input/{place}"
             raise outcome
 

@@ -203,6 +203,18 @@ def test_every_alert_asks_for_this_job_alone_and_says_what_to_do() -> None:
         assert set(rule["annotations"]) == {"summary", "action"}
 
 
+def test_a_callers_own_deadline_wakes_nobody() -> None:
+    """Who allows a millisecond is answered 504: that is seen where refusals are, and is no fault of the service."""
+    (group,) = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]
+    watched: dict[str, list[str]] = {status: [] for status in ("500", "503", "504")}
+    for rule in group["rules"]:
+        for codes in re.findall(r'code=~"([^"]*)"', rule["expr"]):
+            for status, found in watched.items():
+                if re.fullmatch(codes, status) and rule["labels"]["severity"] not in found:
+                    found.append(rule["labels"]["severity"])
+    assert watched == {"500": ["critical"], "503": ["warning"], "504": ["warning"]}
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Prometheus")
 def test_prometheus_itself_takes_the_rules(tmp_path: Path) -> None:
     config = (OBSERVE / "prometheus.yml").read_text(encoding="utf-8")

@@ -359,6 +359,28 @@ def test_a_deadline_that_cannot_be_kept_is_refused_and_one_that_passes_is_droppe
     asyncio.run(scenario())
 
 
+def test_what_is_given_up_before_its_deadline_is_told_why_and_when_to_come_again() -> None:
+    async def scenario() -> None:
+        model = Model()
+        with running(model, max_batch=1, max_wait=600) as batcher:
+            batcher.pace.measured(1, 10)
+            held = await hold(model, batcher, 7)
+            now = time.monotonic()
+            (late,) = await asyncio.create_task(as_request(INTERACTIVE, now + 60, lambda: batcher._enqueue([2])))  # type: ignore[misc]
+            (other,) = await asyncio.create_task(as_request(INTERACTIVE, math.inf, lambda: batcher._enqueue([3])))  # type: ignore[misc]
+            for _ in range(20):  # the machine has become far slower
+                batcher.pace.observe(1, 1000)
+            model.gate.set()
+            assert (await held, await other) == (49, 9)
+            with pytest.raises(DeadlineExceeded, match=r"given up, not begun.*X-Request-Timeout-Ms") as caught:
+                await late
+            assert caught.value.unbegun
+            assert caught.value.retry_after is not None
+            assert caught.value.retry_after > 10
+
+    asyncio.run(scenario())
+
+
 def test_interactive_work_goes_first_and_does_not_wait_for_batch_work() -> None:
     async def scenario() -> None:
         model = Model()

@@ -185,6 +185,48 @@ def test_a_cancelled_caller_disturbs_nobody(stage: str) -> None:
     asyncio.run(scenario())
 
 
+def test_a_workers_death_touches_no_future_from_its_thread() -> None:
+    """A caller may be cancelled at that very moment, and an event loop takes nothing from another thread."""
+    touched: list[int] = []
+
+    class Watched(asyncio.Future[Any]):
+        def add_done_callback(self, *args: Any, **more: Any) -> None:
+            touched.append(threading.get_ident())
+            super().add_done_callback(*args, **more)
+
+    class Loop(asyncio.SelectorEventLoop):
+        def create_future(self) -> asyncio.Future[Any]:
+            return Watched(loop=self)
+
+    gate, deaths = threading.Event(), 1
+
+    def run(items: Sequence[int]) -> list[int]:
+        nonlocal deaths
+        assert gate.wait(10)
+        if deaths:
+            deaths -= 1
+            raise SystemExit("the worker's thread ends")
+        return [item * item for item in items]
+
+    async def scenario() -> None:
+        with running(run, supervised=True, max_batch=1) as batcher:
+            tasks = [asyncio.create_task(batcher.submit_many([n])) for n in range(3)]
+            await until(lambda: batcher.busy and batcher.queued == 2)
+            gate.set()
+            await until(lambda: not batcher.alive)
+            tasks[0].cancel()  # of the batch that died, which would be tried again
+            await until(lambda: batcher.queued == 2)
+            batcher.start()
+            assert await tasks[1] + await tasks[2] == [1, 4]
+
+    loop = Loop()
+    try:
+        loop.run_until_complete(scenario())
+    finally:
+        loop.close()
+    assert set(touched) == {threading.get_ident()}
+
+
 def test_full_queue_refuses_whole_requests_and_says_when_to_come_back() -> None:
     async def scenario() -> None:
         model = Model()

@@ -18,13 +18,16 @@ from typing import Any, cast
 import httpx
 import pytest
 import trustme
+from starlette.testclient import TestClient
 
 from ironclip.errors import InputTooLarge
+from service.app import create_app
 from service.container import ImageLimits
 from service.forms import Picture
 from service.image_addresses import read_rule
 from service.image_urls import ImageUrls
-from tests.service.conftest import ServiceProcess, as_base64, launch_service, metric, picture
+from service.settings import Settings
+from tests.service.conftest import ServiceProcess, as_base64, launch_service, metric, picture, until
 
 LIMITS = ImageLimits(max_bytes=100_000, urls=True)
 LOOPBACK = [ip_network("127.0.0.0/8")]
@@ -437,6 +440,40 @@ def test_pictures_by_url_wherever_a_picture_is_a_text(fetching: ServiceProcess, 
         probe = client.post("/attack-probe", json={"image": url, "labels": LABELS, "eps": [1], "gradients": 10})
         assert probe.status_code == 200, probe.text
         assert all("localhost" not in line for line in fetching.log.read_text().splitlines() if "audit" in line)
+
+
+def test_nothing_is_fetched_for_whom_there_is_no_room(host: Host, tiny_artifact: Path, tmp_path: Path) -> None:
+    """A replica that has too much to do would load pictures in vain, and answer 429 then."""
+    settings = Settings(
+        encoders={"tiny": str(tiny_artifact)},
+        dtype="float32",
+        state_dir=tmp_path,
+        max_queue=4,
+        image_url_hosts=(f"localhost:{host.port}",),
+        image_url_networks=("127.0.0.0/8", "::1/128"),
+        image_url_http=True,
+    )
+    app = create_app(settings)
+    host.put("/a.png", PICTURE)
+    url = f"http://localhost:{host.port}/a.png"
+    part = {"type": "image_url", "image_url": {"url": url}}
+    asked = {
+        "/classify": {"images": [url], "labels": LABELS},
+        "/embed": {"images": [url]},
+        "/v1/embeddings": {"input": [part]},
+    }
+    with TestClient(app) as client:
+        until(lambda: client.get("/readyz").status_code == 200, 60)
+        with app.state.service.encoder("tiny").images.reserve(4):
+            for path, form in asked.items():
+                answer = client.post(path, json=form)
+                assert answer.status_code == 429, (path, answer.text)
+                assert "IRONCLIP_MAX_QUEUE" in answer.text
+                assert int(answer.headers["retry-after"]) >= 1
+            assert host.asked == []
+        for path, form in asked.items():
+            assert client.post(path, json=form).status_code == 200
+        assert len(host.asked) == len(asked)
 
 
 def test_faults_of_urls_have_their_codes(fetching: ServiceProcess, secure: Host) -> None:

@@ -118,6 +118,9 @@ async def test_what_the_service_does_not_do_is_not_paid_for(link: RedisLink) -> 
     assert await spend(RuntimeError("a fault")) == pytest.approx(20, abs=0.2)
     assert await spend(ImageInvalid("broken")) == pytest.approx(15, abs=0.3)
     assert await spend(DeadlineExceeded("late")) == pytest.approx(10, abs=0.4)
+    given_up = DeadlineExceeded("given up")
+    given_up.unbegun = True
+    assert await spend(given_up) == pytest.approx(10, abs=0.5)
 
 
 @pytest.mark.anyio
