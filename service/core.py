@@ -135,7 +135,7 @@ class Service:
 
     async def start(self) -> None:
         """Begin to load the encoders; returns at once, `not_ready` tells when they are there."""
-        telemetry.READY.set(0)
+        telemetry.watch_ready(self.not_ready)
         if self._link is not None:
             await self._link.start()
         if self.keys is not None:
@@ -154,7 +154,6 @@ class Service:
         """Say no on /readyz from now on; requests are still answered."""
         if self.state != "failed":
             self.state = "draining"
-        telemetry.READY.set(0)
 
     def end_probes(self) -> None:
         """Have every probe end with what it knows, so that whoever waits for it is answered before the end."""
@@ -186,12 +185,11 @@ class Service:
             await self._link.close()
 
     def not_ready(self) -> str | None:
-        """Why the service cannot answer, or None."""
+        """Why the service cannot answer, or None; from any thread."""
         reason = {"loading": "loading", "draining": "draining", "failed": self._failure}.get(self.state)
         if reason is None:
             ailing = self.supervisor.ailing()
             reason = f"a worker of {', '.join(ailing)} is not running or not moving" if ailing else None
-        telemetry.READY.set(reason is None)
         return reason
 
     def encoder(self, reference: str) -> ServedEncoder:
@@ -304,7 +302,6 @@ class Service:
             self._fail(self.settings.default_name, self._no_default())
         elif self.state == "loading":
             self.state = "ready"
-            telemetry.READY.set(1)
             self._log.info("ready", encoders=self.models.names, default=self.settings.default_name)
 
     def _no_default(self) -> IronclipError:
