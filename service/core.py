@@ -110,6 +110,7 @@ class Service:
             workers=settings.decode_workers,
             max_pending=max(settings.max_queue, settings.max_images),
         )
+        self.supervisor.watch_decoder(self.decoder)
         vectors = settings.cache_bytes
         self.memory = Memory(self.encoder, self._registered, vectors // 8, settings.cache_ttl_seconds)
         self._caches = [
@@ -190,6 +191,9 @@ class Service:
         if reason is None:
             ailing = self.supervisor.ailing()
             reason = f"a worker of {', '.join(ailing)} is not running or not moving" if ailing else None
+        # Well before the process is ended for it: whoever sends requests is to send them elsewhere by then.
+        if reason is None and self.decoder.hangs(self.supervisor.hang_seconds / 2):
+            reason = "pictures are not being decoded: every thread for it is stuck"
         return reason
 
     def encoder(self, reference: str) -> ServedEncoder:
