@@ -74,7 +74,7 @@ redis:
 	if command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] || sudo -n true 2>/dev/null; }; then \
 	  SUDO=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	  $$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq --no-install-recommends redis-server && exit 0; fi; \
-	echo "Install it (apt-get install redis-server, brew install redis); until then its tests are skipped."
+	echo "Install it (apt-get install redis-server, brew install redis); until then its tests fail, or are skipped with IRONCLIP_ALLOW_SKIPS=1."
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -153,19 +153,25 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain on the first signal; a second one ends the waiting. Both end with status 0."""
+        """Drain on the first signal; a second one ends the waiting. Both end with status 0.
+
+        A signal comes in the middle of anything, such as a lock being held: all that is more than a flag is done by the
+        event loop, which is woken for it.
+        """
         if self._draining:
             self.should_exit = True
             self.force_exit = sig == signal.SIGINT
             return
         self._draining = True
+        asyncio.get_event_loop().call_soon_threadsafe(self._drain, sig)
+
+    def _drain(self, sig: int) -> None:
         self._service.drain()
-        # Not here: a signal comes in the middle of anything, such as the worker's lock being held.
-        asyncio.get_event_loop().call_soon_threadsafe(self._service.end_probes)
         if self._delay > 0 and sig == signal.SIGTERM:
-            asyncio.get_event_loop().call_later(self._delay, setattr, self, "should_exit", True)
+            asyncio.get_running_loop().call_later(self._delay, setattr, self, "should_exit", True)
         else:
             self.should_exit = True
+        self._service.end_probes()
 
 
 def _address_fault(host: str, port: int, *, shared: bool = False) -> str | None:
@@ -197,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Serve CLIP encoders over HTTP: /classify, /embed, and more on /docs.",
         epilog=f"Settings come from IRONCLIP_* variables and the TOML file that {CONFIG_VARIABLE} names; "
         "`python -m service settings` lists them. Exit status: 1 the address cannot be listened on, 2 the "
-        "settings cannot be used, 3 an encoder cannot be loaded, 4 a model worker is lost.",
+        "settings cannot be used, 3 an encoder cannot be loaded, 4 a model worker or the decoder is lost.",
     )
     _serving(parser)
     parser.add_argument("--version", action="version", version=f"ironclip {__version__}")

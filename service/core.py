@@ -110,6 +110,7 @@ class Service:
             workers=settings.decode_workers,
             max_pending=max(settings.max_queue, settings.max_images),
         )
+        self.supervisor.watch_decoder(self.decoder)
         vectors = settings.cache_bytes
         self.memory = Memory(self.encoder, self._registered, vectors // 8, settings.cache_ttl_seconds)
         self._caches = [
@@ -135,7 +136,7 @@ class Service:
 
     async def start(self) -> None:
         """Begin to load the encoders; returns at once, `not_ready` tells when they are there."""
-        telemetry.READY.set(0)
+        telemetry.watch_ready(self.not_ready)
         if self._link is not None:
             await self._link.start()
         if self.keys is not None:
@@ -154,7 +155,6 @@ class Service:
         """Say no on /readyz from now on; requests are still answered."""
         if self.state != "failed":
             self.state = "draining"
-        telemetry.READY.set(0)
 
     def end_probes(self) -> None:
         """Have every probe end with what it knows, so that whoever waits for it is answered before the end."""
@@ -186,12 +186,14 @@ class Service:
             await self._link.close()
 
     def not_ready(self) -> str | None:
-        """Why the service cannot answer, or None."""
+        """Why the service cannot answer, or None; from any thread."""
         reason = {"loading": "loading", "draining": "draining", "failed": self._failure}.get(self.state)
         if reason is None:
             ailing = self.supervisor.ailing()
             reason = f"a worker of {', '.join(ailing)} is not running or not moving" if ailing else None
-        telemetry.READY.set(reason is None)
+        # Well before the process is ended for it: whoever sends requests is to send them elsewhere by then.
+        if reason is None and self.decoder.hangs(self.supervisor.hang_seconds / 2):
+            reason = "pictures are not being decoded: every thread for it is stuck"
         return reason
 
     def encoder(self, reference: str) -> ServedEncoder:
@@ -304,7 +306,6 @@ class Service:
             self._fail(self.settings.default_name, self._no_default())
         elif self.state == "loading":
             self.state = "ready"
-            telemetry.READY.set(1)
             self._log.info("ready", encoders=self.models.names, default=self.settings.default_name)
 
     def _no_default(self) -> IronclipError:

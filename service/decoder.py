@@ -23,6 +23,8 @@ from service.urgency import BATCH, CLASSES, CURRENT
 
 # Decodes that come out slower than this many seconds apart (and than four usual ones) are not waited for.
 _LEAST_PACE = 0.01
+# Pixels a second that a thread decodes at least where it does not hang; it is mostly ten times as many.
+_SLOWEST = 2_500_000
 # Of so many pictures taken while both classes wait, one is of batch work.
 _BATCH_TURN = 8
 
@@ -93,6 +95,8 @@ class ImageDecoder:
         self._pending = [0 for _ in CLASSES]
         self._seconds = 0.005  # running mean of one decode
         self._moved = 0.0  # when a decode last ended, or the first of a spell was handed in
+        self._running = 0  # threads that have a picture
+        self._turned = time.monotonic()  # when one last took a picture, or was done with it
         self._closed = False
         self._lock = threading.Lock()
         self._waiting = _Waiting()
@@ -108,6 +112,16 @@ class ImageDecoder:
         """Whether pictures are being decoded and come out at about the usual pace; a few huge ones do not."""
         usual = max(_LEAST_PACE, 4 * self._seconds)
         return self.pending > 0 and time.perf_counter() - self._moved < usual
+
+    @property
+    def stalled_seconds(self) -> float:
+        """Seconds since a thread last took a picture or was done with one; 0 while one is free for the next."""
+        with self._lock:
+            return time.monotonic() - self._turned if self._running >= self.workers else 0.0
+
+    def hangs(self, limit: float) -> bool:
+        """Whether every thread has been at one picture for ``limit`` seconds, and for longer than the largest takes."""
+        return self.stalled_seconds > max(limit, self.limits.max_pixels / _SLOWEST)
 
     async def decode(self, data: bytes, preprocessing: Preprocessing, declared_type: str | None = None) -> DecodedImage:
         """Decode in a worker thread; a caller that is cancelled leaves the queue.
@@ -155,6 +169,7 @@ class ImageDecoder:
         if found is None:
             return
         future, work = found
+        self._turn(1)
         began = time.perf_counter()
         try:
             decoded = work()
@@ -166,6 +181,13 @@ class ImageDecoder:
             seconds = time.perf_counter() - began
             self._seconds += 0.05 * (seconds - self._seconds)
             telemetry.DECODE_SECONDS.observe(seconds)
+            self._turn(-1)
+
+    def _turn(self, more: int) -> None:
+        """A thread has taken a picture (1), or is done with it (-1)."""
+        with self._lock:
+            self._running += more
+            self._turned = time.monotonic()
 
     def _count_down(self, rank: int, work: Future[DecodedImage]) -> None:
         with self._lock:

@@ -106,6 +106,7 @@ class Models(Catalogue):
             )
         wanted = self._defence(name, defence)
         if expected and self._there(named, expected, wanted, share):
+            named.failed = None
             return False
         if sum(one.coming is not None for one in self._named.values()) >= _MOST_COMING:
             raise EncoderBusy(f"{_MOST_COMING} encoders are being loaded; ask again when one of them has ended.")
@@ -207,6 +208,8 @@ class Models(Catalogue):
                 outcome = self._arrive(named, version)
             elif fault is not None:
                 self._failed(named, version, fault)
+            elif outcome == "unchanged":
+                named.failed = None  # what is wanted now is served; what else was tried is nobody's wish any more
             if outcome == "abandoned" and version.served is not None:
                 self._retire(named, version)
             telemetry.MODEL_LOADS.labels(outcome).inc()

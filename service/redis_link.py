@@ -1,6 +1,7 @@
 """The way to Redis: short timeouts, and a circuit breaker, so that a Redis that is down or slow costs nothing.
 
-While the circuit is open no request waits for Redis at all; a task in the background pings until it answers.
+While the circuit is open no request waits for Redis at all; a task in the background pings until it answers as soon as
+a request would need it to.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ T = TypeVar("T")
 # Failures in a row that open the circuit, and the seconds between pings while it is open (doubling).
 _FAILURES = 3
 _FIRST_PING, _LAST_PING = 0.25, 5.0
-_PING_SECONDS = 1.0
+# A circuit that is opened again within so many seconds goes on with the pauses where they were.
+_SOON = 30.0
+# How long it may take to connect, with the first ping on the way.
+_CONNECT_SECONDS = 1.0
 # Calls under way at once; what comes on top waits for its turn, for as long as it would wait for an answer.
 _CALLS = 32
 
@@ -61,15 +65,15 @@ class RedisLink:
 
     Args:
         url: `redis://`, `rediss://` or `unix://`.
-        timeout: seconds that one call may take.
+        timeout: seconds that one call may take; an answer in this time, and no slower one, is a sign of health.
     """
 
     def __init__(self, url: str, timeout: float) -> None:
         self.timeout = timeout
         self._redis: Redis = Redis.from_url(
             url,
-            socket_timeout=max(timeout, _PING_SECONDS),
-            socket_connect_timeout=max(timeout, _PING_SECONDS),
+            socket_timeout=max(timeout, _CONNECT_SECONDS),
+            socket_connect_timeout=max(timeout, _CONNECT_SECONDS),
             retry=Retry(NoBackoff(), 0),
             max_connections=2 * _CALLS,
         )
@@ -79,6 +83,8 @@ class RedisLink:
         self._turns = asyncio.Semaphore(_CALLS)
         self._failures = 0
         self._open = True  # until the first ping has come back
+        self._closed_at = float("-inf")
+        self._pause = _FIRST_PING  # before the next ping
         self._pinger: asyncio.Task[None] | None = None
         self._log = telemetry.get_logger()
 
@@ -126,7 +132,7 @@ class RedisLink:
         try:
             result = await asyncio.wait_for(take_turn(), limit)
         except ResponseError as error:
-            self._failures = 0
+            self._answered(time.monotonic() - began)
             telemetry.REDIS_ERRORS.labels("refused").inc()
             raise RedisRefused(error) from error
         except (RedisError, OSError, asyncio.TimeoutError, RuntimeError) as error:
@@ -137,8 +143,13 @@ class RedisLink:
             else:
                 self._failed(error)
             raise RedisUnavailable(type(error).__name__) from error
-        self._failures = 0
+        self._answered(time.monotonic() - began)
         return result
+
+    def _answered(self, seconds: float) -> None:
+        # Calls that may take longer would hide that all the others come to nothing.
+        if seconds <= self.timeout:
+            self._failures = 0
 
     def _failed(self, error: Exception) -> None:
         slow = "Timeout" in type(error).__name__
@@ -151,27 +162,31 @@ class RedisLink:
     def _trip(self) -> None:
         self._open = True
         telemetry.REDIS_UP.set(0)
+        soon = time.monotonic() - self._closed_at < _SOON
+        self._pause = min(2 * self._pause, _LAST_PING) if soon else _FIRST_PING
         if self._pinger is None or self._pinger.done():
             self._pinger = asyncio.create_task(self._ping_until_up())
 
     async def _ping_until_up(self) -> None:
-        wait = _FIRST_PING
         while True:
-            await asyncio.sleep(wait)
+            await asyncio.sleep(self._pause)
             before = self._why
             if await self._ping():
                 self._log.info("redis answers again", address=self._address)
                 return
             if self._why != before:
                 self._log.warning("redis still unreachable", address=self._address, reason=self._why)
-            wait = min(2 * wait, _LAST_PING)
+            self._pause = min(2 * self._pause, _LAST_PING)
 
     async def _ping(self) -> bool:
+        """Close the circuit if Redis answers within the timeout of a call; whether it did."""
         try:
-            await asyncio.wait_for(self._redis.ping(), _PING_SECONDS)
+            await asyncio.wait_for(self._redis.ping(), _CONNECT_SECONDS)
+            # The first may have had to connect; this one finds a connection, as calls mostly do.
+            await asyncio.wait_for(self._redis.ping(), self.timeout)
         except (RedisError, OSError, asyncio.TimeoutError, RuntimeError) as error:
             self._why = _reason(error)
             return False
-        self._open, self._failures = False, 0
+        self._open, self._failures, self._closed_at = False, 0, time.monotonic()
         telemetry.REDIS_UP.set(1)
         return True

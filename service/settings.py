@@ -138,7 +138,8 @@ class Settings(BaseSettings):
         ge=0.1,
         le=3600,
         description="A model worker that has work and has not moved for so long is replaced, what it had in hand is "
-        "answered 503; never less than ten times what its batch should take.",
+        "answered 503; never less than ten times what its batch should take. Threads that decode pictures are not "
+        "replaced: when all of them are stuck for so long, the process ends with status 4.",
     )
     worker_restarts: int = Field(
         default=5,

@@ -3,7 +3,7 @@
 A thread cannot be killed. One that hangs is left with the batch it has, which is answered 503, and another takes the
 queue over. A worker that gives nothing but faults is asked to encode a blank item, since its callers' items may be at
 fault; where that fails too it is started anew. What does not help after some tries in a row is a matter for
-whoever started the process: `on_given_up`.
+whoever started the process: `on_given_up`. So is a decoder of which every thread is stuck, in a codec mostly.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ from service import telemetry
 # Seconds before each start in a row; the last one is repeated.
 _BACK_OFF = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 _LOOK = 0.25
+
+
+class Decoder(Protocol):
+    """What is watched and cannot be started anew: the threads that decode pictures."""
+
+    def hangs(self, limit: float) -> bool:
+        """Whether none of them has moved for so long."""
 
 
 class Worker(Protocol):
@@ -95,12 +102,17 @@ class Supervisor:
         self.given_up = ""
         self._on_given_up = on_given_up
         self._watched: list[Watched] = []
+        self._decoder: Decoder | None = None
         self._task: asyncio.Task[None] | None = None
         self._log = telemetry.get_logger()
 
     def watch(self, watched: Watched) -> None:
         """Look after one more worker, which runs."""
         self._watched.append(watched)
+
+    def watch_decoder(self, decoder: Decoder) -> None:
+        """Look after the decoder too: what hangs there is given up at once."""
+        self._decoder = decoder
 
     def forget(self, owner: object) -> None:
         """Leave an owner's workers alone from now on: they are about to be stopped."""
@@ -136,6 +148,9 @@ class Supervisor:
         while True:
             for one in list(self._watched):
                 self._look(one)
+            if self._decoder is not None and not self.given_up and self._decoder.hangs(self.hang_seconds):
+                self._log.error("decoder given up", reason="hung")
+                self._give_up(f"the decoder hangs: none of its threads has moved for {self.hang_seconds:g} s")
             await asyncio.sleep(_LOOK)
 
     def _look(self, one: Watched) -> None:
@@ -161,6 +176,10 @@ class Supervisor:
         finally:
             one.checking = None
 
+    def _give_up(self, text: str) -> None:
+        self.given_up = text
+        self._on_given_up(text)
+
     def _restart(self, one: Watched, why: str, start: Callable[[], None]) -> None:
         now = time.monotonic()
         if now < one.due or self.given_up:
@@ -169,8 +188,7 @@ class Supervisor:
             text = f"the {one.tower} worker of {one.encoder} {why} {one.tries + 1} times in a row"
             self._log.error("worker given up", encoder=one.encoder, tower=one.tower, reason=why, tries=one.tries)
             if one.vital():
-                self.given_up = text
-                self._on_given_up(text)
+                self._give_up(text)
             else:
                 self.forget(one.owner)
                 one.ailed(text)

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import lru_cache, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
+from weakref import WeakMethod
 
 import structlog
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
@@ -131,7 +132,7 @@ BY_VERSION = Counter(
 )
 BUILD_INFO = Gauge("ironclip_build_info", "The running version; always 1.", ["version"])
 BUILD_INFO.labels(__version__).set(1)
-READY = Gauge("ironclip_ready", "1 when /readyz says yes.")
+READY = Gauge("ironclip_ready", "1 when /readyz says yes, or would if somebody asked it.")
 _QUEUES: dict[str, Callable[[ServedEncoder], Any]] = {
     "image": attrgetter("images"),
     "text": attrgetter("texts"),
@@ -169,6 +170,21 @@ def observe_batch(tower: str, items: int, seconds: float, waited: float) -> None
     BATCH_SIZE.labels(tower).observe(items)
     BATCH_SECONDS.labels(tower).observe(seconds)
     QUEUE_SECONDS.labels(tower).observe(waited)
+
+
+def watch_ready(not_ready: Callable[[], str | None]) -> None:
+    """Let `ironclip_ready` be found out whenever the metrics are read; with several services in a process, the last's.
+
+    Args:
+        not_ready: a method of the service, which is not kept alive for it; called in whichever thread reads.
+    """
+    method = WeakMethod(not_ready)
+
+    def ready() -> float:
+        asked = method()
+        return float(asked is not None and asked() is None)
+
+    READY.set_function(ready)
 
 
 def watch_encoder(name: str, loaded: Callable[[], Sequence[ServedEncoder]]) -> None:

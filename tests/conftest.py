@@ -17,6 +17,7 @@ import torch
 
 from ironclip.artifact import save_artifact
 from ironclip.encoder import Encoder
+from tests import needs
 
 TINY_CFG = {
     "embed_dim": 32,
@@ -62,6 +63,18 @@ def make_residual_encoder(width: int = 8) -> Encoder:
             module.running_var.copy_(torch.rand(len(module.running_var), generator=generator) + 0.5)
     preprocess = {**like.preprocess_cfg, "size": 64}
     return Encoder(model, like.tokenizer, model_cfg=cfg, preprocess_cfg=preprocess).requires_grad_(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_setting_of_ours() -> None:
+    """What is for the tests is no setting of the service, which would refuse to start."""
+    os.environ.pop(needs.ALLOW_SKIPS, None)
+
+
+@pytest.fixture(scope="session")
+def redis_installed() -> None:
+    """See `needs.redis_installed`."""
+    needs.redis_installed()
 
 
 @pytest.fixture(scope="session")

@@ -26,14 +26,14 @@ _ASSET_TYPES = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "te
 
 @router.get("/livez", operation_id="livez", summary="Is the process alive?")
 async def livez(request: Request) -> Response:
-    """200 as long as the process answers; 503 once a model worker is lost for good, and the process should go."""
+    """200 as long as the process answers; 503 once a model worker or the decoder is lost, and the process should go."""
     lost = service_of(request).lost
     return json_response({"status": "lost", "reason": lost}, status=503) if lost else json_response({"status": "ok"})
 
 
 @router.get("/readyz", operation_id="readyz", summary="Can it answer?")
 async def readyz(request: Request) -> Response:
-    """200 when requests can be answered; 503 while loading, draining, or when a model worker is dead."""
+    """200 when requests can be answered; 503 while loading, draining, or when a model worker or the decoder is dead."""
     reason = service_of(request).not_ready()
     if reason is None:
         return json_response({"status": "ready"})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sysconfig
@@ -16,6 +15,7 @@ import pytest
 import redis
 
 from service.settings import Settings
+from tests import needs
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = Path(sysconfig.get_path("scripts")) / "docker-compose"
@@ -90,8 +90,7 @@ def test_redis_is_alone_with_the_service(everything: dict[str, Any]) -> None:
 
 def test_redis_takes_its_command_line(everything: dict[str, Any], tmp_path: Path) -> None:
     """The real redis-server with the very arguments: bounded memory, and label sets are never evicted."""
-    if shutil.which("redis-server") is None:
-        pytest.skip("there is no redis-server on this machine")
+    needs.redis_installed()
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = str(sock.getsockname()[1])

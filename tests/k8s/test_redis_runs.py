@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from tests.k8s.conftest import Chart, Manifest, only
 from tests.k8s.test_service_pod import AWAITED, environment
 from tests.service.conftest import free_port, launch_service, metric, picture
 
-pytestmark = pytest.mark.skipif(shutil.which("redis-server") is None, reason="there is no redis-server")
+pytestmark = pytest.mark.usefixtures("redis_installed")
 
 
 @dataclass

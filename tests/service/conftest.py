@@ -11,7 +11,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +25,8 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests import needs
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,6 +74,7 @@ class RedisServer:
         return f"redis://127.0.0.1:{self.port}/0"
 
     def start(self) -> None:
+        needs.redis_installed()
         command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 10
@@ -100,8 +102,6 @@ class RedisServer:
 @pytest.fixture
 def redis_server() -> Iterator[RedisServer]:
     """A running Redis; nothing in it."""
-    if shutil.which("redis-server") is None:
-        pytest.skip("there is no redis-server on this machine")
     server = RedisServer()
     server.start()
     yield server
@@ -277,8 +277,6 @@ def write_keys(path: Path, made: dict[str, tuple[str, str]]) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def locked(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locked]:
     """One locked service for all tests that leave its keys and its Redis as they found them."""
-    if shutil.which("redis-server") is None:
-        pytest.skip("there is no redis-server on this machine")
     folder = tmp_path_factory.mktemp("locked")
     made = {
         "acme": make_key("acme1", "acme", "infer", "probe"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 from types import ModuleType
 
 import pytest
@@ -157,6 +158,60 @@ def test_a_huge_picture_is_not_waited_for(corpus: ModuleType) -> None:
             seen.append(decoder.flowing)
         assert seen[0]
         assert False in seen[:-1]
+        decoder.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_decoder_that_is_stuck_says_for_how_long(corpus: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not while a thread is free, and whatever comes and is given up meanwhile."""
+    released, small = threading.Event(), jpeg(corpus, 64, 64)
+
+    def stuck(*_: object) -> None:
+        released.wait(60)
+        raise ImageInvalid("at last")
+
+    async def scenario() -> None:
+        decoder = ImageDecoder(ImageLimits(max_pixels=5000), workers=2)
+        with monkeypatch.context() as codec:
+            codec.setattr("service.decoder.decode", stuck)
+            first = asyncio.create_task(decoder.decode(small, SMALL))
+            await asyncio.sleep(0.1)
+            assert decoder.stalled_seconds == 0
+            second = asyncio.create_task(decoder.decode(small, SMALL))
+            await asyncio.sleep(0.1)
+            for _ in range(5):
+                waiting = asyncio.create_task(decoder.decode(small, SMALL))
+                await asyncio.sleep(0.05)
+                waiting.cancel()
+                await asyncio.gather(waiting, return_exceptions=True)
+            assert decoder.stalled_seconds >= 0.25
+            assert decoder.hangs(0.25)
+            assert not decoder.hangs(60)
+            released.set()
+            await asyncio.gather(first, second, return_exceptions=True)
+        await decoder.decode(small, SMALL)
+        while decoder.stalled_seconds:
+            await asyncio.sleep(0.01)
+        assert not decoder.hangs(0)
+        decoder.close()
+
+    asyncio.run(scenario())
+
+
+def test_the_largest_pictures_are_given_their_time(corpus: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However soon a model worker counts as hanging."""
+    released, small = threading.Event(), jpeg(corpus, 64, 64)
+    monkeypatch.setattr("service.decoder.decode", lambda *_: released.wait(60))
+
+    async def scenario() -> None:
+        decoder = ImageDecoder(LIMITS, workers=1)
+        task = asyncio.create_task(decoder.decode(small, SMALL))
+        await asyncio.sleep(0.1)
+        assert decoder.stalled_seconds > 0
+        assert not decoder.hangs(0.001)
+        released.set()
+        await task
         decoder.close()
 
     asyncio.run(scenario())

@@ -304,6 +304,7 @@ def test_a_pinned_digest_is_held_to(world: World) -> None:
     assert (standing["failed"]["failure"]["code"], standing["stable"]) == ("checksum-mismatch", before)
     # What is served is not loaded again: at once where the digest is given, else when it has been seen.
     assert world.put("tiny", before["spec"], digest=before["digest"]).status_code == 200
+    assert "failed" not in world.versions("tiny")
     assert world.put("tiny", before["spec"]).status_code == 202
     assert world.settled("tiny")["stable"] == before
 
@@ -444,6 +445,11 @@ def test_a_watched_folder_is_followed(world: World) -> None:
     (world.folder / ".next").symlink_to(world.store / "golden-mismatch")
     (world.folder / ".next").replace(target)
     until(lambda: "failed" in world.versions("watched"))
+    assert world.versions("watched")["stable"]["digest"] == world.digests[2]
+    # The old one put back is served already: nothing of the failure is left that would be tried again.
+    (world.folder / ".next").symlink_to(world.store / "v2")
+    (world.folder / ".next").replace(target)
+    until(lambda: "failed" not in world.versions("watched"))
     assert world.versions("watched")["stable"]["digest"] == world.digests[2]
     target.unlink()
     until(lambda: world.versions("watched") == {})

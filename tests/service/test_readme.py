@@ -79,7 +79,7 @@ def test_curl_commands_get_answers(service_url: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-@pytest.mark.skipif(shutil.which("redis-server") is None, reason="there is no redis-server on this machine")
+@pytest.mark.usefixtures("redis_installed")
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 def test_from_a_clone_to_production(tiny_artifact: Path, tmp_path: Path) -> None:
     """The three blocks as they stand, but for ports, folders, a tiny encoder, and seconds of load."""

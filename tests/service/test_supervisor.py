@@ -96,6 +96,39 @@ def test_pictures_that_memory_does_not_suffice_for_together_are_answered(faulty_
     assert metric(faulty_service.url, 'ironclip_batch_limit{encoder="tiny",tower="image"}') < 32
 
 
+def test_a_decoder_that_is_stuck_is_told_and_ends_the_process(tiny_artifact: Path, tmp_path: Path) -> None:
+    service = launch_faulty(
+        tmp_path,
+        encoders=f"tiny={tiny_artifact}",
+        decode_workers=2,
+        max_pixels=1_000_000,
+        worker_timeout_seconds=8,
+        drain_seconds=1,
+        probes=0,
+    )
+
+    def ask(data: bytes, milliseconds: int) -> httpx.Response:
+        form = {"image": as_base64(data), "labels": LABELS}
+        limit = {"X-Request-Timeout-Ms": str(milliseconds)}
+        return httpx.post(f"{service.url}/classify", json=form, headers=limit, timeout=60)
+
+    try:
+        service.wait_ready()
+        assert ask(faulty.picture(faulty.STICKS, 1), 500).status_code == 504
+        for green in range(3):  # a thread is left
+            assert ask(faulty.picture(10, green), 30_000).status_code == 200
+        assert ready(service)
+        assert ask(faulty.picture(faulty.STICKS, 2), 500).status_code == 504
+        assert ask(faulty.picture(10, 4), 500).status_code == 504
+        until(lambda: not ready(service))
+        assert "pictures are not being decoded" in httpx.get(f"{service.url}/readyz").json()["reason"]
+        assert metric(service.url, "ironclip_ready") == 0
+        assert service.process.wait(60) == 4
+        assert "the decoder hangs" in service.log.read_text()
+    finally:
+        service.stop()
+
+
 def test_what_no_restart_mends_ends_the_process(faulty_service: ServiceProcess) -> None:
     """The last test of the module: the service is gone afterwards."""
     broken = [faulty.picture(faulty.BROKEN_FOR_GOOD, green) for green in range(3)]
