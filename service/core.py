@@ -241,7 +241,7 @@ class Service:
 
         async def wait() -> None:
             await job.wait()
-            await bill.settle(0 if job.status == "failed" else job.gradients)
+            await bill.settle(0 if job.status == "failed" else job.passes)
 
         task = asyncio.create_task(wait())
         self._settling.add(task)

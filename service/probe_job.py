@@ -79,7 +79,7 @@ class Job:
         self.events: list[Event] = []
         self.error: IronclipError | None = None
         self.probe: Probe | None = None
-        self.gradients = 0  # it has taken, when it has ended
+        self.gradients = self.passes = 0  # it has taken, when it has ended
         self.started = 0.0
         self.deadline = math.inf  # of whoever waits, by the monotonic clock
         self.pieces, self.busy = 0, 0.0  # of its work, and the seconds that they took; shared ones in part
@@ -130,7 +130,7 @@ class Job:
         if kind in ENDS:
             self.piece_ends()
             if self.probe is not None:
-                self.gradients = self.probe.gradients
+                self.gradients, self.passes = self.probe.gradients, self.probe.passes
         try:
             self._loop.call_soon_threadsafe(self._publish, kind, data)
         except RuntimeError:  # the loop is closed: nobody listens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -16,8 +17,10 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from ironclip.classifier import Classifier
+from ironclip.defences import Defence
 from ironclip.errors import NotReady, OptionError
-from ironclip.probe import Probe, ProbeOptions, Target, VectorTarget, estimate, position
+from ironclip.probe import Probe, ProbeOptions, Target, VectorTarget, estimate, lanes_for, position
+from ironclip.probe.cost import passes
 from service.answers import Item
 from service.decisions import Plan
 from service.errors import RequestInvalid
@@ -25,7 +28,7 @@ from service.forms import Ask, read_ask
 from service.probe_job import ENDS, Event, Job
 from service.probe_schemas import ProbeFields, ProbeRequest
 from service.probing import Prober
-from service.rate_limits import GRADIENT, TEXT, Bill, reading
+from service.rate_limits import PASS, PASSES_A_GRADIENT, TEXT, Bill, Meter, reading
 from service.routes.classify import check_size
 from service.routes.common import Deadline, caller_of, fetched, json_response, meter_of, service_of, stages_of
 from service.runtime import ServedEncoder
@@ -90,26 +93,27 @@ async def _prepare(request: Request, ask: Ask[ProbeFields], bill: Bill) -> tuple
         raise RequestInvalid("Give one image: a probe is about one decision.")
     if ask.pictures[0].error is not None:
         raise ask.pictures[0].error
-    await meter.pay(reading(ask.size))
+    read = reading(ask.size)
+    await meter.pay(read)
     plan = await service.plan(_decision(fields, service.encoder(fields.encoder)), ask.size, tenant=meter.caller.tenant)
     check_size(plan, 1, 1, _MAX_COMPARISONS)
     prober = plan.served.prober
     if prober is None:
         raise NotReady("This encoder is not probed.")
-    options = within_limit(asked, fields, plan.defence.cost, service.settings)
+    classifiers = service.answers.classifiers
+    texts = await classifiers.texts_to_encode(plan) if meter.limited else 0
+    options = within_limit(asked, fields, plan.defence, service.settings)
+    options = affordable(options, fields, plan.defence, meter, read + TEXT * texts)
     aim = {"targeted": fields.target is not None, "vector": fields.objective == "embedding"}
-    options.attacks(**aim)
-    cost = estimate(options, plan.defence, **aim)
-    each = GRADIENT * plan.defence.cost
+    lanes = lanes_for(plan.served.attacked.device)
+    cost = estimate(options, plan.defence, **aim, lanes=lanes)
+    most = cost["tower_passes_at_most"]
     if fields.dry_run:
-        priced = {"points_at_most": each * cost["gradients_at_most"]} if meter.limited else {}
-        return prober, None, cost | priced
-    await bill.pay(cost["gradients_at_most"], each)
+        return prober, None, cost | ({"points_at_most": round(PASS * most, 3)} if meter.limited else {})
+    await bill.pay(most, PASS)
     (picture,) = await fetched(request, ask.pictures)
     item = await service.answers.pixels(plan.served, meter.caller.tenant, picture, stages)
     with stages.time("labels"):
-        classifiers = service.answers.classifiers
-        texts = await classifiers.texts_to_encode(plan) if meter.limited else 0
         async with meter.paid(TEXT * texts):
             both = await classifiers.attacked(plan)
         build, about = await asyncio.to_thread(_attacked, plan, *both, item, fields, options)
@@ -129,6 +133,7 @@ async def _prepare(request: Request, ask: Ask[ProbeFields], bill: Bill) -> tuple
         "labels": plan.reference["digest"],
         "norm": fields.norm,
         "gradients_at_most": cost["gradients_at_most"],
+        "tower_passes_at_most": most,
     }
     return prober, job, {}
 
@@ -240,24 +245,40 @@ def probe_options(fields: ProbeFields, settings: Settings) -> ProbeOptions:
     return options
 
 
-def within_limit(options: ProbeOptions, fields: ProbeFields, cost: int, settings: Settings) -> ProbeOptions:
-    """The same within the server's limit of gradients, where one through a defence counts ``cost``.
+def within_limit(options: ProbeOptions, fields: ProbeFields, defence: Defence, settings: Settings) -> ProbeOptions:
+    """The same within the server's limit, which is in gradients without a defence.
 
     Raises:
         OptionError: the caller asks for more; an effort's own budget is made smaller instead.
     """
     limit = settings.probe_max_gradients
-    if options.budget * cost <= limit:
+    each = passes(defence, 1, 1)
+    most = PASSES_A_GRADIENT * limit // each
+    if options.budget <= most:
         return options
     if fields.gradients:
         raise OptionError(
-            f"{fields.gradients} gradients are asked for, at most {limit // cost} are allowed here"
-            + (f", since each goes through a defence of {cost} forwards" if cost > 1 else "")
+            f"{fields.gradients} gradients are asked for, at most {most} are allowed here"
+            + (f", since each goes through a defence and takes {each} forwards" if each > PASSES_A_GRADIENT else "")
             + f" (IRONCLIP_PROBE_MAX_GRADIENTS={limit}).",
             pointer="/gradients",
-            limit=limit // cost,
+            limit=most,
         )
-    return replace(options, gradients=max(1, limit // cost))
+    return replace(options, gradients=max(1, most))
+
+
+def affordable(
+    options: ProbeOptions, fields: ProbeFields, defence: Defence, meter: Meter, beside: float
+) -> ProbeOptions:
+    """The same within what the caller's key can ever have at once, less what the request costs ``beside`` the probe.
+
+    A probe is paid for in advance: without this a key could not ask for an effort whose own budget is more. Whoever
+    names a budget is told what it costs instead, where it is paid.
+    """
+    if not meter.limited or fields.gradients:
+        return options
+    most = math.floor((meter.caller.burst - beside) / PASS / passes(defence, 1, 1))
+    return options if options.budget <= most else replace(options, gradients=max(1, most))
 
 
 def _decision(fields: ProbeFields, served: ServedEncoder) -> Options:

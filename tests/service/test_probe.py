@@ -323,10 +323,14 @@ def test_a_dry_run_says_the_cost_and_costs_nothing(client: httpx.Client) -> None
     url = str(client.base_url)
     steps = metric(url, "ironclip_probe_steps_total")
     cost = ask(client, 56, dry_run=True, defence={"name": "cola", "views": 4}, draws="fresh").json()["dry_run"]
-    assert cost["gradients_at_most"] == 2000
+    # APGD-CE and APGD-DLR of 20 steps and a start each, and a look at the picture as it is.
+    assert cost["steps_a_radius_at_most"] == 2 * 21 + 1
+    assert cost["gradients_at_most"] == 3 * 42 * cost["radii_at_most"] < 2000
     assert cost["tower_passes_per_gradient"] == 12
     assert cost["draws_a_step"] == 3
-    assert cost["steps_a_radius_at_most"] == 40  # APGD-CE and APGD-DLR of 20 steps
+    one = ask(client, 56, dry_run=True, eps=[2]).json()["dry_run"]
+    assert (one["radii_at_most"], one["gradients_at_most"]) == (1, 42)
+    assert ask(client, 56, dry_run=True, eps=[2], gradients=10).json()["dry_run"]["tower_passes_at_most"] == 30
     # A gradient through many views counts as many against the server's limit.
     dear = {"dry_run": True, "defence": {"name": "cola", "views": 16}}
     assert ask(client, 56, effort="thorough", **dear).json()["dry_run"]["gradients_at_most"] == 200_000 // 16
