@@ -64,7 +64,7 @@ GIVEN = {
     200: "The answer.",
     201: "The name is new.",
     202: "It goes on by itself.",
-    204: "It is gone.",
+    204: "It is gone, or there is no more to tell.",
     304: "Not changed since (If-None-Match).",
     503: "Not now; the reason is in the body.",
 }
@@ -158,6 +158,7 @@ OPERATIONS: dict[str, Operation] = {
     "followProbe": Operation(
         {"type": "string"},
         (404, 500),
+        gives=(200, 204),
         parameters=[_header("Last-Event-ID", "Go on behind this one.")],
         answer_type="text/event-stream",
     ),

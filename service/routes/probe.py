@@ -169,12 +169,15 @@ async def cancel_probe(request: Request, id: str) -> Response:
 async def follow_probe(request: Request, id: str) -> Response:
     """Server-sent events `started`, `point`, `progress`, `artefacts`, and in the end `done`, `failed` or `cancelled`.
 
-    Whoever comes late gets the last that was said of each thing; `Last-Event-ID` goes on behind that one.
+    Whoever comes late gets the last that was said of each thing; `Last-Event-ID` goes on behind that one, and behind
+    the last of all the answer is 204.
     """
     probes, tenant = service_of(request).probes, caller_of(request).tenant
-    await probes.events(id, tenant)  # an unknown one is a 404, not an empty stream
+    known = await probes.events(id, tenant)  # an unknown one is a 404, not an empty stream
     last = request.headers.get("last-event-id", "")
     after = int(last) + 1 if last.isascii() and last.isdigit() and len(last) < 9 else 0
+    if known and known[-1].kind in ENDS and after > known[-1].number:
+        return Response(status_code=204)  # an EventSource that is told so does not come back; it would for ever
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(_stream(probes.follow(id, after, tenant)), media_type="text/event-stream", headers=headers)
 
