@@ -27,6 +27,11 @@ _PAUSE = 0.05
 _WORTH_TELLING = 0.002
 
 
+def new_id() -> str:
+    """An id for a probe."""
+    return uuid.uuid4().hex
+
+
 class Event(NamedTuple):
     """One event: its number in order, type, and data."""
 
@@ -54,6 +59,7 @@ class Job:
         about: what the answer says of encoder, label set, defence and preprocessing.
         resized: whether the picture was not of the encoder's size.
         tenant: whose it is; "" where there are no API keys.
+        identity: its id; a new one if not given.
     """
 
     def __init__(
@@ -66,9 +72,10 @@ class Job:
         about: dict[str, Any] | None = None,
         resized: bool = False,
         tenant: str = "",
+        identity: str = "",
     ) -> None:
         self.tenant = tenant
-        self.id = uuid.uuid4().hex
+        self.id = identity or new_id()
         self.build = build
         self.seconds = seconds
         self.artefacts = artefacts

@@ -52,15 +52,18 @@ class Ledger:
         self._jobs: OrderedDict[tuple[str, str], tuple[Job, float]] = OrderedDict()
         self._mirrors: set[asyncio.Task[None]] = set()
 
-    async def add(self, job: Job, tenant: str = "") -> None:
-        """Remember a tenant's probe of this process; returns when the other replicas know of it, or cannot."""
+    async def add(self, job: Job, tenant: str = "", beside: str = "") -> None:
+        """Remember a tenant's probe of this process; returns when the other replicas know of it, or cannot.
+
+        What is kept ``beside`` it in Redis, by its key, expires with it.
+        """
         for known, (old, since) in list(self._jobs.items()):
             if self._expired(old, since) or (old.ended and len(self._jobs) >= self._most):
                 del self._jobs[known]
         self._jobs[tenant, job.id] = (job, time.monotonic())
         if self._link is not None:
             known_of = asyncio.Event()
-            task = asyncio.create_task(self._mirror(self._link, job, tenant, known_of))
+            task = asyncio.create_task(self._mirror(self._link, job, tenant, beside, known_of))
             self._mirrors.add(task)
             task.add_done_callback(self._mirrors.discard)
             task.add_done_callback(lambda _: known_of.set())
@@ -73,6 +76,10 @@ class Ledger:
         """A probe of this process."""
         job, since = self._jobs.get((tenant, identity), (None, 0.0))
         return None if job is None or self._expired(job, since) else job
+
+    def knows(self, identity: str, tenant: str) -> bool:
+        """Whether this is a tenant's probe of this process that is not forgotten."""
+        return self._own(identity, tenant) is not None
 
     async def close(self) -> None:
         """Write what is still to be written."""
@@ -152,7 +159,7 @@ class Ledger:
         """Where a probe's events are in Redis; signatures are bound to it."""
         return f"{self._prefix}:tenant:{tenant}:probe:{identity}" if tenant else f"{self._prefix}:probe:{identity}"
 
-    async def _mirror(self, link: RedisLink, job: Job, tenant: str, known_of: asyncio.Event) -> None:
+    async def _mirror(self, link: RedisLink, job: Job, tenant: str, beside: str, known_of: asyncio.Event) -> None:
         """Write a probe's events to Redis as they come, and look whether somebody wants it cancelled.
 
         `known_of` is set after the first try to write.
@@ -162,7 +169,8 @@ class Ledger:
         async def write(redis: Redis) -> bool:
             pipe = redis.pipeline(transaction=False)
             pipe.hset(key, mapping={event.about: self._signed(key, event) for event in events})
-            pipe.expire(key, self._ttl + round(job.seconds))
+            for place in filter(None, (key, beside)):
+                pipe.expire(place, self._ttl + round(job.seconds))
             pipe.set(f"{key}:alive", b"1", ex=_SIGN_SECONDS)
             pipe.delete(f"{key}:doubt")
             pipe.exists(f"{key}:cancel")

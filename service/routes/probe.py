@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import math
 import time
@@ -23,9 +24,10 @@ from ironclip.probe import Probe, ProbeOptions, Target, VectorTarget, estimate, 
 from ironclip.probe.cost import passes
 from service.answers import Item
 from service.decisions import Plan
-from service.errors import RequestInvalid
+from service.errors import ProbeNotFound, RequestInvalid
 from service.forms import Ask, read_ask
-from service.probe_job import ENDS, Event, Job
+from service.idempotency import HEADER, REPLAYED, Claim, read_key, still_coming
+from service.probe_job import ENDS, Event, Job, new_id
 from service.probe_schemas import ProbeFields, ProbeRequest
 from service.probing import Prober
 from service.rate_limits import PASS, PASSES_A_GRADIENT, TEXT, Bill, Meter, reading
@@ -52,16 +54,20 @@ async def attack_probe(request: Request) -> Response:
 
     Give the picture and the labels as for a classification; everything else has a default. The answer has a point for
     each radius that was tried and the bracket `[robust_to, broken_at]`. It is empirical: not a certificate. With
-    `Prefer: respond-async` the answer is 202 and the probe is found at `/probes/{id}`.
+    `Prefer: respond-async` the answer is 202 and the probe is found at `/probes/{id}`; with an `Idempotency-Key` too
+    the request may be sent again, and begins no second one.
     """
     service, stages = service_of(request), stages_of(request)
     deadline = Deadline(request)
     async with deadline.receiving():
         ask = await read_ask(request, ProbeRequest, ProbeFields, service.image_limits, 1)
     later = "respond-async" in request.headers.get("prefer", "").lower()
+    claim = await _claim(request, ask, deadline) if later and not ask.options.dry_run else None
+    if claim is not None and claim.repeated:
+        return await _repeated(request, claim.identity)
     bill = Bill(meter_of(request))
     try:
-        prober, job, cost = await deadline.within(_prepare(request, ask, bill))
+        prober, job, cost = await deadline.within(_prepare(request, ask, bill, claim.identity if claim else ""))
         if job is None:
             return json_response({"dry_run": cost}, stages)
         if not later:
@@ -69,10 +75,13 @@ async def attack_probe(request: Request) -> Response:
         prober.submit(job)
     except Exception:
         await bill.settle(0)  # it never began
+        if claim is not None:
+            await service.claims.release(caller_of(request).tenant, claim)
         raise
     settled = service.settle(job, bill)
     if later:
-        return await _accepted(request, job)
+        await service.probes.add(job, caller_of(request).tenant, claim.place if claim else "")
+        return _accepted(job.id, job.status)
     try:
         with stages.time("model"):
             await deadline.within(job.wait())
@@ -84,7 +93,30 @@ async def attack_probe(request: Request) -> Response:
     return json_response(job.events[-1].data, stages)
 
 
-async def _prepare(request: Request, ask: Ask[ProbeFields], bill: Bill) -> tuple[Prober, Job | None, dict[str, Any]]:
+async def _claim(request: Request, ask: Ask[ProbeFields], deadline: Deadline) -> Claim | None:
+    """What the request's key stands for, if it has one: this request, or the one that it repeats.
+
+    Raises:
+        RequestInvalid, IdempotencyKeyReused: it cannot stand for this one.
+    """
+    key = read_key(request.headers.get(HEADER))
+    if key is None:
+        return None
+    digest = await asyncio.to_thread(_digest_of, ask)
+    tenant = caller_of(request).tenant
+    return await service_of(request).claims.claim(tenant, key, digest, new_id(), deadline.seconds_left)
+
+
+def _digest_of(ask: Ask[ProbeFields]) -> str:
+    """Of what is asked for, however it was sent: the boundaries of a form are others each time."""
+    options = ask.options.model_dump(mode="json", include=set(ProbeFields.model_fields))
+    pictures = [[one.digest, one.url, one.pixels_digest.hex()] for one in ask.pictures]
+    return hashlib.sha256(json.dumps([options, pictures], sort_keys=True).encode()).hexdigest()
+
+
+async def _prepare(
+    request: Request, ask: Ask[ProbeFields], bill: Bill, identity: str
+) -> tuple[Prober, Job | None, dict[str, Any]]:
     """Everything up to the probe's first step, paid for; None in place of the job where only its cost is asked."""
     service, stages, meter = service_of(request), stages_of(request), meter_of(request)
     fields = ask.options
@@ -112,6 +144,8 @@ async def _prepare(request: Request, ask: Ask[ProbeFields], bill: Bill) -> tuple
         return prober, None, cost | ({"points_at_most": round(PASS * most, 3)} if meter.limited else {})
     await bill.pay(most, PASS)
     (picture,) = await fetched(request, ask.pictures)
+    if picture.error is not None:
+        raise picture.error
     item = await service.answers.pixels(plan.served, meter.caller.tenant, picture, stages)
     with stages.time("labels"):
         async with meter.paid(TEXT * texts):
@@ -125,6 +159,7 @@ async def _prepare(request: Request, ask: Ask[ProbeFields], bill: Bill) -> tuple
         about=about,
         resized=item.resized,
         tenant=meter.caller.tenant,
+        identity=identity,
     )
     request.state.audit = {
         "probe": job.id,
@@ -138,14 +173,27 @@ async def _prepare(request: Request, ask: Ask[ProbeFields], bill: Bill) -> tuple
     return prober, job, {}
 
 
-async def _accepted(request: Request, job: Job) -> Response:
+async def _repeated(request: Request, identity: str) -> Response:
+    """The answer to who sends a request again whose first began this probe.
+
+    Raises:
+        IdempotencyConflict: the first has not begun it yet.
+        NotReady: it is another replica's, and Redis is away.
+    """
+    try:
+        events = await service_of(request).probes.events(identity, caller_of(request).tenant)
+    except ProbeNotFound:
+        raise still_coming() from None
+    return _accepted(identity, standing(identity, events)["status"], {REPLAYED: "true"})
+
+
+def _accepted(identity: str, status: str, headers: dict[str, str] | None = None) -> Response:
     """The answer to who asks for the probe later, once any replica can tell of it."""
-    await service_of(request).probes.add(job, caller_of(request).tenant)
-    where = f"/probes/{job.id}"
+    where = f"/probes/{identity}"
     return json_response(
-        {"id": job.id, "status": job.status, "events": f"{where}/events"},
+        {"id": identity, "status": status, "events": f"{where}/events"},
         status=202,
-        headers={"Location": where, "Preference-Applied": "respond-async", "Retry-After": "1"},
+        headers={"Location": where, "Preference-Applied": "respond-async", "Retry-After": "1", **(headers or {})},
     )
 
 
