@@ -43,11 +43,21 @@ class Ledger:
         prefix: of every key.
         secret: signs events, so that another writer to Redis cannot plant any; may be empty.
         ttl: seconds that an ended probe is remembered.
-        most: probes remembered in this process at most.
+        most: ended probes remembered in this process at most.
+        most_bytes: that these take at most, with their pictures; the oldest make way, as for the number.
     """
 
-    def __init__(self, link: RedisLink | None, prefix: str, secret: bytes, ttl: int, most: int = 1024) -> None:
-        self._link, self._prefix, self._ttl, self._most = link, prefix, ttl, most
+    def __init__(
+        self,
+        link: RedisLink | None,
+        prefix: str,
+        secret: bytes,
+        ttl: int,
+        most: int = 1024,
+        most_bytes: int = 128 << 20,
+    ) -> None:
+        self._link, self._prefix, self._ttl = link, prefix, ttl
+        self._most, self._most_bytes = most, most_bytes
         self._seal = Seal(secret, b"probes")
         self._jobs: OrderedDict[tuple[str, str], tuple[Job, float]] = OrderedDict()
         self._mirrors: set[asyncio.Task[None]] = set()
@@ -57,9 +67,7 @@ class Ledger:
 
         What is kept ``beside`` it in Redis, by its key, expires with it.
         """
-        for known, (old, since) in list(self._jobs.items()):
-            if self._expired(old, since) or (old.ended and len(self._jobs) >= self._most):
-                del self._jobs[known]
+        self._make_room()
         self._jobs[tenant, job.id] = (job, time.monotonic())
         if self._link is not None:
             known_of = asyncio.Event()
@@ -68,6 +76,16 @@ class Ledger:
             task.add_done_callback(self._mirrors.discard)
             task.add_done_callback(lambda _: known_of.set())
             await known_of.wait()
+
+    def _make_room(self) -> None:
+        """Forget what has expired, and of what else has ended the oldest beyond the bounds."""
+        number, size = 1, 0  # the one that comes
+        for known, (old, since) in reversed(list(self._jobs.items())):
+            if not old.ended:
+                continue
+            number, size = number + 1, size + old.size
+            if self._expired(old, since) or number > self._most or size > self._most_bytes:
+                del self._jobs[known]
 
     def _expired(self, job: Job, since: float) -> bool:
         return job.ended and time.monotonic() - since > self._ttl + job.seconds

@@ -14,6 +14,7 @@ from ironclip.errors import Overloaded
 from ironclip.labels import LabelSet
 from ironclip.probe import Probe, ProbeOptions, Target, VectorTarget, rows_for
 from service.probe_job import Job
+from service.probe_ledger import Ledger
 from service.probing import Places, Prober
 from tests.conftest import make_tiny_encoder
 
@@ -238,3 +239,30 @@ def test_a_probe_that_is_beginning_is_one_of_its_tenants(tiny: Encoder) -> None:
 
     asyncio.run(asyncio.wait_for(run(), 60))
     assert seen == [1, 1]
+
+
+def test_what_is_remembered_of_ended_probes_is_bounded_by_bytes_and_pictures_are_held_once(tiny: Encoder) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(["dog", "cat", "cow"]))
+
+    async def run() -> None:
+        loop, worker = asyncio.get_running_loop(), prober(most=8)
+        picture = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+        wide = ProbeOptions(eps=(64.0,), seconds=600)
+        jobs = []
+        for _ in range(4):
+            one = Job(lambda: Probe(Target(classifier), picture, wide), loop, seconds=600, artefacts=("adversarial",))
+            jobs.append(one)
+            worker.submit(one)
+        while not all(one.ended for one in jobs):
+            worker.step()
+            await settle()
+        told, answer = ({event.kind: event.data for event in jobs[0].events}[kind] for kind in ("artefacts", "done"))
+        assert told["adversarial"] is answer["artefacts"]["adversarial"]
+        size = jobs[0].size
+        assert len(told["adversarial"]) < size < 2 * len(told["adversarial"]) + 20_000
+        ledger = Ledger(None, "x", b"", ttl=60, most_bytes=2 * size + 10)
+        for one in jobs:
+            await ledger.add(one)
+        assert [ledger.knows(one.id, "") for one in jobs] == [False, True, True, True]  # the last came on top
+
+    asyncio.run(asyncio.wait_for(run(), 60))
