@@ -43,6 +43,7 @@ ROUTERS = (
 _CORS_ASKED = (
     "Authorization",
     "Content-Type",
+    "Idempotency-Key",
     "If-Match",
     "If-None-Match",
     "Last-Event-ID",
@@ -57,6 +58,7 @@ _CORS_ASKED = (
 _CORS_ANSWERED = (
     "Cache-Status",
     "ETag",
+    "Idempotent-Replayed",
     "Location",
     "Preference-Applied",
     "RateLimit",

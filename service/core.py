@@ -18,6 +18,7 @@ from service.cache import ArrayCache
 from service.decisions import Classifiers, Plan
 from service.decoder import ImageDecoder
 from service.errors import RequestInvalid, WorkerLost
+from service.idempotency import Claims
 from service.image_addresses import read_rule
 from service.image_urls import ImageUrls
 from service.images import ImageLimits
@@ -126,6 +127,12 @@ class Service:
             settings.redis_prefix,
             settings.redis_mac_key.get_secret_value().encode(),
             settings.probe_ttl_seconds,
+        )
+        self.claims = Claims(
+            self._link,
+            settings.redis_prefix,
+            settings.redis_mac_key.get_secret_value().encode(),
+            self.probes.knows,
         )
         self.answers = Answers(self.decoder, images, features, scores, classifiers)
         self.specs = ModelSpecs(settings.models_dir, settings.model_specs)
@@ -243,7 +250,7 @@ class Service:
 
         async def wait() -> None:
             await job.wait()
-            await bill.settle(0 if job.status == "failed" else job.gradients)
+            await bill.settle(0 if job.status == "failed" else job.passes)
 
         task = asyncio.create_task(wait())
         self._settling.add(task)

@@ -112,6 +112,20 @@ class ProbeNotFound(lib.NotFound):
     title = "There is no such probe"
 
 
+class IdempotencyConflict(lib.Unavailable):
+    """The first request with this Idempotency-Key is still being taken in: `Retry-After` says when to ask again."""
+
+    code = "idempotency-conflict"
+    title = "The first request with this key is still being taken in"
+
+
+class IdempotencyKeyReused(lib.InputError):
+    """The Idempotency-Key came with another request before; a key is for one request and its repetitions."""
+
+    code = "idempotency-key-reused"
+    title = "The key belongs to another request"
+
+
 class TooManyLabelSets(lib.Conflict):
     """As many label sets are registered as the service keeps; delete one, or put a new version of one."""
 
@@ -234,6 +248,8 @@ STATUS: dict[type[lib.IronclipError], int] = {
     EncoderInUse: 409,
     VersionLost: 500,
     ProbeNotFound: 404,
+    IdempotencyConflict: 409,
+    IdempotencyKeyReused: 422,
     WorkerLost: 503,
     MethodNotAllowed: 405,
     LabelSetReadOnly: 409,

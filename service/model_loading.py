@@ -14,6 +14,7 @@ from service import telemetry
 from service.dtype import MIN_COSINE
 from service.errors import InternalError
 from service.plans import check_head
+from service.probing import Places
 from service.runtime import ServedEncoder, is_out_of_memory
 from service.settings import Settings
 from service.versions import Version
@@ -43,6 +44,8 @@ class Loader:
     def __init__(self, settings: Settings, images_expected: Callable[[], bool]) -> None:
         self._settings = settings
         self._images_expected = images_expected
+        # One count for all the encoders that it loads.
+        self._places = Places(settings.max_probes, shared=settings.keys_file is not None) if settings.probes else None
 
     def load(self, version: Version) -> Loaded:
         """The float32 encoder, its digest and golden features verified.
@@ -91,7 +94,7 @@ class Loader:
             supervised=True,
             idle_wait_ms=settings.idle_wait_ms,
             defence=version.defence,
-            most_probes=settings.max_probes if settings.probes else 0,
+            places=self._places,
             quantum_ms=settings.probe_quantum_ms,
             images_expected=self._images_expected,
             observe=telemetry.observe_batch,

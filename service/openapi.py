@@ -239,7 +239,7 @@ def _problem_response(status: int) -> Json:
         "description": "; ".join(f"`{kind['code']}`" for kind in kinds),
         "content": {PROBLEM_JSON: {"schema": ref("Problem"), "examples": examples}},
     }
-    if status in (429, 503):
+    if status in (409, 429, 503):
         response["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
     if status in (401, 403):
         response["headers"] = {"WWW-Authenticate": {"description": "RFC 6750.", "schema": {"type": "string"}}}

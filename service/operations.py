@@ -64,11 +64,13 @@ GIVEN = {
     200: "The answer.",
     201: "The name is new.",
     202: "It goes on by itself.",
-    204: "It is gone.",
+    204: "It is gone, or there is no more to tell.",
     304: "Not changed since (If-None-Match).",
     503: "Not now; the reason is in the body.",
 }
 
+_TEXT: Json = {"type": "string"}
+_KEY: Json = {"type": "string", "minLength": 1, "maxLength": 257}
 _OBJECT: Json = {"type": "object", "additionalProperties": True}
 _READS = (400, 404, 413, 415, 422, 424, 429, 500, 503, 504)
 _READS_OIP = tuple(status for status in _READS if status != 424)
@@ -146,18 +148,24 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "attackProbe": Operation(
         {"anyOf": [ref("ProbeAnswer"), _OBJECT]},
-        _READS,
+        (*_READS, 409),
         "ProbeRequest",
         probe_schemas.ProbeFields,
         gives=(200, 202),
         accepted=ref("ProbeStarted"),
-        parameters=[*_TIMEOUT, _header("Prefer", "`respond-async`: answer 202 at once.")],
+        headers={"Idempotent-Replayed": {"description": "With 202: `true` of a repetition.", "schema": _TEXT}},
+        parameters=[
+            *_TIMEOUT,
+            _header("Prefer", "`respond-async`: answer 202 at once."),
+            _header("Idempotency-Key", "With `respond-async`: a repetition is answered with the first's probe.", _KEY),
+        ],
     ),
     "getProbe": Operation(ref("ProbeStanding"), (404, 500)),
     "cancelProbe": Operation({}, (404, 500), gives=(204,)),
     "followProbe": Operation(
         {"type": "string"},
         (404, 500),
+        gives=(200, 204),
         parameters=[_header("Last-Event-ID", "Go on behind this one.")],
         answer_type="text/event-stream",
     ),

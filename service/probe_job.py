@@ -25,6 +25,12 @@ _LOG = telemetry.get_logger()
 _PAUSE = 0.05
 # A point is told anew when its score has fallen by so much.
 _WORTH_TELLING = 0.002
+_SMALL = 16 * 1024  # bytes of a probe's events beside its pictures, about
+
+
+def new_id() -> str:
+    """An id for a probe."""
+    return uuid.uuid4().hex
 
 
 class Event(NamedTuple):
@@ -54,6 +60,7 @@ class Job:
         about: what the answer says of encoder, label set, defence and preprocessing.
         resized: whether the picture was not of the encoder's size.
         tenant: whose it is; "" where there are no API keys.
+        identity: its id; a new one if not given.
     """
 
     def __init__(
@@ -66,9 +73,10 @@ class Job:
         about: dict[str, Any] | None = None,
         resized: bool = False,
         tenant: str = "",
+        identity: str = "",
     ) -> None:
         self.tenant = tenant
-        self.id = uuid.uuid4().hex
+        self.id = identity or new_id()
         self.build = build
         self.seconds = seconds
         self.artefacts = artefacts
@@ -79,7 +87,7 @@ class Job:
         self.events: list[Event] = []
         self.error: IronclipError | None = None
         self.probe: Probe | None = None
-        self.gradients = 0  # it has taken, when it has ended
+        self.gradients = self.passes = 0  # it has taken, when it has ended
         self.started = 0.0
         self.deadline = math.inf  # of whoever waits, by the monotonic clock
         self.pieces, self.busy = 0, 0.0  # of its work, and the seconds that they took; shared ones in part
@@ -93,6 +101,7 @@ class Job:
         self._count = 0
         self._told: dict[float, tuple[str, float]] = {}
         self._best: float | None = None
+        self._shown: dict[str, Any] = {}  # the last pictures, which an answer and an event share
         self._last = 0.0
 
     @property
@@ -104,6 +113,13 @@ class Job:
     def ended(self) -> bool:
         """Whether its last event has come."""
         return self.status in ENDS
+
+    @property
+    def size(self) -> int:
+        """About the bytes that its events take, nearly all of them pictures; what two of them share counts once."""
+        told = (event.data.get("artefacts") if event.kind == "done" else event.data for event in self.events)
+        texts = {id(value): value for data in told if data for value in data.values() if isinstance(value, str)}
+        return _SMALL + sum(len(text) for text in texts.values())
 
     async def wait(self) -> None:
         """Return when it has ended."""
@@ -130,7 +146,7 @@ class Job:
         if kind in ENDS:
             self.piece_ends()
             if self.probe is not None:
-                self.gradients = self.probe.gradients
+                self.gradients, self.passes = self.probe.gradients, self.probe.passes
         try:
             self._loop.call_soon_threadsafe(self._publish, kind, data)
         except RuntimeError:  # the loop is closed: nobody listens
@@ -244,8 +260,11 @@ class Job:
         if found is None or not self.artefacts:
             return {}
         eps, picture = found
+        if self._shown.get("eps") == eps:
+            return self._shown
         shown = {"adversarial": picture, "perturbation": amplified(picture, self.probe.picture)}
-        return {"eps": eps, **{name: _uri(shown[name]) for name in self.artefacts}}
+        self._shown = {"eps": eps, **{name: _uri(shown[name]) for name in self.artefacts}}
+        return self._shown
 
 
 def _released() -> Probe:

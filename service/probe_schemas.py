@@ -45,7 +45,10 @@ class ProbeFields(Options):
     attack: str | None = Field(default=None, description="One attack by name, in place of the effort's.")
     seconds: float = Field(default=10.0, gt=0, description="Wall clock; what is known then is the answer.")
     gradients: int | None = Field(
-        default=None, ge=1, description="Gradient steps at most; the effort's own if not given."
+        default=None,
+        ge=1,
+        description="Work at most, in gradient steps; a query without a gradient is a third of one. The effort's own "
+        "if not given.",
     )
     draws: Literal["fixed", "fresh"] = Field(
         default="fixed", description="Of a defence that draws: the draws that are served, or new ones each time."

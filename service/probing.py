@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -47,30 +48,81 @@ class _Round:
         self.takes = deque((one, asks) for one, asks in self.takes if one is not job)
 
 
+class Places:
+    """The places for probes of one process, whichever encoders they are of.
+
+    Args:
+        most: probes that may run and wait at most.
+        shared: there are API keys, so of these a tenant may have its share alone, whatever its name.
+    """
+
+    def __init__(self, most: int, *, shared: bool = False) -> None:
+        self.most, self.share = most, max(1, most // _TENANT_SHARE) if shared else most
+        self._lock = threading.Lock()
+        self._probers: WeakSet[Prober] = WeakSet()
+
+    def add(self, prober: Prober) -> None:
+        """Count the probes of an encoder too, as long as it is there."""
+        with self._lock:
+            self._probers.add(prober)
+
+    def taken(self, tenant: str | None = None) -> int:
+        """Probes that run and wait; of one tenant, where it is named."""
+        with self._lock:
+            probers = list(self._probers)
+        return sum(prober.running_of(tenant) for prober in probers)
+
+    def check(self, tenant: str, retry_after: float) -> None:
+        """Raise Overloaded where there is no place for one more."""
+        taken = self.taken()
+        if taken >= self.most:
+            raise Overloaded(
+                f"{taken} probes run and wait, at most {self.most} may (IRONCLIP_MAX_PROBES).",
+                limit_name="probes",
+                retry_after=retry_after,
+                limit=self.most,
+            )
+        ours = self.taken(tenant) if self.share < self.most else 0
+        if ours >= self.share:
+            raise Overloaded(
+                f"{ours} probes of this tenant run and wait, at most {self.share} may (a quarter of "
+                "IRONCLIP_MAX_PROBES).",
+                limit_name="probes-of-tenant",
+                retry_after=retry_after,
+                limit=self.share,
+            )
+
+
 class Prober:
     """Runs the probes of one encoder; `Gaps` of its image batcher.
 
     Args:
         rows: of a batch; `measured_rows` found them.
-        most: probes that may run and wait at most.
+        places: for its probes and those of the other encoders.
         wake: called when there is work.
         describe: makes a problem of an error.
     """
 
     def __init__(
-        self, rows: Rows, *, most: int, wake: Callable[[], None], describe: Callable[[IronclipError], dict[str, Any]]
+        self,
+        rows: Rows,
+        *,
+        places: Places,
+        wake: Callable[[], None],
+        describe: Callable[[IronclipError], dict[str, Any]],
     ) -> None:
         self.rows = rows
-        self.most = most
+        self.places = places
         self._wake, self._describe = wake, describe
         self._lock = threading.Lock()
         self._waiting: deque[Job] = deque()
-        self._beginning = 0
+        self._beginning: Job | None = None
         self._active: list[Job] = []
         self._round = _Round()
         self._worked: list[Job] = []  # those that the current step is for
         self._stopping = self._retiring = False
         self._log = telemetry.get_logger()
+        places.add(self)
 
     @property
     def pending(self) -> bool:
@@ -80,17 +132,21 @@ class Prober:
     @property
     def urgent(self) -> bool:
         """Whether a probe is to end at once, which costs next to nothing."""
-        return self._stopping or self._retiring or any(job.cancelled or job.overdue for job in self._active)
+        over = any(job.cancelled or job.overdue for job in self._active)
+        return self._stopping or self._retiring or over or any(job.cancelled for job in list(self._waiting))
 
     @property
     def running(self) -> int:
         """Probes that run or wait."""
-        waiting = sum(not job.cancelled for job in list(self._waiting))
-        return waiting + self._beginning + len(self._active)
+        return self.running_of(None)
 
-    def _running_of(self, tenant: str) -> int:
-        waiting = sum(not job.cancelled for job in self._waiting if job.tenant == tenant)
-        return waiting + sum(job.tenant == tenant for job in self._active)
+    def running_of(self, tenant: str | None) -> int:
+        """The same of one tenant; of all for None."""
+        waiting = [job for job in list(self._waiting) if not job.cancelled]
+        # The worker moves it from one to the next meanwhile: it is looked for in this order, and counted once.
+        beginning = self._beginning
+        every = {id(job): job for job in (*waiting, *filter(None, [beginning]), *list(self._active))}
+        return sum(tenant is None or job.tenant == tenant for job in every.values())
 
     @property
     def backlog_seconds(self) -> float:
@@ -107,25 +163,8 @@ class Prober:
         with self._lock:
             if self._stopping:
                 raise NotReady("The service is stopping.")
-            for gone in [one for one in self._waiting if one.cancelled]:
-                self._waiting.remove(gone)
-                gone.emit("cancelled", {})
-            if self.running >= self.most:
-                raise Overloaded(
-                    f"{self.running} probes run and wait, at most {self.most} may (IRONCLIP_MAX_PROBES).",
-                    limit_name="probes",
-                    retry_after=max(1.0, self.backlog_seconds),
-                    limit=self.most,
-                )
-            share = max(1, self.most // _TENANT_SHARE)
-            if job.tenant and (ours := self._running_of(job.tenant)) >= share:
-                raise Overloaded(
-                    f"{ours} probes of this tenant run and wait, at most {share} may (a quarter of "
-                    "IRONCLIP_MAX_PROBES).",
-                    limit_name="probes-of-tenant",
-                    retry_after=max(1.0, self.backlog_seconds),
-                    limit=share,
-                )
+            self._sweep()
+            self.places.check(job.tenant, max(1.0, self.backlog_seconds))
             left = max(0.0, job.deadline - time.monotonic())
             if self.backlog_seconds > left:
                 raise Overloaded(
@@ -138,6 +177,19 @@ class Prober:
                 )
             self._waiting.append(job)
         self._wake()
+
+    def check_place(self, tenant: str) -> None:
+        """Raise Overloaded where there is no place for one more probe of this tenant, as `submit` would."""
+        self.places.check(tenant, max(1.0, self.backlog_seconds))
+
+    def _sweep(self) -> bool:
+        """End what was cancelled while it waited, under the lock; whether there was any."""
+        gone = [one for one in self._waiting if one.cancelled]
+        for job in gone:
+            self._waiting.remove(job)
+            job.emit("cancelled", {})
+            job.release()
+        return bool(gone)
 
     def stop(self) -> None:
         """End what runs with what is known, and what waits with an error; takes no more."""
@@ -154,6 +206,8 @@ class Prober:
     def abandon(self) -> None:
         """Fail what is under way: the thread that worked on it is gone, or hangs."""
         jobs, self._active, self._round = self._active, [], _Round()
+        if self._beginning is not None:
+            jobs.append(self._beginning)
         for job in jobs:
             self._fail(job, NotReady("The worker of this probe was started again; ask again.", retry_after=1))
             job.release()
@@ -175,6 +229,8 @@ class Prober:
 
     def _step(self) -> None:
         work = self._round
+        with self._lock:
+            self._sweep()
         if self._stopping:
             self._end_all()
         elif self._retiring and self._active:
@@ -253,14 +309,14 @@ class Prober:
         with self._lock:
             # Of whoever has the fewest under way, the first that came.
             job = min(self._waiting, key=lambda one: sum(other.tenant == one.tenant for other in self._active))
+            self._beginning = job  # it counts all the time
             self._waiting.remove(job)
-            self._beginning = 1  # it counts all the time
         self._work_for([job])
         try:
-            if self._guarded(job, lambda: self._begin(job)):
+            if self._guarded(job, lambda: self._begin(job)) and job.error is None:  # else abandoned meanwhile
                 self._active.append(job)
         finally:
-            self._beginning = 0
+            self._beginning = None
 
     def _begin(self, job: Job) -> bool:
         if job.cancelled:

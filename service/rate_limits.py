@@ -1,7 +1,7 @@
 """Rate limits in points: a token bucket for each API key, in Redis where there is one, else in this process.
 
 A bucket holds `burst` points and is refilled at `points_per_minute`. What a request costs is known when it has been
-read, and is taken before any work is done; `PICTURE`, `TEXT` and `GRADIENT` are the prices. While Redis is away each
+read, and is taken before any work is done; `PICTURE`, `TEXT` and `PASS` are the prices. While Redis is away each
 replica counts for itself: an outage makes limits looser, and refuses nobody.
 """
 
@@ -23,8 +23,12 @@ from service.keys import Caller
 from service.redis_link import RedisLink, RedisUnavailable
 from service.together import is_paid_for
 
-# Points of one forward of a picture, of one text, and of one gradient of a probe through one forward.
-PICTURE, TEXT, GRADIENT = 1.0, 0.25, 1.0
+# Points of one forward of a picture, and of one text.
+PICTURE, TEXT = 1.0, 0.25
+# Forwards of the tower that a gradient through one of them comes to, with its backward; and points of one such forward
+# in a probe, whose gradient costs what a picture does.
+PASSES_A_GRADIENT = 3
+PASS = PICTURE / PASSES_A_GRADIENT
 # Labels and prompts beyond so many bytes are paid for by their bytes: to read them takes about as long as a picture.
 _BYTES_A_POINT = 64 * 1024
 # Takes points if they are there (negative ones are given back); returns whether, and how many are left. One step, by

@@ -32,7 +32,7 @@ from service.banks import Banks
 from service.batching import Batcher
 from service.dtype import choose_dtype
 from service.forwards import choose_forward
-from service.probing import Prober, measured_rows
+from service.probing import Places, Prober, measured_rows
 from service.problems import problem
 from service.supervisor import Watched
 from service.tokenizing import Tokenizing
@@ -66,7 +66,7 @@ class ServedEncoder:
         max_wait: seconds of work that may be ahead of a request.
         idle_wait_ms: see Batcher.
         defence: of requests that name none; must serve the encoder's head.
-        most_probes: that run and wait at most; 0 for an encoder that is not probed.
+        places: for probes, shared with the other encoders; None for one that is not probed.
         quantum_ms: see `IRONCLIP_PROBE_QUANTUM_MS`.
         images_expected: says whether pictures are being decoded at the moment.
         observe: called after each batch, in the worker's thread.
@@ -90,7 +90,7 @@ class ServedEncoder:
         max_wait: float = math.inf,
         idle_wait_ms: float = 2.0,
         defence: Defence | None = None,
-        most_probes: int = 0,
+        places: Places | None = None,
         quantum_ms: float = 0.0,
         images_expected: Callable[[], bool] | None = None,
         observe: BatchObserver | None = None,
@@ -135,7 +135,7 @@ class ServedEncoder:
         )
         self.prober: Prober | None = None
         self.probe_report: dict[str, float] = {}
-        self._most_probes, self._quantum = most_probes, quantum_ms / 1000
+        self._places, self._quantum = places, quantum_ms / 1000
         self.texts: Batcher[Tensor, Tensor] = Batcher(
             f"{name} text",
             self._run_texts,
@@ -206,8 +206,8 @@ class ServedEncoder:
             _measure(self.images, size, partial(self.tower.run, self._blanks(size)))
         for size in warm_sizes(min(self.max_batch, _WARM_TEXTS)):
             _measure(self.texts, size, partial(self._run_texts, list(tokens.expand(size, -1))))
-        if self._most_probes:
-            self._prepare_probes()
+        if self._places is not None:
+            self._prepare_probes(self._places)
         if self.tower.forwards is not None:
             self.tower.forwards.release()  # to the worker's thread
         self.images.start()
@@ -217,11 +217,11 @@ class ServedEncoder:
         side = self.encoder.resolution
         return [ImageJob(blank, _PLAIN) for blank in torch.zeros(count, 3, side, side, dtype=torch.uint8)]
 
-    def _prepare_probes(self) -> None:
+    def _prepare_probes(self, places: Places) -> None:
         """Find how much of a probe fits into the quantum, which is fixed from here on."""
         quantum = self._quantum or 1.5 * self.images.pace.seconds(self.max_batch)
         rows, seconds = measured_rows(self.attacked, quantum)
-        self.prober = Prober(rows, most=self._most_probes, wake=self.images.nudge, describe=problem)
+        self.prober = Prober(rows, places=places, wake=self.images.nudge, describe=problem)
         self.probe_report = {
             "quantum_ms": round(1000 * quantum, 2),
             "rows": rows.gradient,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ironclip.errors import IronclipError
 from service.environment import let_idle_threads_sleep
+from service.probing import Places
 from service.settings import Settings, SettingsInvalid, load_settings
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def checked(spec: str, settings: Settings, seconds: float) -> Report:
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
         idle_wait_ms=settings.idle_wait_ms,
-        most_probes=settings.max_probes if settings.probes else 0,
+        places=Places(settings.max_probes) if settings.probes else None,
         quantum_ms=settings.probe_quantum_ms,
         images_expected=lambda: False,
     )

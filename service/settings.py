@@ -175,7 +175,8 @@ class Settings(BaseSettings):
         default=200_000,
         ge=1,
         le=1_000_000_000,
-        description="Gradient steps that one probe may take; one through a defence that costs N forwards counts N.",
+        description="Work that one probe may take, in gradient steps without a defence (three forwards of the tower "
+        "each); one through a defence of N views counts about N, a query without a gradient a third of one.",
     )
     probe_quantum_ms: float = Field(
         default=0.0,

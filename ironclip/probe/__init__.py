@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ironclip.classifier import Classifier
 from ironclip.errors import OptionError
+from ironclip.probe.cost import estimate
 from ironclip.probe.options import EFFORTS, ProbeOptions
 from ironclip.probe.oracle import Ask, Rows, pieces, rows_for, run, steps
-from ironclip.probe.report import adversarial, amplified, estimate, png, point, result
+from ironclip.probe.radii import lanes_for
+from ironclip.probe.report import adversarial, amplified, png, point, result
 from ironclip.probe.search import Lane, Probe
 from ironclip.probe.target import Target, VectorTarget
 
@@ -32,6 +34,7 @@ __all__ = [
     "adversarial",
     "amplified",
     "estimate",
+    "lanes_for",
     "pieces",
     "png",
     "point",

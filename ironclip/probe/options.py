@@ -58,8 +58,9 @@ class ProbeOptions:
         effort: how hard each radius is attacked.
         attack: a name of ATTACKS in place of the effort's own attacks.
         seconds: of work at most; what is known then is the answer.
-        gradients: after so many gradient steps (a draw counting as one) no further round of queries is begun; 0 takes
-            the effort's.
+        gradients: work at most, in gradient steps: when a probe has made as many forwards and backwards as so many of
+            them take (a query without a gradient is a third of one, a draw counts as a query), no further round of
+            queries is begun; 0 takes the effort's.
         draws: what is attacked of a defence that draws: `fixed`, the very draws that are served; or `fresh`, a decision
             that draws anew each time, which counts as broken where most of some unseen draws are fooled.
         seed: of the attacks.
@@ -118,7 +119,7 @@ class ProbeOptions:
 
     @property
     def budget(self) -> int:
-        """Gradient steps at most."""
+        """Work at most, in gradient steps."""
         return self.gradients or EFFORTS[self.effort].gradients
 
     def attacks(self, *, targeted: bool, vector: bool) -> list[tuple[Attack, str]]:
@@ -165,14 +166,6 @@ class ProbeOptions:
     def draws_a_step(self) -> int:
         """Draws averaged in one step against fresh ones."""
         return EFFORTS[self.effort].draws
-
-
-def steps_of(attack: Attack) -> int:
-    """Queries that an attack makes about one picture at most, but for a few at its start."""
-    if isinstance(attack, AutoAttack):
-        return sum(steps_of(part) for part in attack.parts)
-    each: int = getattr(attack, "queries", 0) or getattr(attack, "iterations", 1)
-    return each * int(getattr(attack, "restarts", 1)) * int(getattr(attack, "classes", 1))
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -10,8 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ironclip.defences import Defence
-from ironclip.probe.options import EFFORTS, ProbeOptions, steps_of
 from ironclip.probe.search import Lane, Probe
 
 STATEMENT = (
@@ -137,36 +135,11 @@ def result(probe: Probe, *, resized: bool | None = None) -> dict[str, Any]:
             "forwards": probe.forwards,
             "confirmations": probe.confirmations,
             "views": attacked.defence.view_count,
-            "tower_passes": _passes(attacked.defence, probe.forwards + probe.confirmations, probe.gradients),
+            "tower_passes": probe.passes,
         },
         "warnings": warnings(probe, resized=resized),
     }
     return form
-
-
-def estimate(options: ProbeOptions, defence: Defence, *, targeted: bool, vector: bool) -> dict[str, Any]:
-    """What a probe may cost at most, before it is begun.
-
-    Args:
-        options: how.
-        defence: that is attacked through.
-        targeted, vector: as `ProbeOptions.attacks`.
-    """
-    queries = sum(steps_of(attack) for attack, _ in options.attacks(targeted=targeted, vector=vector))
-    square = options.black_box if not (targeted or vector) else None
-    return {
-        "gradients_at_most": options.budget,
-        "seconds_at_most": options.seconds,
-        "tower_passes_per_gradient": _passes(defence, 1, 1),
-        "draws_a_step": EFFORTS[options.effort].draws if options.draws == "fresh" else 1,
-        "steps_a_radius_at_most": queries,
-        "black_box_queries_at_most": steps_of(square) if square is not None else 0,
-    }
-
-
-def _passes(defence: Defence, forwards: int, gradients: int) -> int:
-    """Forwards of the tower that decisions are worth: a backward through a view is two; a gradient's forward counts."""
-    return defence.cost * forwards + 2 * defence.view_count * gradients
 
 
 def adversarial(probe: Probe) -> tuple[float, Tensor] | None:

@@ -13,24 +13,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ironclip.attacks import Answer, Attack, Run, ThreatModel
 from ironclip.errors import OptionError
+from ironclip.probe.cost import passes
 from ironclip.probe.options import ProbeOptions
 from ironclip.probe.oracle import Ask
+from ironclip.probe.radii import lanes_for, next_radii
 from ironclip.probe.target import Aim, Target, VectorTarget
 
 # Radii of a given list that are attacked at the same time.
 LISTED = 8
-# Where one is tried after the other, the next lies so far up the bracket: what breaks does so in a few steps, what
-# holds costs them all.
-_UP = 0.7
-# L2 radii below this hold no other picture of 8 bits.
-_LEAST_L2 = 1 / 255
-# A bracket of L2 radii is narrow enough at this ratio; L-inf ones are whole steps.
-_NARROW = 1.05
 # The attack's draws begin here for each radius in turn, far from those that judge.
 _FIRST_DRAW = 1
 
@@ -69,11 +63,6 @@ class Lane:
     blind: int = 0
     found_by: str = ""
     decided: bool = False
-
-
-def lanes_for(device: torch.device) -> int:
-    """Radii that a search tries at the same time: a GPU does many as quickly as one, a CPU does not."""
-    return 1 if device.type == "cpu" else 8
 
 
 @dataclass(frozen=True)
@@ -161,6 +150,11 @@ class Probe:
             return 0.0
         return min((lane.eps for lane in self.lanes.values() if lane.state == "broken"), default=None)
 
+    @property
+    def passes(self) -> int:
+        """Forwards of the tower that it has taken, a backward through a view counting two."""
+        return passes(self.target.attacked.defence, self.forwards + self.confirmations, self.gradients)
+
     def asks(self) -> list[tuple[Lane, Ask]]:
         """The queries of this round, one for each running lane."""
         found = []
@@ -182,7 +176,8 @@ class Probe:
             if lane.state == "running":
                 self._advance(lane, ask, ask.answer())
         self._retire()
-        if self.gradients >= self.options.budget and not self.done:
+        defence = self.target.attacked.defence
+        if self.passes >= self.options.budget * passes(defence, 1, 1) and not self.done:
             self.stop("gradients")
         while self.done and not self.exhausted and self._next_stage():
             pass
@@ -292,32 +287,5 @@ class Probe:
 
     def _next_radii(self) -> list[float]:
         """Radii inside the bracket that are to be tried next; none when it is narrow enough."""
-        low, top = self.robust_to, self.broken_at
-        if top is None:
-            # Nothing broke yet: the upper end is to be tried too.
-            if low >= self.options.top:
-                return []
-            return self._spread(low, self.options.top, closed=True)
-        return [eps for eps in self._spread(low, top) if low < eps < top]
-
-    def _spread(self, low: float, top: float, *, closed: bool = False) -> list[float]:
-        """Radii over the open interval (low, top), or over (low, top] if ``closed``; whole steps for L-inf."""
-        if self.options.norm == "linf":
-            whole = [float(eps) for eps in range(math.floor(low) + 1, math.ceil(top) + closed) if eps <= top]
-            if len(whole) <= self._lanes:
-                return whole
-            if self._lanes == 1:
-                return [whole[int(_UP * len(whole))]]
-            if not closed:
-                inner = range(1, self._lanes + 1)
-                return sorted({whole[i * len(whole) // (self._lanes + 1)] for i in inner})
-            start = whole[0]
-            shares = torch.logspace(0, math.log10(whole[-1] / start), self._lanes).tolist()
-            return sorted({float(round(start * share)) for share in shares})
-        if (low > 0 and top / low <= _NARROW and not closed) or top < _LEAST_L2:
-            return []
-        if self._lanes == 1:
-            return [top if closed else top / 3 if low == 0 else low * (top / low) ** _UP]
-        start = low if low > 0 else top / 256
-        steps = self._lanes if closed else self._lanes + 1
-        return [start * (top / start) ** (i / steps) for i in range(1, steps + closed)]
+        low, top, closed = self.robust_to, self.broken_at, self.broken_at is None
+        return next_radii(self.options.norm, self._lanes, low, self.options.top if top is None else top, closed=closed)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -16,16 +18,19 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from ironclip.classifier import Classifier
+from ironclip.defences import Defence
 from ironclip.errors import NotReady, OptionError
-from ironclip.probe import Probe, ProbeOptions, Target, VectorTarget, estimate, position
+from ironclip.probe import Probe, ProbeOptions, Target, VectorTarget, estimate, lanes_for, position
+from ironclip.probe.cost import passes
 from service.answers import Item
 from service.decisions import Plan
-from service.errors import RequestInvalid
+from service.errors import ProbeNotFound, RequestInvalid
 from service.forms import Ask, read_ask
-from service.probe_job import ENDS, Event, Job
+from service.idempotency import HEADER, REPLAYED, Claim, read_key, still_coming
+from service.probe_job import ENDS, Event, Job, new_id
 from service.probe_schemas import ProbeFields, ProbeRequest
 from service.probing import Prober
-from service.rate_limits import GRADIENT, TEXT, Bill, reading
+from service.rate_limits import PASS, PASSES_A_GRADIENT, TEXT, Bill, Meter, reading
 from service.routes.classify import check_size
 from service.routes.common import Deadline, caller_of, fetched, json_response, meter_of, service_of, stages_of
 from service.runtime import ServedEncoder
@@ -49,16 +54,20 @@ async def attack_probe(request: Request) -> Response:
 
     Give the picture and the labels as for a classification; everything else has a default. The answer has a point for
     each radius that was tried and the bracket `[robust_to, broken_at]`. It is empirical: not a certificate. With
-    `Prefer: respond-async` the answer is 202 and the probe is found at `/probes/{id}`.
+    `Prefer: respond-async` the answer is 202 and the probe is found at `/probes/{id}`; with an `Idempotency-Key` too
+    the request may be sent again, and begins no second one.
     """
     service, stages = service_of(request), stages_of(request)
     deadline = Deadline(request)
     async with deadline.receiving():
         ask = await read_ask(request, ProbeRequest, ProbeFields, service.image_limits, 1)
     later = "respond-async" in request.headers.get("prefer", "").lower()
+    claim = await _claim(request, ask, deadline) if later and not ask.options.dry_run else None
+    if claim is not None and claim.repeated:
+        return await _repeated(request, claim.identity)
     bill = Bill(meter_of(request))
     try:
-        prober, job, cost = await deadline.within(_prepare(request, ask, bill))
+        prober, job, cost = await deadline.within(_prepare(request, ask, bill, claim.identity if claim else ""))
         if job is None:
             return json_response({"dry_run": cost}, stages)
         if not later:
@@ -66,10 +75,13 @@ async def attack_probe(request: Request) -> Response:
         prober.submit(job)
     except Exception:
         await bill.settle(0)  # it never began
+        if claim is not None:
+            await service.claims.release(caller_of(request).tenant, claim)
         raise
     settled = service.settle(job, bill)
     if later:
-        return await _accepted(request, job)
+        await service.probes.add(job, caller_of(request).tenant, claim.place if claim else "")
+        return _accepted(job.id, job.status)
     try:
         with stages.time("model"):
             await deadline.within(job.wait())
@@ -81,7 +93,30 @@ async def attack_probe(request: Request) -> Response:
     return json_response(job.events[-1].data, stages)
 
 
-async def _prepare(request: Request, ask: Ask[ProbeFields], bill: Bill) -> tuple[Prober, Job | None, dict[str, Any]]:
+async def _claim(request: Request, ask: Ask[ProbeFields], deadline: Deadline) -> Claim | None:
+    """What the request's key stands for, if it has one: this request, or the one that it repeats.
+
+    Raises:
+        RequestInvalid, IdempotencyKeyReused: it cannot stand for this one.
+    """
+    key = read_key(request.headers.get(HEADER))
+    if key is None:
+        return None
+    digest = await asyncio.to_thread(_digest_of, ask)
+    tenant = caller_of(request).tenant
+    return await service_of(request).claims.claim(tenant, key, digest, new_id(), deadline.seconds_left)
+
+
+def _digest_of(ask: Ask[ProbeFields]) -> str:
+    """Of what is asked for, however it was sent: the boundaries of a form are others each time."""
+    options = ask.options.model_dump(mode="json", include=set(ProbeFields.model_fields))
+    pictures = [[one.digest, one.url, one.pixels_digest.hex()] for one in ask.pictures]
+    return hashlib.sha256(json.dumps([options, pictures], sort_keys=True).encode()).hexdigest()
+
+
+async def _prepare(
+    request: Request, ask: Ask[ProbeFields], bill: Bill, identity: str
+) -> tuple[Prober, Job | None, dict[str, Any]]:
     """Everything up to the probe's first step, paid for; None in place of the job where only its cost is asked."""
     service, stages, meter = service_of(request), stages_of(request), meter_of(request)
     fields = ask.options
@@ -90,26 +125,30 @@ async def _prepare(request: Request, ask: Ask[ProbeFields], bill: Bill) -> tuple
         raise RequestInvalid("Give one image: a probe is about one decision.")
     if ask.pictures[0].error is not None:
         raise ask.pictures[0].error
-    await meter.pay(reading(ask.size))
+    read = reading(ask.size)
+    await meter.pay(read)
     plan = await service.plan(_decision(fields, service.encoder(fields.encoder)), ask.size, tenant=meter.caller.tenant)
     check_size(plan, 1, 1, _MAX_COMPARISONS)
     prober = plan.served.prober
     if prober is None:
         raise NotReady("This encoder is not probed.")
-    options = within_limit(asked, fields, plan.defence.cost, service.settings)
+    classifiers = service.answers.classifiers
+    texts = await classifiers.texts_to_encode(plan) if meter.limited else 0
+    options = within_limit(asked, fields, plan.defence, service.settings)
+    options = affordable(options, fields, plan.defence, meter, read + TEXT * texts)
     aim = {"targeted": fields.target is not None, "vector": fields.objective == "embedding"}
-    options.attacks(**aim)
-    cost = estimate(options, plan.defence, **aim)
-    each = GRADIENT * plan.defence.cost
+    lanes = lanes_for(plan.served.attacked.device)
+    cost = estimate(options, plan.defence, **aim, lanes=lanes)
+    most = cost["tower_passes_at_most"]
     if fields.dry_run:
-        priced = {"points_at_most": each * cost["gradients_at_most"]} if meter.limited else {}
-        return prober, None, cost | priced
-    await bill.pay(cost["gradients_at_most"], each)
+        return prober, None, cost | ({"points_at_most": round(PASS * most, 3)} if meter.limited else {})
+    await bill.pay(most, PASS)
+    prober.check_place(meter.caller.tenant)  # before anything is fetched for it
     (picture,) = await fetched(request, ask.pictures)
+    if picture.error is not None:
+        raise picture.error
     item = await service.answers.pixels(plan.served, meter.caller.tenant, picture, stages)
     with stages.time("labels"):
-        classifiers = service.answers.classifiers
-        texts = await classifiers.texts_to_encode(plan) if meter.limited else 0
         async with meter.paid(TEXT * texts):
             both = await classifiers.attacked(plan)
         build, about = await asyncio.to_thread(_attacked, plan, *both, item, fields, options)
@@ -121,6 +160,7 @@ async def _prepare(request: Request, ask: Ask[ProbeFields], bill: Bill) -> tuple
         about=about,
         resized=item.resized,
         tenant=meter.caller.tenant,
+        identity=identity,
     )
     request.state.audit = {
         "probe": job.id,
@@ -129,18 +169,32 @@ async def _prepare(request: Request, ask: Ask[ProbeFields], bill: Bill) -> tuple
         "labels": plan.reference["digest"],
         "norm": fields.norm,
         "gradients_at_most": cost["gradients_at_most"],
+        "tower_passes_at_most": most,
     }
     return prober, job, {}
 
 
-async def _accepted(request: Request, job: Job) -> Response:
+async def _repeated(request: Request, identity: str) -> Response:
+    """The answer to who sends a request again whose first began this probe.
+
+    Raises:
+        IdempotencyConflict: the first has not begun it yet.
+        NotReady: it is another replica's, and Redis is away.
+    """
+    try:
+        events = await service_of(request).probes.events(identity, caller_of(request).tenant)
+    except ProbeNotFound:
+        raise still_coming() from None
+    return _accepted(identity, standing(identity, events)["status"], {REPLAYED: "true"})
+
+
+def _accepted(identity: str, status: str, headers: dict[str, str] | None = None) -> Response:
     """The answer to who asks for the probe later, once any replica can tell of it."""
-    await service_of(request).probes.add(job, caller_of(request).tenant)
-    where = f"/probes/{job.id}"
+    where = f"/probes/{identity}"
     return json_response(
-        {"id": job.id, "status": job.status, "events": f"{where}/events"},
+        {"id": identity, "status": status, "events": f"{where}/events"},
         status=202,
-        headers={"Location": where, "Preference-Applied": "respond-async", "Retry-After": "1"},
+        headers={"Location": where, "Preference-Applied": "respond-async", "Retry-After": "1", **(headers or {})},
     )
 
 
@@ -164,12 +218,15 @@ async def cancel_probe(request: Request, id: str) -> Response:
 async def follow_probe(request: Request, id: str) -> Response:
     """Server-sent events `started`, `point`, `progress`, `artefacts`, and in the end `done`, `failed` or `cancelled`.
 
-    Whoever comes late gets the last that was said of each thing; `Last-Event-ID` goes on behind that one.
+    Whoever comes late gets the last that was said of each thing; `Last-Event-ID` goes on behind that one, and behind
+    the last of all the answer is 204.
     """
     probes, tenant = service_of(request).probes, caller_of(request).tenant
-    await probes.events(id, tenant)  # an unknown one is a 404, not an empty stream
+    known = await probes.events(id, tenant)  # an unknown one is a 404, not an empty stream
     last = request.headers.get("last-event-id", "")
     after = int(last) + 1 if last.isascii() and last.isdigit() and len(last) < 9 else 0
+    if known and known[-1].kind in ENDS and after > known[-1].number:
+        return Response(status_code=204)  # an EventSource that is told so does not come back; it would for ever
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(_stream(probes.follow(id, after, tenant)), media_type="text/event-stream", headers=headers)
 
@@ -240,24 +297,40 @@ def probe_options(fields: ProbeFields, settings: Settings) -> ProbeOptions:
     return options
 
 
-def within_limit(options: ProbeOptions, fields: ProbeFields, cost: int, settings: Settings) -> ProbeOptions:
-    """The same within the server's limit of gradients, where one through a defence counts ``cost``.
+def within_limit(options: ProbeOptions, fields: ProbeFields, defence: Defence, settings: Settings) -> ProbeOptions:
+    """The same within the server's limit, which is in gradients without a defence.
 
     Raises:
         OptionError: the caller asks for more; an effort's own budget is made smaller instead.
     """
     limit = settings.probe_max_gradients
-    if options.budget * cost <= limit:
+    each = passes(defence, 1, 1)
+    most = PASSES_A_GRADIENT * limit // each
+    if options.budget <= most:
         return options
     if fields.gradients:
         raise OptionError(
-            f"{fields.gradients} gradients are asked for, at most {limit // cost} are allowed here"
-            + (f", since each goes through a defence of {cost} forwards" if cost > 1 else "")
+            f"{fields.gradients} gradients are asked for, at most {most} are allowed here"
+            + (f", since each goes through a defence and takes {each} forwards" if each > PASSES_A_GRADIENT else "")
             + f" (IRONCLIP_PROBE_MAX_GRADIENTS={limit}).",
             pointer="/gradients",
-            limit=limit // cost,
+            limit=most,
         )
-    return replace(options, gradients=max(1, limit // cost))
+    return replace(options, gradients=max(1, most))
+
+
+def affordable(
+    options: ProbeOptions, fields: ProbeFields, defence: Defence, meter: Meter, beside: float
+) -> ProbeOptions:
+    """The same within what the caller's key can ever have at once, less what the request costs ``beside`` the probe.
+
+    A probe is paid for in advance: without this a key could not ask for an effort whose own budget is more. Whoever
+    names a budget is told what it costs instead, where it is paid.
+    """
+    if not meter.limited or fields.gradients:
+        return options
+    most = math.floor((meter.caller.burst - beside) / PASS / passes(defence, 1, 1))
+    return options if options.budget <= most else replace(options, gradients=max(1, most))
 
 
 def _decision(fields: ProbeFields, served: ServedEncoder) -> Options:

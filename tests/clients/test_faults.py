@@ -24,6 +24,7 @@ from ironclip_client import (
     ServerError,
     Unauthorized,
     Unavailable,
+    UsageError,
 )
 from ironclip_client.errors import from_response, parse_retry_after
 
@@ -139,15 +140,19 @@ def test_writes_are_repeated_only_where_that_is_safe(client: Client, gateway: Ga
     assert "faults" not in [one.name for one in client.label_sets.list()]
 
 
-def test_a_started_probe_is_not_started_twice(client: Client, gateway: Gateway, samples: Path) -> None:
-    gateway.faults += [problem(429, "overloaded"), Fault(hang_up="after")]
-    with pytest.raises(ConnectionFailed, match="may have been heeded"):
-        client.probe_start(samples / "carrot.png", LABELS, seconds=0.5)
-    assert len(gateway.asked("POST")) == 2
-    gateway.faults.append(Fault(502, body=b"bad gateway"))
-    with pytest.raises(IronclipError, match=r"502.*may have been heeded"):
-        client.probe(samples / "carrot.png", LABELS, wait=False)
-    assert len(gateway.asked("POST")) == 3
+def test_a_probe_is_started_once_however_often_it_is_asked_for(client: Client, gateway: Gateway, samples: Path) -> None:
+    """After a lost answer the call is sent again, and its key tells the service that it has begun already."""
+    gateway.faults += [problem(429, "overloaded"), Fault(hang_up="after"), Fault(502, body=b"bad gateway")]
+    started = client.probe_start(samples / "carrot.png", LABELS, seconds=0.5)
+    asked = gateway.asked("POST")
+    assert len(asked) == 4
+    keys = {one.headers["idempotency-key"] for one in asked}
+    assert len(keys) == 1
+    again = client.probe_start(samples / "carrot.png", LABELS, seconds=0.5, idempotency_key=keys.pop())
+    assert again.id == started.id
+    assert client.probe_start(samples / "carrot.png", LABELS, seconds=0.5).id != started.id
+    with pytest.raises(UsageError, match="printable"):
+        client.probe_start(samples / "carrot.png", LABELS, idempotency_key="a key")
 
 
 def test_nobody_there(samples: Path) -> None:

@@ -130,6 +130,15 @@ def test_probes_by_their_id(client: Client, samples: Path) -> None:
             unknown("0" * 32)
 
 
+def test_nothing_behind_the_last_event_is_the_end(client: Client, gateway: Gateway, samples: Path) -> None:
+    gateway.faults += [Fault(204, path=EVENTS, body=b"")]
+    stream = client.probe_follow(client.probe_start(samples / "carrot.png", LABELS, eps=[0.5], seconds=20).id)
+    assert list(stream) == []
+    assert len(gateway.asked("GET", EVENTS)) == 1
+    with pytest.raises(UnexpectedAnswer, match="probe_get"):
+        stream.result()
+
+
 def test_the_asynchronous_stream_does_the_same(gateway: Gateway, client: Client, samples: Path) -> None:
     gateway.faults += [Fault(path=EVENTS, cut=1), Fault(path=EVENTS, hang_up="before")]
 

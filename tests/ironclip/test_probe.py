@@ -268,7 +268,11 @@ def test_budgets_end_it_with_what_is_known(demo: Encoder) -> None:
     original = sample(classifier.encoder, "carrot")
     found = probe(classifier, original, ProbeOptions(gradients=30))
     assert found["status"] == "budget_exhausted"
-    assert 30 <= found["cost"]["gradients"] < 30 + 8
+    assert 3 * 30 <= found["cost"]["tower_passes"] < 3 * 30 + 8 * 4  # the round that uses it up is ended
+    blind = probe(classifier, original, ProbeOptions(gradients=30, attack="square"))
+    assert blind["status"] == "budget_exhausted"
+    assert blind["cost"]["gradients"] == 0
+    assert blind["cost"]["tower_passes"] < 3 * 30 + 8 * 4
     assert {point["state"] for point in found["points"]} <= {"unknown", "broken", "held"}
     assert any(warning["code"] == "unfinished" for warning in found["warnings"])
     assert probe(classifier, original, ProbeOptions(seconds=0.01))["status"] == "budget_exhausted"

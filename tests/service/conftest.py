@@ -288,6 +288,7 @@ def locked(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         "expired": make_key("expired1", "acme", "infer", expires="2020-01-01T00:00:00Z"),
         "slow": make_key("slow1", "slow", "infer", points_per_minute=1, burst=20),
         "quick": make_key("quick1", "quick", "infer", points_per_minute=600, burst=5),
+        "modest": make_key("modest1", "modest", "infer", "probe", points_per_minute=6000, burst=20),
         "paying": make_key("paying1", "paying", "infer", "probe", points_per_minute=1, burst=100_000),
         "other-paying": make_key("paying2", "paying-2", "infer", "probe", points_per_minute=1, burst=100_000),
     }

@@ -449,6 +449,7 @@ def test_nothing_is_fetched_for_whom_there_is_no_room(host: Host, tiny_artifact:
         dtype="float32",
         state_dir=tmp_path,
         max_queue=4,
+        max_probes=1,
         image_url_hosts=(f"localhost:{host.port}",),
         image_url_networks=("127.0.0.0/8", "::1/128"),
         image_url_http=True,
@@ -474,6 +475,14 @@ def test_nothing_is_fetched_for_whom_there_is_no_room(host: Host, tiny_artifact:
         for path, form in asked.items():
             assert client.post(path, json=form).status_code == 200
         assert len(host.asked) == len(asked)
+        endless = {"objective": "embedding", "cosine_below": -1, "gradients": 50_000, "seconds": 60}
+        form = {"image": as_base64(picture(1)), **endless}
+        started = client.post("/attack-probe", json=form, headers={"Prefer": "respond-async"}).json()["id"]
+        answer = client.post("/attack-probe", json={"image": url, "labels": LABELS})
+        assert answer.status_code == 429
+        assert "IRONCLIP_MAX_PROBES" in answer.text
+        assert len(host.asked) == len(asked)
+        assert client.delete(f"/probes/{started}").status_code == 204
 
 
 def test_faults_of_urls_have_their_codes(fetching: ServiceProcess, secure: Host) -> None:

@@ -174,6 +174,9 @@ def test_a_stream_tells_everything_and_may_be_taken_up_again(client: httpx.Clien
     middle = numbers[len(numbers) // 2]
     later = [one for one in sorted(kept.values(), key=lambda one: one[0]) if one[0] > middle]
     assert events(client, identity, **{"Last-Event-ID": str(middle)}) == later
+    # Behind the end there is nothing: 204 keeps an EventSource from asking again and again.
+    over = client.get(f"/probes/{identity}/events", headers={"Last-Event-ID": str(numbers[-1])})
+    assert (over.status_code, over.content) == (204, b"")
     form = client.get(f"/probes/{identity}").json()
     assert form["status"] == "done"
     assert form["result"] == answer
@@ -323,10 +326,14 @@ def test_a_dry_run_says_the_cost_and_costs_nothing(client: httpx.Client) -> None
     url = str(client.base_url)
     steps = metric(url, "ironclip_probe_steps_total")
     cost = ask(client, 56, dry_run=True, defence={"name": "cola", "views": 4}, draws="fresh").json()["dry_run"]
-    assert cost["gradients_at_most"] == 2000
+    # APGD-CE and APGD-DLR of 20 steps and a start each, and a look at the picture as it is.
+    assert cost["steps_a_radius_at_most"] == 2 * 21 + 1
+    assert cost["gradients_at_most"] == 3 * 42 * cost["radii_at_most"] < 2000
     assert cost["tower_passes_per_gradient"] == 12
     assert cost["draws_a_step"] == 3
-    assert cost["steps_a_radius_at_most"] == 40  # APGD-CE and APGD-DLR of 20 steps
+    one = ask(client, 56, dry_run=True, eps=[2]).json()["dry_run"]
+    assert (one["radii_at_most"], one["gradients_at_most"]) == (1, 42)
+    assert ask(client, 56, dry_run=True, eps=[2], gradients=10).json()["dry_run"]["tower_passes_at_most"] == 30
     # A gradient through many views counts as many against the server's limit.
     dear = {"dry_run": True, "defence": {"name": "cola", "views": 16}}
     assert ask(client, 56, effort="thorough", **dear).json()["dry_run"]["gradients_at_most"] == 200_000 // 16
@@ -489,4 +496,40 @@ def test_any_replica_tells_of_a_probe_and_cancels_it(replicas: list[ServiceProce
         redis_server.kill()
         last = start(here, 67, eps=[3])
         assert ended(here, last)["status"] == "done"
-        assert there.get(f"/probes/{last}").status_code == 404
+        # Elsewhere it is not known what became of it, which is not to say that there is none.
+        for method, path in (("GET", last), ("GET", f"{last}/events"), ("DELETE", last)):
+            answer = there.request(method, f"/probes/{path}")
+            assert (answer.status_code, answer.json()["code"]) == (503, "not-ready")
+            assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_a_replica_that_is_killed_takes_its_probes_along_and_redis_alone_does_not(
+    replicas: list[ServiceProcess], redis_server: RedisServer
+) -> None:
+    endless = {"objective": "embedding", "cosine_below": -1, "effort": "thorough"}
+    with (
+        httpx.Client(base_url=replicas[0].url) as here,
+        httpx.Client(base_url=replicas[1].url) as there,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        short = start(here, 68, **endless, seconds=8)
+        long = start(here, 69, **endless, seconds=60)
+        followed = pool.submit(events, there, short)
+        until(lambda: there.get(f"/probes/{long}").json().get("status") == "running")
+        # A Redis that says nothing for a while ends no stream, and makes nobody doubt the replica.
+        redis_server.send(signal.SIGSTOP)
+        time.sleep(3)
+        redis_server.send(signal.SIGCONT)
+        assert followed.result(60)[-1][1] == "done"
+        until(lambda: there.get(f"/probes/{long}").status_code == 200)
+        assert there.get(f"/probes/{long}").json()["status"] == "running"
+        followed = pool.submit(events, there, long)
+        replicas[0].process.kill()
+        told = followed.result(60)
+        assert told[-1][1] == "failed"
+        form = there.get(f"/probes/{long}").json()
+        assert (form["status"], form["error"]["code"]) == ("failed", "not-ready")
+        assert "is gone" in form["error"]["detail"]
+        over = there.get(f"/probes/{long}/events", headers={"Last-Event-ID": str(told[-1][0])})
+        assert over.status_code == 204
+        assert there.get(f"/probes/{short}").json()["status"] == "done"  # it had ended

@@ -14,7 +14,8 @@ from ironclip.errors import Overloaded
 from ironclip.labels import LabelSet
 from ironclip.probe import Probe, ProbeOptions, Target, VectorTarget, rows_for
 from service.probe_job import Job
-from service.probing import Prober
+from service.probe_ledger import Ledger
+from service.probing import Places, Prober
 from tests.conftest import make_tiny_encoder
 
 ENDLESS = ProbeOptions(eps=(8.0,), effort="thorough", seconds=600)
@@ -42,9 +43,10 @@ def job(target: Target, options: ProbeOptions, loop: asyncio.AbstractEventLoop, 
     return Job(lambda: Probe(target, picture, options), loop, seconds=options.seconds)
 
 
-def prober() -> Prober:
+def prober(most: int = 8, places: Places | None = None) -> Prober:
+    places = places or Places(most)
     return Prober(
-        rows_for(torch.device("cpu")), most=8, wake=lambda: None, describe=lambda error: {"detail": str(error)}
+        rows_for(torch.device("cpu")), places=places, wake=lambda: None, describe=lambda error: {"detail": str(error)}
     )
 
 
@@ -126,11 +128,41 @@ def test_one_that_is_to_end_ends_with_the_next_step(tiny: Encoder, how: str) -> 
         assert first.events[-1].data["status"] == "budget_exhausted"
 
 
+def test_what_is_cancelled_while_it_waits_ends_at_once(tiny: Encoder) -> None:
+    """With all places taken, and none that is about to be free."""
+    classifier = Classifier(tiny, LabelSet.parse(["dog", "cat"]))
+
+    async def run() -> Job:
+        loop, worker = asyncio.get_running_loop(), prober(most=32)
+        target = VectorTarget(classifier, cosine_below=-1.0)
+        for seed in range(16):
+            worker.submit(job(target, ENDLESS, loop, seed))
+        while worker._waiting:
+            worker.step()
+        last = job(target, ENDLESS, loop, 99)
+        worker.submit(last)
+        worker.step()
+        assert not worker.urgent
+        last.cancelled = True
+        assert worker.urgent
+        worker.step()
+        await settle()
+        assert not worker.urgent
+        assert worker.running == 16
+        return last
+
+    last = asyncio.run(asyncio.wait_for(run(), 120))
+    assert last.status == "cancelled"
+    with pytest.raises(RuntimeError, match="has ended"):
+        last.build()  # let go of, with the picture
+
+
 def test_one_tenant_does_not_take_all_places_nor_all_turns(tiny: Encoder) -> None:
     classifier = Classifier(tiny, LabelSet.parse(["dog", "cat"]))
 
     async def run() -> list[str]:
-        loop, worker = asyncio.get_running_loop(), prober()
+        loop, places = asyncio.get_running_loop(), Places(8, shared=True)
+        worker, other = prober(places=places), prober(places=places)
         target, order = VectorTarget(classifier, cosine_below=-1.0), list[str]()
 
         def of(tenant: str, seed: int) -> Job:
@@ -147,6 +179,9 @@ def test_one_tenant_does_not_take_all_places_nor_all_turns(tiny: Encoder) -> Non
         with pytest.raises(Overloaded, match="of this tenant") as refused:
             worker.submit(of("a", 3))
         assert (refused.value.limit_name, refused.value.limit) == ("probes-of-tenant", 2)
+        # It has no further places in another encoder's worker.
+        with pytest.raises(Overloaded, match="of this tenant"):
+            other.submit(of("a", 3))
         worker.submit(of("b", 4))
         while len(order) < 3:
             worker.step()
@@ -156,3 +191,78 @@ def test_one_tenant_does_not_take_all_places_nor_all_turns(tiny: Encoder) -> Non
         return order
 
     assert asyncio.run(asyncio.wait_for(run(), 60)) == ["a", "b", "a"]
+
+
+def test_the_places_are_those_of_all_encoders_and_every_tenant_has_its_share(tiny: Encoder) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(["dog", "cat"]))
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        target = VectorTarget(classifier, cosine_below=-1.0)
+        places = Places(3)
+        first, second = prober(places=places), prober(places=places)
+        for seed, worker in enumerate((first, second, second)):
+            worker.submit(job(target, ENDLESS, loop, seed))
+        for worker in (first, second):
+            with pytest.raises(Overloaded, match="3 probes run and wait, at most 3"):
+                worker.submit(job(target, ENDLESS, loop, 9))
+        second.stop()
+        while second.pending:
+            second.step()
+        first.submit(job(target, ENDLESS, loop, 9))
+        del second  # as an encoder that is unloaded
+        assert places.taken() == 2
+        # With keys a tenant whose name is empty is one too; without keys there are no tenants.
+        keyed = prober(places=Places(4, shared=True))
+        keyed.submit(job(target, ENDLESS, loop, 1))
+        with pytest.raises(Overloaded, match="of this tenant"):
+            keyed.submit(job(target, ENDLESS, loop, 2))
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_probe_that_is_beginning_is_one_of_its_tenants(tiny: Encoder) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(["dog", "cat"]))
+    seen: list[int] = []
+
+    async def run() -> None:
+        worker = prober(places=Places(4, shared=True))
+        target = VectorTarget(classifier, cosine_below=-1.0)
+
+        def build() -> Probe:
+            seen.append(worker.running_of("a"))
+            return Probe(target, torch.zeros(3, 32, 32, dtype=torch.uint8), ENDLESS)
+
+        worker.submit(Job(build, asyncio.get_running_loop(), seconds=1, tenant="a"))
+        worker.step()
+        seen.append(worker.running_of("a"))
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert seen == [1, 1]
+
+
+def test_what_is_remembered_of_ended_probes_is_bounded_by_bytes_and_pictures_are_held_once(tiny: Encoder) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(["dog", "cat", "cow"]))
+
+    async def run() -> None:
+        loop, worker = asyncio.get_running_loop(), prober(most=8)
+        picture = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+        wide = ProbeOptions(eps=(64.0,), seconds=600)
+        jobs = []
+        for _ in range(4):
+            one = Job(lambda: Probe(Target(classifier), picture, wide), loop, seconds=600, artefacts=("adversarial",))
+            jobs.append(one)
+            worker.submit(one)
+        while not all(one.ended for one in jobs):
+            worker.step()
+            await settle()
+        told, answer = ({event.kind: event.data for event in jobs[0].events}[kind] for kind in ("artefacts", "done"))
+        assert told["adversarial"] is answer["artefacts"]["adversarial"]
+        size = jobs[0].size
+        assert len(told["adversarial"]) < size < 2 * len(told["adversarial"]) + 20_000
+        ledger = Ledger(None, "x", b"", ttl=60, most_bytes=2 * size + 10)
+        for one in jobs:
+            await ledger.add(one)
+        assert [ledger.knows(one.id, "") for one in jobs] == [False, True, True, True]  # the last came on top
+
+    asyncio.run(asyncio.wait_for(run(), 60))

@@ -195,11 +195,13 @@ def test_a_probe_is_paid_for_by_the_gradients_it_took(locked: Locked) -> None:
         before = left(client.get("/models"))
         dry = client.post("/attack-probe", json={**body, "dry_run": True})
         most = dry.json()["dry_run"]["points_at_most"]
-        assert most == dry.json()["dry_run"]["gradients_at_most"]
+        assert most == pytest.approx(dry.json()["dry_run"]["tower_passes_at_most"] / 3, abs=0.01)
         assert left(dry) == before
         done = client.post("/attack-probe", json=body)
         assert done.status_code == 200
-        assert before - left(done) == done.json()["cost"]["gradients"] < most
+        used = done.json()["cost"]["tower_passes"] / 3
+        assert before - left(done) == pytest.approx(used, abs=1)  # the header has whole points
+        assert used < most
         before = left(done)
         started = client.post("/attack-probe", json=body, headers={"prefer": "respond-async"})
         where = started.headers["location"]
@@ -207,13 +209,45 @@ def test_a_probe_is_paid_for_by_the_gradients_it_took(locked: Locked) -> None:
         while (standing := client.get(where).json())["status"] not in ("done", "failed"):
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        used = standing["result"]["cost"]["gradients"]
-        while before - left(client.get("/models")) != used:
+        used = standing["result"]["cost"]["tower_passes"] / 3
+        while abs(before - left(client.get("/models")) - used) > 1:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         wrong = client.post("/attack-probe", json={**body, "label": "not there"})
         assert wrong.status_code == 422
-        assert before - left(wrong) == used
+        assert before - left(wrong) == pytest.approx(used, abs=1)
+        # What asks no gradient is work too.
+        before = left(wrong)
+        blind = client.post("/attack-probe", json={**body, "max_eps": 1, "attack": "square"})
+        cost = blind.json()["cost"]
+        assert cost["gradients"] == 0
+        assert before - left(blind) == pytest.approx(cost["tower_passes"] / 3, abs=1)
+        assert before - left(blind) > 1
+
+
+def test_a_key_gets_the_probe_that_it_can_pay_for(locked: Locked) -> None:
+    """The key of the README runs the playground's probe through COLA; a dearer effort gets what the key affords."""
+    body = {"image": as_base64(picture(8)), "labels": LABELS, "defence": "cola", "max_eps": 16, "dry_run": True}
+    with locked.client("paying") as client:
+        dry = client.post("/attack-probe", json=body).json()["dry_run"]
+    assert dry["points_at_most"] < 6000
+    with locked.client("modest") as client:
+        ask(client, 8)  # so that the texts are known
+        few = {"image": body["image"], "labels": LABELS, "eps": [0.5], "dry_run": True}
+        clipped = client.post("/attack-probe", json=few).json()["dry_run"]
+        assert 0 < clipped["points_at_most"] <= 20
+        few["dry_run"] = False
+        deadline = time.monotonic() + 30
+        while (answer := client.post("/attack-probe", json=few)).status_code == 429:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert answer.status_code == 200, answer.text
+        found = answer.json()
+        assert found["status"] == "budget_exhausted"
+        assert any(warning["code"] == "unfinished" for warning in found["warnings"])
+        # Whoever names a budget is told what it costs.
+        refused = client.post("/attack-probe", json={**few, "gradients": 100})
+        assert (refused.status_code, refused.json()["code"]) == (413, "cost-too-high")
 
 
 def test_a_spent_key_is_told_when_to_come_again_and_is_then_served(locked: Locked) -> None:

@@ -190,10 +190,15 @@ class AsyncClient:
 
     @takes(ProbeOptions)
     async def probe_start(
-        self, image: ImageSource, labels: Labels | None = None, **options: Unpack[ProbeOptions]
+        self,
+        image: ImageSource,
+        labels: Labels | None = None,
+        *,
+        idempotency_key: str | None = None,
+        **options: Unpack[ProbeOptions],
     ) -> ProbeStanding:
         """As `Client.probe_start`."""
-        return await self._prepared(calls.probe_start, image, labels, options)
+        return await self._prepared(calls.probe_start, image, labels, options, idempotency_key)
 
     @takes(CallOptions)
     async def probe_get(self, id: str, **options: Unpack[CallOptions]) -> ProbeStanding:

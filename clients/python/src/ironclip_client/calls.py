@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,6 +21,7 @@ Version = str | LabelSetSummary | None
 # A probe of up to so many seconds is asked for in one request: a service allows 30 for one if not set otherwise.
 FITS_ONE_REQUEST = 20.0
 _PROBE_SECONDS = 10.0
+_IDEMPOTENCY_KEY = re.compile(r"[\x21\x23-\x7e]{1,255}")
 
 
 class _Classify(opt.ClassifyOptions, total=False):
@@ -90,8 +93,17 @@ def probe_cost(image: ImageSource, labels: opt.Labels | None, options: Options) 
     return image_call("/attack-probe", read_image(image), asked, call, lambda reply: probes.probe_cost(reply.json()))
 
 
-def probe_start(image: ImageSource, labels: opt.Labels | None, options: Options) -> Call[probes.ProbeStanding]:
-    """`POST /attack-probe` with `Prefer: respond-async`; not sent again where the first may have begun."""
+def probe_start(
+    image: ImageSource, labels: opt.Labels | None, options: Options, idempotency_key: str | None = None
+) -> Call[probes.ProbeStanding]:
+    """`POST /attack-probe` with `Prefer: respond-async`; its key lets it be sent again, for the second begins nothing.
+
+    Raises:
+        UsageError: a key that no header can carry.
+    """
+    key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
+    if not isinstance(key, str) or not _IDEMPOTENCY_KEY.fullmatch(key):
+        raise UsageError("An idempotency_key has 1 to 255 printable ASCII characters, no blanks and no quotes.")
     call, asked = _decision({**options, "labels": labels}, _Probe)
     return image_call(
         "/attack-probe",
@@ -99,8 +111,7 @@ def probe_start(image: ImageSource, labels: opt.Labels | None, options: Options)
         asked,
         call,
         lambda reply: probes.probe_standing(reply.json()),
-        headers={"Prefer": "respond-async"},
-        again="refused",
+        headers={"Prefer": "respond-async", "Idempotency-Key": key},
     )
 
 

@@ -238,10 +238,26 @@ class Client:
 
     @takes(ProbeOptions)
     def probe_start(
-        self, image: ImageSource, labels: Labels | None = None, **options: Unpack[ProbeOptions]
+        self,
+        image: ImageSource,
+        labels: Labels | None = None,
+        *,
+        idempotency_key: str | None = None,
+        **options: Unpack[ProbeOptions],
     ) -> ProbeStanding:
-        """Start a probe and return at once; ask for it by its id. Arguments are those of `probe`."""
-        return self._send(calls.probe_start(image, labels, options))
+        """Start a probe and return at once; ask for it by its id. It is sent again where its answer was lost.
+
+        Args:
+            image: as for `probe`.
+            labels: as for `probe`.
+            idempotency_key: asked again with the same one, the service answers with the probe that the first call
+                began; a new one if not given, so that the tries of one call begin one probe.
+            **options: see ProbeOptions.
+
+        Raises:
+            InvalidRequest: among others, the key came with another request before.
+        """
+        return self._send(calls.probe_start(image, labels, options, idempotency_key))
 
     @takes(CallOptions)
     def probe_get(self, id: str, **options: Unpack[CallOptions]) -> ProbeStanding:

@@ -222,6 +222,7 @@ _BY_CODE: dict[str, type[IronclipError]] = {
     "overloaded": Overloaded,
     "rate-limited": RateLimited,
     "not-ready": NotReady,
+    "idempotency-conflict": Unavailable,
     "deadline-exceeded": DeadlineExceeded,
 }
 _BY_STATUS: dict[int, type[IronclipError]] = {

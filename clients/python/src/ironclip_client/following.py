@@ -12,7 +12,7 @@ import httpx
 
 from ironclip_client import calls
 from ironclip_client.errors import DeadlineExceeded, IronclipError, ProbeCancelled, UnexpectedAnswer
-from ironclip_client.probes import ProbeEvent, ProbeResult
+from ironclip_client.probes import ENDS, ProbeEvent, ProbeResult
 from ironclip_client.sending import Config, Tries
 
 # The service says something every 15 seconds, be it a comment; a line that is silent for longer is broken.
@@ -75,6 +75,7 @@ class Following:
         self._config, self.id, self._seconds = config, id, seconds
         self._end: float | None = None
         self._last: int | None = None
+        self._last_kind = ""
         self._tries: Tries | None = None
         self._parser = EventParser()
         self._since = 0.0
@@ -101,9 +102,10 @@ class Following:
         return asked
 
     def answered(self, response: httpx.Response, body: bytes) -> None:
-        """Raise the error that the answer is, if it is one."""
+        """Raise the error that the answer is, if it is one; 204 says that nothing comes after the last event seen."""
         assert self._tries is not None
         self._tries.reply(response, body)
+        self.ended = self.ended or response.status_code == 204
 
     def feed(self, data: bytes) -> Iterator[ProbeEvent]:
         """The events that these bytes complete, none twice.
@@ -116,6 +118,7 @@ class Following:
                 if self._last is not None and event.id <= self._last:
                     continue
                 self._last = event.id
+            self._last_kind = event.kind
             self._tries = None  # it goes on: what was lost before counts no more
             if event.ends:
                 self.ended = True
@@ -147,6 +150,8 @@ class Following:
         """What it found; raises the error that it failed with, or ProbeCancelled if it was cancelled first."""
         if self._error is not None:
             raise self._error
+        if self.result is None and self._last_kind not in ENDS:
+            raise UnexpectedAnswer("The probe has ended, and how was told before: probe_get(id) has it.")
         if self.result is None:
             raise ProbeCancelled("The probe was cancelled before it had an answer.")
         return self.result

@@ -105,7 +105,7 @@ class ProbeOptions(DecisionOptions, total=False):
         effort: how hard each radius is attacked.
         attack: one attack by name, in place of the effort's.
         seconds: wall clock of the probe, 10 if not given; what is known then is the answer.
-        gradients: gradient steps at most.
+        gradients: work at most, in gradient steps; a query without a gradient is a third of one.
         draws: of a defence that draws: those that are served, or new ones each time.
         seed: of the attack.
         artefacts: pictures to send along, at the smallest radius that broke it.
