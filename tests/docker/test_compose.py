@@ -196,6 +196,16 @@ def test_keys_are_not_committed() -> None:
     assert "/keys/" in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
 
 
+def test_every_image_can_be_pinned_by_digest() -> None:
+    pin = "@sha256:" + "a" * 64
+    names = {
+        name: f"registry.example/{name.lower()}:1{pin}" for name in ("REDIS_IMAGE", "PROMETHEUS_IMAGE", "GRAFANA_IMAGE")
+    }
+    services = _resolve("--profile", "*", BASE_IMAGE=f"python:3.12{pin}", **names)["services"]
+    for name, service in services.items():
+        assert pin in (service["build"]["args"]["BASE_IMAGE"] if name in OURS else service["image"]), name
+
+
 def test_variables_change_what_they_say() -> None:
     found = _resolve(HOST_PORT="9123", HOST_ADDRESS="0.0.0.0", CPUS="2", MEMORY="8g", RUNS="/srv/runs", ENCODERS="demo")
     service = found["services"]["ironclip"]
