@@ -11,7 +11,7 @@ WORKERS ?= auto
 
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow check format bench readme lock image-test setup redis clean
+.PHONY: help serve test test-slow test-oldest check format bench readme lock sbom image-test setup redis clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -24,6 +24,9 @@ test: $(VENV)/.dev redis ## set everything up and run the tests (a few minutes)
 
 test-slow: $(VENV)/.dev redis ## the tests that take long: real model sizes, long runs
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-oldest: $(VENV)/.dev redis ## the service's quick tests with the oldest packages that pyproject.toml allows
+	$(BIN)/python tests/oldest.py $(ARGS)
 
 check: $(VENV)/.dev ## format, lint and strict types, without changing anything
 	$(BIN)/ruff format --check .
@@ -43,6 +46,9 @@ readme: $(VENV)/.dev ## put the current tables into README.md and the chart
 
 lock: $(VENV)/.dev ## docker/locks anew from pyproject.toml; ARGS=--upgrade for newer versions
 	$(BIN)/python docker/lock.py $(ARGS)
+
+sbom: $(VENV)/.dev ## what the images install, as CycloneDX JSON in docker/sbom
+	$(BIN)/python docker/sbom.py
 
 image-test: ## build both images and run them hardened, with Docker or Podman; writes docker/results.json
 	$(PYTHON) docker/image_test.py $(ARGS)
@@ -77,4 +83,4 @@ redis:
 	echo "Install it (apt-get install redis-server, brew install redis); until then its tests fail, or are skipped with IRONCLIP_ALLOW_SKIPS=1."
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build/oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -174,6 +174,10 @@ def read_keys(path: Path) -> dict[str, Key]:
     """
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SettingsInvalid(
+            f"{path} cannot be read, it is not there; `python -m service keys new --append FILE` makes one"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsInvalid(f"{path} cannot be read ({type(error).__name__})") from None
     try:

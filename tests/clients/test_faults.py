@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from ironclip_client import (
@@ -166,6 +168,49 @@ def test_nobody_there(samples: Path) -> None:
 
     with pytest.raises(ConnectionFailed, match="4 tries"):
         asyncio.run(ask())
+
+
+class Closing(BaseHTTPRequestHandler):
+    """Answers, and closes a connection that was idle for longer than `idle`, as a proxy before the service does."""
+
+    protocol_version = "HTTP/1.1"
+    connections: ClassVar[list[tuple[str, int]]] = []
+    idle: ClassVar[float] = 30.0
+
+    def setup(self) -> None:
+        self.timeout = self.idle
+        super().setup()
+
+    def do_DELETE(self) -> None:
+        self.connections.append(self.client_address)
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("idle", "pause", "connections"), [(30.0, 4.5, 1), (0.2, 0.6, 2)])
+def test_an_idle_connection_is_used_again_unless_the_other_end_has_closed_it(
+    monkeypatch: pytest.MonkeyPatch, idle: float, pause: float, connections: int
+) -> None:
+    """A write is sent once: it must not meet a connection that is closed already."""
+    monkeypatch.setattr(Closing, "idle", idle)
+    monkeypatch.setattr(Closing, "connections", [])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Closing)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        with Client(f"http://127.0.0.1:{server.server_port}", retries=0) as client:
+            for wait in (pause, 0):
+                client.label_sets.delete("fruit", if_match='"digest"')
+                time.sleep(wait)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert len(Closing.connections) == 2
+    assert len(set(Closing.connections)) == connections
 
 
 def test_the_time_is_for_all_tries_together(gateway: Gateway, samples: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sysconfig
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -22,11 +23,11 @@ COMPOSE = Path(sysconfig.get_path("scripts")) / "docker-compose"
 OURS = {"ironclip", "ironclip-gpu", "train"}
 
 
-def _resolve(*options: str, **variables: str) -> dict[str, Any]:
-    """The whole model, with only the given variables in the environment."""
+def _resolve(*options: str, folder: Path = ROOT, **variables: str) -> dict[str, Any]:
+    """The whole model of the compose.yaml in a folder, with only the given variables in the environment."""
     environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **variables}
     command = [str(COMPOSE), "--env-file", os.devnull, *options, "config", "--format", "json"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert "WARN" not in result.stderr.upper(), result.stderr  # a variable without a default, a key that is obsolete
     found: dict[str, Any] = json.loads(result.stdout)
@@ -156,6 +157,52 @@ def test_what_is_mounted_and_built_is_there(everything: dict[str, Any]) -> None:
             context = Path(service["build"]["context"])
             assert context == ROOT
             assert (context / service["build"]["dockerfile"]).is_file()
+
+
+def _with_keys(folder: Path) -> Path:
+    """A copy whose lines about keys, and about metrics of their own, are no comments any more, as their words say."""
+    (folder / "docker").mkdir()
+    shutil.copy(ROOT / "compose.yaml", folder)
+    text = (ROOT / "docker" / "compose.yaml").read_text(encoding="utf-8")
+    line = r"^( +)# (- type: bind|  (?:source|target|read_only|bind): .*|IRONCLIP_\w+: .*)$"
+    text, lines = re.subn(line, r"\1\2", text, flags=re.M)
+    assert lines == 8
+    (folder / "docker" / "compose.yaml").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_a_key_that_was_taken_out_does_not_stay_in_the_container(tmp_path: Path) -> None:
+    """The folder is mounted: a mounted file would stay the one it was when another is put in its place."""
+    found = _resolve("--profile", "*", folder=_with_keys(tmp_path), REDIS_MAC_KEY="m" * 64)
+    for name in ("ironclip", "ironclip-gpu"):
+        service = found["services"][name]
+        assert "secrets" not in service
+        keys_file = PurePosixPath(service["environment"]["IRONCLIP_KEYS_FILE"])
+        (mount,) = [mount for mount in service["volumes"] if mount["type"] == "bind"]
+        assert PurePosixPath(mount["target"]) == keys_file.parent
+        assert mount["source"] == str(tmp_path / "keys")
+        assert mount["read_only"] is True
+        # Else Docker makes an empty folder that belongs to root, where a name is misspelt.
+        assert not mount.get("bind", {}).get("create_host_path")
+        settings = {key.removeprefix("IRONCLIP_").lower(): value for key, value in service["environment"].items()}
+        assert Settings(**settings).keys_file == Path(keys_file)
+        assert len(settings["redis_mac_key"]) == 64
+    said = (ROOT / "docker" / "README.md").read_text(encoding="utf-8")
+    assert f"keys/{keys_file.name}" in said
+
+
+def test_keys_are_not_committed() -> None:
+    assert "/keys/" in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+
+
+def test_every_image_can_be_pinned_by_digest() -> None:
+    pin = "@sha256:" + "a" * 64
+    names = {
+        name: f"registry.example/{name.lower()}:1{pin}" for name in ("REDIS_IMAGE", "PROMETHEUS_IMAGE", "GRAFANA_IMAGE")
+    }
+    services = _resolve("--profile", "*", BASE_IMAGE=f"python:3.12{pin}", **names)["services"]
+    for name, service in services.items():
+        assert pin in (service["build"]["args"]["BASE_IMAGE"] if name in OURS else service["image"]), name
 
 
 def test_variables_change_what_they_say() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import re
 import subprocess
@@ -93,6 +94,20 @@ def test_torch_is_the_same_in_both_variants_and_nowhere_else() -> None:
         assert str(cpu[name][0].specifier) == str(cuda[name][0].specifier)
     assert set(cpu) == {"torch", "torchvision"}
     assert not {name for name in _pins("service", "training") if name.startswith(("torch", "nvidia", "cuda", "triton"))}
+
+
+@pytest.mark.slow
+def test_the_sbom_lists_what_the_locks_list(tmp_path: Path) -> None:
+    """Slow, and it needs a package index: uv fetches the tool."""
+    subprocess.run([sys.executable, str(ROOT / "docker" / "sbom.py"), str(tmp_path)], check=True, timeout=280)
+    for image in EXTRAS:
+        for variant in ("cpu", "cuda"):
+            found = json.loads((tmp_path / f"{image}-{variant}.cdx.json").read_text(encoding="utf-8"))
+            assert found["bomFormat"] == "CycloneDX"
+            listed = {(canonicalize_name(one["name"]), one["version"]) for one in found["components"]}
+            pins = _pins(image, f"torch-{variant}")
+            wanted = {(name, next(iter(pin.specifier)).version) for name, of in pins.items() for pin in of}
+            assert listed == wanted
 
 
 def test_the_readme_has_what_was_measured() -> None:

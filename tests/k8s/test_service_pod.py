@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import ipaddress
 import math
 import shlex
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -178,6 +180,9 @@ def test_the_budget_lets_nodes_be_drained(chart: Chart) -> None:
         for budget in budgets:
             assert least - budget.get("minAvailable", 0) >= 1, file
             assert budget.get("maxUnavailable", 1) >= 1, file
+    # Kubernetes rounds up: 75 % of four are three, and one may go.
+    share = {"replicaCount": 4, "redis.mode": "internal", "podDisruptionBudget.minAvailable": "75%"}
+    assert only(chart.render(share), "PodDisruptionBudget")["spec"]["minAvailable"] == "75%"
 
 
 def test_a_gpu_is_asked_for_once_and_tolerated(chart: Chart) -> None:
@@ -204,11 +209,61 @@ def test_nothing_leaves_but_what_is_named(chart: Chart) -> None:
     assert egress(chart.render(files=[ci_file("production")])) == [{53}, {"redis"}]
     assert egress(chart.render(files=[ci_file("gpu")])) == [{53}, {443}]
     assert egress(chart.render(files=[ci_file("gateway-hpa")])) == [{53}, {6380}, {4318}, {443}]
-    hub = only(chart.render(files=[ci_file("gpu")]), "NetworkPolicy")["spec"]["egress"][1]["to"][0]["ipBlock"]
-    assert "169.254.0.0/16" in hub["except"]  # where clouds hand out credentials
+    hub = only(chart.render(files=[ci_file("gpu")]), "NetworkPolicy")["spec"]["egress"][1]["to"]
+    allowed = [
+        (ipaddress.ip_network(to["ipBlock"]["cidr"]), [ipaddress.ip_network(no) for no in to["ipBlock"]["except"]])
+        for to in hub
+    ]
+
+    def reachable(address: str) -> bool:
+        wanted = ipaddress.ip_address(address)
+        return any(wanted in cidr and not any(wanted in no for no in nots) for cidr, nots in allowed)
+
+    assert reachable("1.1.1.1")
+    assert reachable("2606:4700::1111")
+    # Where clouds hand out credentials, and a private address by NAT64 and by 6to4.
+    for closed in ("169.254.169.254", "fd00:ec2::254", "fd20:ce::254", "64:ff9b::a9fe:a9fe", "2002:a00:1::"):
+        assert not reachable(closed), closed
+    for closed in ("10.1.2.3", "192.168.0.1", "fd12:3456::1", "fe80::1"):
+        assert not reachable(closed), closed
+    for cidr, nots in allowed:
+        assert all(no.subnet_of(cidr) and no != cidr for no in nots)  # type: ignore[arg-type]
     # A pod that may not reach the hub must not spend minutes on trying.
     assert environment(chart.render())["HF_HUB_OFFLINE"] == "1"
     assert "HF_HUB_OFFLINE" not in environment(chart.render(files=[ci_file("gpu")]))
+
+
+@pytest.mark.parametrize(
+    ("redis", "port"),
+    [
+        ({"url": "rediss://u:p@h:6380/0"}, 6380),
+        ({"url": "rediss://u:p@h:6380/0", "port": 6380}, 6380),
+        ({"url": "redis://h"}, 6379),
+        ({"url": "redis://user:1234@h/0?timeout=5"}, 6379),
+        ({"url": "redis://:p%3A9@h:7000"}, 7000),
+        ({"url": "redis://[fd00::6380]/0"}, 6379),
+        ({"url": "redis://[fd00::1]:6390?db=1"}, 6390),
+        # The URL is in a Secret that the chart does not read.
+        ({"existingSecret": "mine"}, 6379),
+        ({"existingSecret": "mine", "port": 6380}, 6380),
+        ({"existingSecret": "mine", "url": "redis://unused:7000", "port": 6380}, 6380),
+    ],
+)
+def test_the_policy_lets_the_service_reach_its_redis(chart: Chart, redis: dict[str, Any], port: int) -> None:
+    manifests = chart.render({"redis": {"mode": "external", **redis}})
+    assert only(manifests, "NetworkPolicy")["spec"]["egress"][1] == {"ports": [{"port": port, "protocol": "TCP"}]}
+    if "existingSecret" not in redis:
+        address = environment(manifests)["IRONCLIP_REDIS_URL"]
+        assert (urlsplit(address).port or 6379) == port
+
+
+def test_the_internal_redis_listens_where_it_is_asked(chart: Chart) -> None:
+    for given, port in (({}, 6379), ({"redis.port": 7000}, 7000)):
+        manifests = chart.render({"redis.mode": "internal", **given})
+        assert urlsplit(environment(manifests)["IRONCLIP_REDIS_URL"]).port == port
+        (container,) = only(manifests, "StatefulSet")["spec"]["template"]["spec"]["containers"]
+        assert container["ports"] == [{"name": "redis", "containerPort": port, "protocol": "TCP"}]
+        assert f"port {port}\n" in only(manifests, "ConfigMap", "-redis")["data"]["redis.conf"]
 
 
 def test_artifacts_are_mounted_from_where_they_are(chart: Chart) -> None:

@@ -14,6 +14,7 @@ import yaml
 from docs import chart as documents
 from tests.k8s.conftest import CHART, ROOT, Chart
 
+FOUR: dict[str, Any] = {"replicaCount": 4, "redis.mode": "internal"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"replicaCount": 2, "redis.mode": "internal", "dtype": "auto"}, "at '/dtype': value must be one of 'float32'"),
     ({"autoscaling.enabled": True, "redis.mode": "internal", "dtype": "auto"}, "at '/dtype': value must be one of"),
@@ -51,12 +52,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"redis.mode": "external"}, "redis.existingSecret (with redis-url and redis-mac-key) or redis.url"),
     ({"redis.mode": "internal", "redis.url": "redis://h"}, "redis.url is for redis.mode=external"),
     ({"redis.mode": "external", "redis.url": "http://h"}, "at '/redis/url'"),
+    ({"redis": {"mode": "external", "url": "rediss://u:p@h:6380/0", "port": 6379}}, "leave redis.port empty"),
+    ({"redis": {"mode": "external", "url": "redis://h", "port": 6380}}, "redis.url is for port 6379"),
+    ({"redis.port": "redis"}, "at '/redis/port'"),
     ({"redis.macKey": "short"}, "at '/redis/macKey'"),
     ({"metrics.port": 8000}, "is the service's own port"),
     ({"metrics": {"port": 0, "serviceMonitor": {"enabled": True}}, "keys.existingSecret": "k"}, "a port of its own"),
     ({"ingress.enabled": True}, "needs ingress.hosts"),
     ({"httpRoute.enabled": True}, "needs httpRoute.parentRefs"),
     ({"podDisruptionBudget.minAvailable": 1}, "would let no node be drained"),
+    ({"podDisruptionBudget.minAvailable": "1%"}, "(1%) of 1 replicas would let no node be drained"),
+    ({**FOUR, "podDisruptionBudget.minAvailable": 4}, "(4) of 4 replicas would let no node be drained"),
+    ({**FOUR, "podDisruptionBudget.minAvailable": "100%"}, "(100%) of 4 replicas would let no node be drained"),
+    ({**FOUR, "podDisruptionBudget.minAvailable": "76%"}, "(76%) of 4 replicas would let no node be drained"),
+    ({"networkPolicy.internetExcept": ["fc00::/7"]}, "at '/networkPolicy/internetExcept/0'"),
+    ({"networkPolicy.internetExceptIPv6": ["10.0.0.0/8"]}, "at '/networkPolicy/internetExceptIPv6/0'"),
     ({"strategy.rollingUpdate": {"maxSurge": 0, "maxUnavailable": 0}}, "can replace no pod"),
     ({"extraEnv": [{"name": "IRONCLIP_DTYPE", "value": "float16"}]}, "extraEnv sets IRONCLIP_DTYPE"),
     ({"tmp.sizeLimit": "lots"}, "at '/tmp/sizeLimit'"),

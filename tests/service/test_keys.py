@@ -344,7 +344,7 @@ def test_settings_that_would_leave_a_door_open_end_the_program(tmp_path: Path) -
             Settings(cors_origins=(origin,))
     with pytest.raises(ValidationError, match="same as port"):
         Settings(port=8000, metrics_port=8000)
-    with pytest.raises(SettingsInvalid, match=r"IRONCLIP_KEYS_FILE.*cannot be read"):
+    with pytest.raises(SettingsInvalid, match=r"IRONCLIP_KEYS_FILE.*cannot be read, it is not there; `.* keys new"):
         create_app(settings_of(tmp_path / "missing.toml"))
 
 

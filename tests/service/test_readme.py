@@ -85,6 +85,8 @@ def test_from_a_clone_to_production(tiny_artifact: Path, tmp_path: Path) -> None
     """The three blocks as they stand, but for ports, folders, a tiny encoder, and seconds of load."""
     section = README.split("## From a clone to production")[1].split("\n## ")[0]
     start, ask, load = re.findall(r"^```sh\n(.*?)^```", section, re.M | re.S)
+    # Without a bound Redis takes the machine's memory; with another policy it drops label sets, or refuses writes.
+    assert "--maxmemory 256mb --maxmemory-policy volatile-lru" in start
     ports = {"8000": str(free_port()), "9000": str(free_port()), "6379": str(free_port())}
 
     def here(script: str) -> str:

@@ -61,6 +61,20 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 {{- printf "%s-redis" (include "ironclip.fullname" .) -}}
 {{- end -}}
 
+{{/* The port in redis.url, 6379 if it names none; empty where that URL is not the one that is used. */}}
+{{- define "ironclip.redisUrlPort" -}}
+{{- if and .Values.redis.url (not .Values.redis.existingSecret) -}}
+{{- /* Without user and path; an IPv6 address stands in brackets. */ -}}
+{{- $address := regexReplaceAll "[/?#].*$" (regexReplaceAll "^rediss?://([^/?#]*@)?" .Values.redis.url "") "" -}}
+{{- regexFind ":[0-9]+$" $address | trimPrefix ":" | default "6379" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The port of Redis: as given, else as the URL has it, else Redis' own. */}}
+{{- define "ironclip.redisPort" -}}
+{{- .Values.redis.port | default (include "ironclip.redisUrlPort" .) | default 6379 | int -}}
+{{- end -}}
+
 {{/* "yes" where there may be more than one replica. */}}
 {{- define "ironclip.replicated" -}}
 {{- if .Values.autoscaling.enabled -}}

@@ -31,8 +31,10 @@ from ironclip_client.wire import Call, Reply
 READY_PAUSE = 0.25
 DEFAULT_URL = "http://127.0.0.1:8000"
 _CONNECT_SECONDS = 5.0
-# A service closes an idle connection after 5 seconds: not to be met half-way, ours are given up a little earlier.
-_KEEP_ALIVE_SECONDS = 4.0
+# The service closes an idle connection after 75 seconds, balancers before it often after 60: not to be met half-way,
+# ours are given up earlier. What was closed sooner all the same is seen before it is used again; where the two cross,
+# what only computes is sent once more (`Tries.after`). The rest is not: nobody knows whether it was heeded.
+_KEEP_ALIVE_SECONDS = 50.0
 # Kept back of the time that the service is told of, so that its answer arrives before ours is up.
 _MARGIN_SHARE, _MARGIN_SECONDS = 0.05, 0.25
 _MAX_SECONDS = 1_000_000.0
