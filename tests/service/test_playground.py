@@ -287,6 +287,11 @@ def test_the_curve_redraws_with_each_event(probing: str, open_page: Callable[...
     points = [one for one in seen if one["type"] == "point"]
     assert len({one["points"] for one in points}) >= 2  # it grew
     assert len({one["markup"] for one in points}) >= len(points) // 2  # and looked different
+    # A radius that is announced has no score yet: nothing is drawn of it, least of all on the axis.
+    floor = page.locator(".curve").first.evaluate("e => e.querySelector('.axis').getAttribute('y1')")
+    circles = [circle for one in seen for circle in re.findall(r"<circle[^>]*>", one["markup"] or "")]
+    assert circles
+    assert not [circle for circle in circles if f'cy="{floor}"' in circle]
     for card in page.locator(".card").all():
         assert card.get_attribute("data-state") == "done"
         assert card.locator(".curve .point").count() >= 2
@@ -340,6 +345,46 @@ def test_the_verdict_in_plain_words(service: ServiceProcess, open_page: Callable
     for run, wanted in cases:
         said = page.evaluate("async (run) => (await import('./playground/words.js')).verdict(run)", run)
         assert said == wanted
+
+
+def test_what_is_not_decided_is_neither_held_nor_zero(service: ServiceProcess, open_page: Callable[..., Page]) -> None:
+    page = open_page(service.url)
+    classified(page, "carrot")
+    sync_api.expect(page.locator(".key")).to_contain_text("not decided")
+    point = {"gradients": 0, "steps": 0}
+    points = [
+        point | {"eps": 1, "broken": False, "state": "held", "label": "rocket", "score": 0.1, "score_of_label": 0.8},
+        point | {"eps": 2, "broken": None, "state": "unknown", "label": "rocket", "score": 0.4, "score_of_label": 0.5},
+        point | {"eps": 3, "broken": None, "state": "unknown", "score_of_label": None},
+        point | {"eps": 4, "broken": True, "state": "broken", "label": "rocket", "score": 0.9, "score_of_label": 0.05},
+        point | {"eps": 5, "broken": None, "state": "running", "score_of_label": None},
+    ]
+    page.evaluate(
+        """async (points) => {
+          const { Card } = await import("./playground/card.js");
+          const { models } = await import("./playground/api.js");
+          const card = new Card((await models()).models[0], () => []);
+          card.element.id = "tried";
+          document.querySelector("#cards").replaceChildren(card.element);
+          card.reset(8);
+          card.receive("started", { clean: { label: "carrot", score: 0.9 }, label: "carrot" });
+          for (const point of points) card.receive("point", point);
+        }""",
+        points,
+    )
+    card = page.locator("#tried")
+    marks = card.locator(".curve .point")
+    drawn = marks.evaluate_all("all => all.map((one) => one.getAttribute('class').split(' ')[1])")
+    assert drawn == ["held", "held", "open", "broken"]  # the picture as it is, and those with a score
+    sync_api.expect(marks.nth(2).locator("title")).to_have_text(re.compile(r"^2/255: 50\.0.%, not decided$"))
+    path = card.locator(".curve .line").get_attribute("d")
+    assert path is not None
+    assert path.count("L") == 3
+    assert "(3 not decided)" in (card.locator(".curve").get_attribute("aria-label") or "")
+    card.locator("summary").click()
+    rows = [row.locator("td").all_inner_texts() for row in card.locator("tbody tr").all()]
+    assert [row[1] for row in rows] == ["rocket", "not decided", "not decided", "rocket", "not decided"]
+    assert rows[2][2:4] == rows[4][2:4] == ["–", "–"]
 
 
 def test_cancel_ends_the_attack(probing: str, open_page: Callable[..., Page]) -> None:
