@@ -39,7 +39,7 @@ def point(probe: Probe, lane: Lane) -> dict[str, Any]:
             form |= {"label": probe.target.names[lane.said[0]], "score": _short(lane.said[1])}
     else:
         form["cosine"] = lowest
-    if broken:
+    if broken and lane.found_by:
         form["attack"] = lane.found_by
     return form
 
@@ -94,7 +94,8 @@ def warnings(probe: Probe, *, resized: bool | None = None) -> list[dict[str, str
         found["unfinished"] = f"The probe ended early ({probe.exhausted}): radii in state unknown were not decided."
     if any(0 < eps * options.scale * 255 < 1 for eps in options.eps):
         found["below-one-step"] = (
-            "A radius below 1/255 holds no other picture of 8 bits, so nothing was found there by construction."
+            "A radius below 1/255 holds no other picture of 8 bits: nothing was attacked there, and what it came to is "
+            "of the picture as it is."
         )
     if resized:
         found["resized"] = (

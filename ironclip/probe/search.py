@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ironclip.attacks import Answer, Attack, Run, ThreatModel
+from ironclip.attacks.eight_bit import holds_another
 from ironclip.errors import OptionError
 from ironclip.probe.options import ProbeOptions
 from ironclip.probe.oracle import Ask
@@ -205,8 +206,9 @@ class Probe:
             lane.gradients += draws
             self.gradients += draws
             lane.blind += int(not bool(answer.gradient.any()))
-        self._look(lane, ask, answer)
-        if bool(answer.fooled[0]):
+        if ask.inside:
+            self._look(lane, ask, answer)
+        if bool(answer.fooled[0]) and ask.inside:
             lane.state, lane.picture, lane.run = "broken", ask.picture.cpu(), None
             return
         run.answer(answer)
@@ -223,9 +225,8 @@ class Probe:
             scores = outputs.double().softmax(-1)
             score = float(scores[self.aim.label])
             rest = scores.clone()
-            if not bool(answer.fooled[0]):
-                rest[self.aim.label] = -1
-            best = self.aim.target if self.aim.target is not None and bool(answer.fooled[0]) else int(rest.argmax())
+            rest[self.aim.label] = -1
+            best = ask.said if ask.said is not None else int(rest.argmax())
             said = (best, float(scores[best]))
         if bool(answer.fooled[0]) or score < lane.lowest:
             lane.lowest, lane.said = score, said
@@ -259,18 +260,32 @@ class Probe:
             for eps, attacks in radii:
                 lane = self.lanes.get(eps)
                 if lane is None:
-                    lane = self.lanes[eps] = Lane(eps, ThreatModel(self.options.norm, eps * self.options.scale), [])
+                    lane = self.lanes[eps] = Lane(eps, self._threat(eps), [])
                 if lane.state != "broken":
                     lane.left = list(attacks)
                     self._begin(lane)
             return True
         return False
 
+    def _threat(self, eps: float) -> ThreatModel:
+        """The ball of a radius; of one that holds no other picture of 8 bits the picture alone, asked about once."""
+        threat = ThreatModel(self.options.norm, eps * self.options.scale)
+        return threat if holds_another(threat) else ThreatModel(self.options.norm, 0.0)
+
+    def _broken_unattacked(self, eps: float) -> Lane:
+        """A radius that is broken by the picture as it is."""
+        scores, label, said = self.clean.scores(), self.aim.label, self.said
+        assert label is not None
+        assert said is not None
+        named = (said, float(scores[said]))
+        return Lane(eps, self._threat(eps), [], "broken", lowest=float(scores[label]), said=named)
+
     def _stages(self) -> Iterator[list[tuple[float, list[tuple[Attack, str]]]]]:
         """Radii to attack side by side, chosen by what is known when the stage before has ended."""
-        if self.wrong_as_it_is:
-            return
         given = sorted(set(self.options.eps))
+        if self.wrong_as_it_is:
+            self.lanes = {eps: self._broken_unattacked(eps) for eps in given}
+            return
         search = not given
         for start in range(0, len(given), LISTED):
             if self.broken_at is None:
@@ -283,8 +298,8 @@ class Probe:
             while radii := self._next_radii():
                 yield [(eps, self._attacks) for eps in radii]
         square = self.options.black_box
-        if square is not None and not self.target.free and self.aim.target is None and self.robust_to:
-            eps = self.robust_to
+        eps = self.robust_to
+        if square is not None and not self.target.free and self.aim.target is None and self._threat(eps).eps:
             yield [(eps, [(square, "ce")])]
             self.black_box_won = self.lanes[eps].state == "broken"
             while search and self.black_box_won and (radii := self._next_radii()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from ironclip.labels import LabelSet
 from ironclip.loading import DEMO_FOLDER, load_encoder
 from ironclip.preprocessing import load_image, to_float
 from ironclip.probe import Ask, Probe, ProbeOptions, Rows, Target, VectorTarget, pieces, png, probe, run, steps
+from ironclip.probe.target import UNSEEN
 from tests.conftest import make_tiny_encoder
 
 NAMES = ["dog", "cat", "cow", "horse", "sheep", "goat"]
@@ -176,6 +177,66 @@ def test_fresh_draws_are_judged_by_draws_that_the_attack_did_not_see(tiny: Encod
     assert sum(wrong) > 12
 
 
+@dataclass(frozen=True)
+class Close(NoDefence):
+    """The first label by itself; three unseen draws of five say the second, narrowly, and two the first by far."""
+
+    seed: int = 0
+    random: ClassVar[bool] = True
+
+    def options(self) -> dict[str, Any]:
+        return {"seed": self.seed}
+
+    def reseeded(self, seed: int) -> Close:
+        return replace(self, seed=seed)
+
+    def logits(self, features: Tensor, bank: Any, state: Any, head: Any) -> Tensor:
+        lead = {0: 5.0, UNSEEN[3]: 5.0, UNSEEN[4]: 5.0}.get(self.seed, -0.01)
+        bonus = torch.zeros(len(NAMES))
+        bonus[0], bonus[2] = lead, -0.02
+        return bonus + head(features[:, 0], bank) * 1e-6
+
+
+def test_a_break_under_fresh_draws_never_names_the_true_label(tiny: Encoder) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(NAMES), defence=Close())
+    found = probe(classifier, pictures(1)[0], ProbeOptions(eps=(8,), draws="fresh", seconds=60))
+    (point,) = found["points"]
+    assert point["broken"]
+    assert found["label"] == "dog"
+    said = [answer(classifier.reseeded(seed), found["artefacts"]["adversarial"]) for seed in UNSEEN]
+    assert said.count("dog") == 2
+    assert said.count(point["label"]) == 3
+
+
+@pytest.mark.parametrize("draws", ["fixed", "fresh"])
+@pytest.mark.parametrize(("norm", "small"), [("linf", 0.9), ("l2", 0.0038)])
+def test_a_radius_without_any_other_picture_is_not_attacked(
+    tiny: Encoder, norm: Literal["linf", "l2"], small: float, draws: Literal["fixed", "fresh"]
+) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(NAMES), defence=make_defence("cola", {"views": 3}))
+    found = probe(classifier, pictures(1)[0], ProbeOptions(norm=norm, eps=(0, small), draws=draws, seconds=60))
+    assert [(point["state"], point["steps"]) for point in found["points"]] == [("held", 1), ("held", 1)]
+    assert found["points"][0]["score_of_label"] == found["points"][1]["score_of_label"]
+    assert found["cost"]["gradients"] == 0
+    assert "below-one-step" in {warning["code"] for warning in found["warnings"]}
+    # A little more, and there is something to attack.
+    more = probe(classifier, pictures(1)[0], ProbeOptions(norm=norm, eps=(1.2 * small,), draws=draws, gradients=1))
+    assert more["cost"]["gradients"] > 0
+
+
+def test_what_fab_finds_beyond_the_radius_breaks_nothing(tiny: Encoder) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(NAMES))
+    broken = 0
+    for image in pictures(3):
+        found = probe(classifier, image, ProbeOptions(norm="l2", eps=(0.05, 0.5, 4), attack="fab-t", seconds=60))
+        assert not found["points"][0]["broken"]
+        if "artefacts" in found:
+            broken += 1
+            length = float((found["artefacts"]["adversarial"].float() - image.float()).norm()) / 255
+            assert length <= found["broken_at"] * (1 + 1e-6)
+    assert broken
+
+
 def test_a_target_must_be_reached(demo: Encoder) -> None:
     classifier = Classifier(demo, LabelSet.parse(["carrot", "rocket", "ear of corn", "cat face"]))
     original = sample(demo, "carrot")
@@ -196,8 +257,16 @@ def test_a_decision_that_is_wrong_already_needs_no_attack(tiny: Encoder) -> None
     found = probe(classifier, image, label=other)
     assert (found["broken_at"], found["robust_to"], found["clean"]["correct"]) == (0, 0, False)
     assert found["cost"]["gradients"] == 0
+    assert found["points"] == []
     reached = probe(classifier, image, target_label=said)
     assert reached["broken_at"] == 0
+    # Each radius that is asked about is answered all the same.
+    for label, target, eps in ((other, None, (0, 2, 4)), (None, said, (2,))):
+        asked = probe(classifier, image, ProbeOptions(eps=eps), label=label, target_label=target)
+        assert [point["eps"] for point in asked["points"]] == list(eps)
+        assert {(point["broken"], point["steps"], point["label"]) for point in asked["points"]} == {(True, 0, said)}
+        assert (asked["broken_at"], asked["robust_to"], asked["cost"]["gradients"]) == (0, 0, 0)
+        assert asked["points"][0]["score_of_label"] == asked["clean"]["score_of_label"]
     with pytest.raises(OptionError, match="not among the 6 labels") as caught:
         probe(classifier, image, label="dgo")
     assert caught.value.pointer == "/label"
