@@ -127,7 +127,7 @@ def result(probe: Probe, *, resized: bool | None = None) -> dict[str, Any]:
         "broken_at": _short(broken) if broken is not None else None,
         "effort": options.effort,
         "attack": {
-            "name": options.attack or "+".join(_names(probe)),
+            "name": options.attack_name or "+".join(_names(probe)),
             "adaptive": True,
             "draws": "fresh" if probe.fresh else "fixed",
             "seed": options.seed,

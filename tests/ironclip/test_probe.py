@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ironclip.attacks import ThreatModel, WhiteBox, classification, drive, make_attack
+from ironclip.attacks import ThreatModel, make_attack
 from ironclip.attacks.eight_bit import in_8_bits
 from ironclip.classifier import Classifier
 from ironclip.defences import make_defence
@@ -25,9 +26,10 @@ from ironclip.hierarchy import LabelTree
 from ironclip.labels import LabelSet
 from ironclip.loading import DEMO_FOLDER, load_encoder
 from ironclip.preprocessing import load_image, to_float
-from ironclip.probe import Ask, Probe, ProbeOptions, Rows, Target, VectorTarget, pieces, png, probe, run, steps
+from ironclip.probe import Ask, Probe, ProbeOptions, Rows, Target, VectorTarget, pieces, png, probe, result, run, steps
 from ironclip.probe.target import UNSEEN
 from tests.conftest import make_tiny_encoder
+from training.robustness import FOOLED, Cell, Sample, measure
 
 NAMES = ["dog", "cat", "cow", "horse", "sheep", "goat"]
 
@@ -89,21 +91,35 @@ def test_a_broken_decision_is_broken_by_the_picture_it_returns(demo: Encoder) ->
     assert torch.equal(demo.preprocessing(again)[0], adversarial)  # as a file it comes back bit for bit
 
 
-def test_alone_and_among_31_others_a_probe_finds_the_same(tiny: Encoder) -> None:
+@pytest.mark.parametrize(
+    ("defence", "options"),
+    [
+        ("none", ProbeOptions(eps=(5, 7, 9, 11), attack="pgd", seconds=3600)),
+        ("none", ProbeOptions(max_eps=16, attack={"name": "pgd", "iterations": 5}, seconds=3600)),
+        ("cola", ProbeOptions(max_eps=48, attack={"name": "pgd", "iterations": 2}, seconds=3600)),
+    ],
+    ids=["radii", "search", "search-cola"],
+)
+def test_alone_and_among_31_others_a_probe_finds_the_same(tiny: Encoder, defence: str, options: ProbeOptions) -> None:
+    """Alone a batch is filled up with nothing, among others with them: no row may see what else is in it."""
     images = pictures(32)
-    classifier = Classifier(tiny, LabelSet.parse(NAMES))
-    options = ProbeOptions(eps=(5, 7, 9, 11), attack="pgd", seconds=3600)
-    alone = [brief(probe(classifier, images[i], options)) for i in (0, 5, 31)]
+    cost = {"none": 1, "cola": 3}[defence]
+    rows = Rows(32 * cost, 32 * cost, 32 * cost)  # so that all 32 share a batch, on a CPU too
+    classifier = Classifier(
+        tiny, LabelSet.parse(NAMES), defence=make_defence(defence, {"views": cost} if cost > 1 else None)
+    )
+    alone = [brief(probe(classifier, images[i], options, rows=rows)) for i in (0, 5, 31)]
     others = [Probe(Target(classifier), image, options) for image in images]
+    most = 0
     while not all(one.done for one in others):
         asked = [(one, one.asks()) for one in others if not one.done]
-        for piece in pieces([ask for _, asks in asked for _, ask in asks]):
+        for piece in pieces([ask for _, asks in asked for _, ask in asks], rows):
+            most = max(most, len(piece.asks))
             run(piece)
         for one, asks in asked:
             one.take(asks)
-    from ironclip.probe import result
-
     together = [brief(result(one)) for one in others]
+    assert most == 32
     assert [together[i] for i in (0, 5, 31)] == alone
     assert len({one[1] for one in together}) > 1  # they are not all alike
 
@@ -417,6 +433,11 @@ def test_where_nothing_can_change_nothing_is_attacked(tiny: Encoder) -> None:
         ({"norm": "l1"}, "/norm"),
         ({"effort": "brutal"}, "/effort"),
         ({"attack": "deepfool"}, "/attack"),
+        ({"attack": {"name": "deepfool"}}, "/attack/name"),
+        ({"attack": {"iterations": 3}}, "/attack/name"),
+        ({"attack": {"name": "pgd", "steps": 3}}, "/attack"),
+        ({"attack": {"name": "pgd", "iterations": "3"}}, "/attack"),
+        ({"attack": {"name": "pgd", "iterations": 0}}, "/attack"),
         ({"seconds": 0}, "/seconds"),
         ({"draws": "some"}, "/draws"),
     ],
@@ -427,25 +448,44 @@ def test_bad_options_point_to_themselves(options: dict[str, Any], pointer: str) 
     assert caught.value.pointer == pointer
 
 
-def test_verdicts_agree_with_the_evaluation_of_the_same_attack(demo: Encoder) -> None:
-    """`evaluate` attacks floats and counts those; the probe rounds. They may differ on the edge alone."""
+def test_verdicts_agree_with_the_evaluation_of_the_same_attack(demo: Encoder, tmp_path: Path) -> None:
+    """What `python -m training evaluate` runs, asked of a probe with the same options, comes to the same verdicts.
+
+    Each picture is a sample of its own: an item's random start belongs to its place in the sample; a probe's is 0.
+    `evaluate` attacks floats where the probe rounds to 8 bits: a picture on the edge between the two could differ, and
+    of these none does.
+    """
     classifier = Classifier(load_encoder("demo-robust").served(), emoji())
-    images = torch.stack([sample(demo, path.stem) for path in sorted((DEMO_FOLDER / "samples").glob("*.[pjw]*"))])
+    paths = sorted((DEMO_FOLDER / "samples").glob("*.[pjw]*"))[:6]
+    images = torch.stack([sample(demo, path.stem) for path in paths])
     with torch.no_grad():
         labels = classifier(to_float(images)).argmax(1)
-    differ = []
-    for eps in (4.0, 6.0):
-        problem = classification(
-            to_float(images), labels, ThreatModel("linf", eps / 255), keys=torch.zeros(len(images), dtype=torch.int64)
+    for radius in (4.0, 6.0):
+        cell = Cell("pgd", ThreatModel("linf", radius / 255), {"iterations": 10, "restarts": 2})
+        options = ProbeOptions(eps=(radius,), attack={"name": "pgd", **cell.options}, seconds=600)
+        expected, found = [], []
+        for i, image in enumerate(images):
+            alone = Sample(f"sample {i}", images[i : i + 1], labels[i : i + 1])
+            outcome = measure(classifier, alone, cell, tmp_path / f"{radius:g}-{i}.json", progress=lambda line: None)
+            expected.append(outcome["outcomes"] == FOOLED)
+            answered = probe(classifier, image, options)
+            found.append(answered["points"][0]["broken"])
+            assert answered["attack"]["options"] == {"iterations": 10, "restarts": 2, "seed": 0}
+        assert found == expected
+        assert set(found) == {True, False}
+
+
+def test_an_attack_with_options_is_taken_as_it_is() -> None:
+    def made(attack: str | dict[str, Any]) -> object:
+        ((attack_made, _),) = ProbeOptions(attack=attack, effort="standard", seed=3).attacks(
+            targeted=False, vector=False
         )
-        attack = make_attack("pgd")
-        expected = drive(attack, problem, WhiteBox(classifier, problem)).fooled.tolist()
-        options = ProbeOptions(eps=(eps,), attack="pgd", seconds=600)
-        found = [probe(classifier, image, options)["points"][0]["broken"] for image in images]
-        differ += [one != other for one, other in zip(expected, found, strict=True)]
-        assert any(found)
-        assert not all(found)
-    assert sum(differ) <= 1
+        return attack_made
+
+    assert made("pgd") == make_attack("pgd", {"iterations": 50, "seed": 3})
+    assert made({"name": "pgd"}) == make_attack("pgd", {"iterations": 10, "seed": 3})
+    assert made({"name": "pgd", "iterations": 2, "seed": 5}) == make_attack("pgd", {"iterations": 2, "seed": 5})
+    assert made({"name": "fgsm"}) == make_attack("fgsm")
 
 
 @pytest.mark.parametrize(
