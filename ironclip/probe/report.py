@@ -80,6 +80,16 @@ def warnings(probe: Probe, *, resized: bool | None = None) -> list[dict[str, str
         found["black-box-stronger"] = (
             "Square, which sees no gradient, broke what gradients did not: they mislead here; do not trust robust_to."
         )
+    if not probe.target.adaptive:
+        found["transfer"] = (
+            f"The attack did not see the defence that is served ({probe.target.served.defence.name!r}): what it found "
+            "is transfer, and one that sees it may find more."
+        )
+    if probe.unsteady:
+        found["random"] = (
+            "The same picture was answered differently twice, though nothing was to be drawn anew: something random "
+            "that is not declared is in the decision, and what held may have held by chance."
+        )
     if defence.random and not probe.fresh:
         found["draws-known"] = (
             f"The defence {defence.name!r} draws; attacked were the very draws that are served (seed "
@@ -128,7 +138,7 @@ def result(probe: Probe, *, resized: bool | None = None) -> dict[str, Any]:
         "effort": options.effort,
         "attack": {
             "name": options.attack_name or "+".join(_names(probe)),
-            "adaptive": True,
+            "adaptive": probe.target.adaptive,
             "draws": "fresh" if probe.fresh else "fixed",
             "seed": options.seed,
             **({"options": options.attack_options} if options.attack else {}),

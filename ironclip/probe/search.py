@@ -32,6 +32,8 @@ _UP = 0.7
 _LEAST_L2 = 1 / 255
 # A bracket of L2 radii is narrow enough at this ratio; L-inf ones are whole steps.
 _NARROW = 1.05
+# How far two evaluations of one picture may lie apart, as in AutoAttack's check: a GPU adds up in any order.
+_STEADY = 1e-4
 # The attack's draws begin here for each radius in turn, far from those that judge.
 _FIRST_DRAW = 1
 
@@ -87,6 +89,10 @@ class Clean:
         """Softmax over the names, float64 [K]."""
         return self.outputs.double().softmax(-1)
 
+    def differs(self, again: Tensor) -> bool:
+        """Whether another evaluation says more than sums in another order would: something draws anew each time."""
+        return not torch.allclose(again, self.outputs, rtol=_STEADY, atol=_STEADY)
+
 
 class Probe:
     """Attacks one decision about one picture; advanced by rounds of `asks` and `take`.
@@ -125,11 +131,12 @@ class Probe:
             raise OptionError("The target is the true label itself: leave one of them out.", pointer="/target")
         self._attacks = options.attacks(targeted=target_label is not None, vector=target.free)
         self.clean = Clean(target.answers(picture)[0].cpu())
+        self.unsteady = self.clean.differs(target.answers(picture)[0].cpu())
         self.said = int(self.clean.outputs.argmax()) if target.names else None
         self.aim = Aim(self.said if label is None else label, target_label)
         self.lanes: dict[float, Lane] = {}
         self.gradients = self.forwards = 0
-        self.confirmations = 1  # the clean picture
+        self.confirmations = 2  # the clean picture, twice
         self.exhausted = ""
         self.black_box_won = False
         self._plan = self._stages()
