@@ -94,6 +94,7 @@ class ProbePoint(Closed):
     label: str | None = Field(default=None, description="What that picture is answered with, or nearly so.")
     score: float | None = None
     attack: str | None = Field(default=None, description="The attack that broke it.")
+    part: str | None = Field(default=None, description="Which part of it, where it is AutoAttack.")
 
 
 class ProbeClean(Closed):

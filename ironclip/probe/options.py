@@ -166,7 +166,7 @@ class ProbeOptions:
 
     @property
     def black_box(self) -> Square | None:
-        """What is held against the gradients, if anything."""
+        """What is held against the gradients, if anything: no attack by name, and AutoAttack has its own."""
         queries = EFFORTS[self.effort].square
         return Square(queries, seed=self.seed) if queries and not self.attack else None
 

@@ -41,6 +41,8 @@ def point(probe: Probe, lane: Lane) -> dict[str, Any]:
         form["cosine"] = lowest
     if broken and lane.found_by:
         form["attack"] = lane.found_by
+        if lane.part:
+            form["part"] = lane.part
     return form
 
 

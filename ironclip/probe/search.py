@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ironclip.attacks import Answer, Attack, Run, ThreatModel
+from ironclip.attacks import Answer, Attack, Run, Square, ThreatModel
 from ironclip.attacks.eight_bit import holds_another
 from ironclip.errors import OptionError
 from ironclip.probe.options import ProbeOptions
@@ -56,6 +56,7 @@ class Lane:
         steps, gradients: queries, and those with a gradient (a draw counting as one).
         blind: gradients that were zero everywhere.
         found_by: name of the attack that broke it.
+        part: which part of that, where it is AutoAttack.
         decided: its attacks have once run to their end and failed.
     """
 
@@ -71,6 +72,7 @@ class Lane:
     gradients: int = 0
     blind: int = 0
     found_by: str = ""
+    part: str = ""
     decided: bool = False
 
 
@@ -216,7 +218,9 @@ class Probe:
         if ask.inside:
             self._look(lane, ask, answer)
         if bool(answer.fooled[0]) and ask.inside:
-            lane.state, lane.picture, lane.run = "broken", ask.picture.cpu(), None
+            lane.state, lane.picture, lane.run, lane.part = "broken", ask.picture.cpu(), None, ask.query.part
+            # AutoAttack's own Square comes after its gradients, on what they left standing.
+            self.black_box_won |= lane.part == Square.name
             return
         run.answer(answer)
         if run.done:
@@ -257,6 +261,7 @@ class Probe:
         for smaller, lane in pairwise(lanes):
             if smaller.state == "broken" and lane.state != "broken":
                 lane.state, lane.run, lane.picture, lane.found_by = "broken", None, smaller.picture, smaller.found_by
+                lane.part = smaller.part
                 lane.lowest, lane.said = smaller.lowest, smaller.said
             elif smaller.lowest < lane.lowest and (smaller.state == "broken") == (lane.state == "broken"):
                 lane.lowest, lane.said = smaller.lowest, smaller.said
@@ -308,8 +313,8 @@ class Probe:
         eps = self.robust_to
         if square is not None and not self.target.free and self.aim.target is None and self._threat(eps).eps:
             yield [(eps, [(square, "ce")])]
-            self.black_box_won = self.lanes[eps].state == "broken"
-            while search and self.black_box_won and (radii := self._next_radii()):
+            self.black_box_won |= self.lanes[eps].state == "broken"
+            while search and self.lanes[eps].state == "broken" and (radii := self._next_radii()):
                 yield [(eps, self._attacks) for eps in radii]
 
     def _next_radii(self) -> list[float]:

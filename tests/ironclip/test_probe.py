@@ -401,6 +401,22 @@ def test_masked_gradients_are_found_out(demo: Encoder) -> None:
     assert codes >= {"zero-gradient", "black-box-stronger"}
 
 
+def test_autoattack_says_which_of_its_parts_broke_it(demo: Encoder) -> None:
+    """Square inside AutoAttack is a black box too: where gradients are hidden, the warning comes all the same."""
+    classifier = Classifier(demo, LabelSet.parse(NAMES_OF_SAMPLES), defence=Hidden())
+    attack = {"name": "autoattack", "iterations": 3, "classes": 2, "queries": 1000}
+    codes, parts = set(), set()
+    for name in ("carrot", "umbrella"):
+        found = probe(classifier, sample(demo, name), ProbeOptions(eps=(14,), attack=attack, seconds=120))
+        codes |= {warning["code"] for warning in found["warnings"]}
+        parts |= {point.get("part") for point in found["points"]}
+    assert "square" in parts
+    assert codes >= {"zero-gradient", "black-box-stronger"}
+    seen = probe(Classifier(demo, LabelSet.parse(NAMES_OF_SAMPLES)), sample(demo, "carrot"), ProbeOptions(eps=(14,)))
+    assert seen["points"][0]["part"].startswith("apgd")
+    assert "black-box-stronger" not in {warning["code"] for warning in seen["warnings"]}
+
+
 def test_explicit_radii_are_all_answered(tiny: Encoder) -> None:
     classifier = Classifier(tiny, LabelSet.parse(NAMES))
     radii = tuple(float(eps) for eps in (0, 0.5, *range(1, 20)))
