@@ -201,7 +201,7 @@ def _fields(items: Sequence[tuple[str, str]]) -> dict[str, Any]:
         elif name in fields:
             raise RequestInvalid(f"The field {name[:60]!r} came more than once.")
         else:
-            fields[name] = _object(name, value) if name in ("defence", "tree", "gallery") else value
+            fields[name] = _object(name, value) if name in ("attack", "defence", "tree", "gallery") else value
     templates = fields.get("templates")
     if templates is not None and len(templates) == 1 and "{}" not in templates[0]:
         fields["templates"] = templates[0]  # the name of a list of templates

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eps", nargs="*", type=float, default=[], help="radii (linf: 1/255); default: search")
     parser.add_argument("--max-eps", type=float, default=0.0, help="upper end of the search")
     parser.add_argument("--effort", choices=["quick", "standard", "thorough"], default="quick")
-    parser.add_argument("--attack", default="", help="one attack in place of the effort's")
+    parser.add_argument("--attack", default="", help="in place of the effort's, as --defence: a name, or with options")
     parser.add_argument("--seconds", type=float, default=60.0, help="wall clock at most (default 60)")
     parser.add_argument("--draws", choices=["fixed", "fresh"], default="fixed", help="of a defence that draws")
     parser.add_argument("--seed", type=int, default=0)
@@ -76,7 +76,7 @@ def _probed(arguments: argparse.Namespace) -> dict[str, Any]:
         eps=tuple(arguments.eps),
         max_eps=arguments.max_eps,
         effort=arguments.effort,
-        attack=arguments.attack,
+        attack=_object(arguments.attack, "--attack"),
         seconds=arguments.seconds,
         draws=arguments.draws,
         seed=arguments.seed,

@@ -7,8 +7,10 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from service.answer_schemas import DefenceRef, EncoderRef, LabelSetRef, PreprocessingRef, Problem
-from service.schemas import Closed, ImageText, Options
+from service.schemas import Closed, Defence, ImageText, Options
 
+# Checked by the library, which knows each attack's options; read as a defence is.
+Attack = Defence
 Artefact = Literal["adversarial", "perturbation"]
 
 
@@ -42,7 +44,11 @@ class ProbeFields(Options):
     effort: Literal["quick", "standard", "thorough"] = Field(
         default="quick", description="How hard each radius is attacked."
     )
-    attack: str | None = Field(default=None, description="One attack by name, in place of the effort's.")
+    attack: Attack | None = Field(
+        default=None,
+        description="One attack in place of the effort's: its bare name, with no less than the effort has, or "
+        '`{"name": ..., option: ...}`, taken as it is.',
+    )
     seconds: float = Field(default=10.0, gt=0, description="Wall clock; what is known then is the answer.")
     gradients: int | None = Field(
         default=None,
@@ -91,6 +97,7 @@ class ProbePoint(Closed):
     label: str | None = Field(default=None, description="What that picture is answered with, or nearly so.")
     score: float | None = None
     attack: str | None = Field(default=None, description="The attack that broke it.")
+    part: str | None = Field(default=None, description="Which part of it, where it is AutoAttack.")
 
 
 class ProbeClean(Closed):

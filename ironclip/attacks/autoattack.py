@@ -71,7 +71,7 @@ class AutoAttack:
                     left = ~fooled
                     images[left] = stop.value[left]
                     break
-                answer = yield replace(query, step=step)
+                answer = yield replace(query, step=step, part=part.name)
                 step += 1
                 inside = problem.threat.contains(problem.images[query.items], query.pixels)
                 new = answer.fooled & inside & ~fooled[query.items]

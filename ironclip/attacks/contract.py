@@ -27,6 +27,7 @@ class Query:
         objective: what is to be raised.
         gradient: whether the objective's gradient is wanted.
         step: counts up; a random model draws anew for each.
+        part: name of the attack that asks, where it is one of several that are run as one.
     """
 
     pixels: Tensor
@@ -34,6 +35,7 @@ class Query:
     objective: Objective
     gradient: bool
     step: int
+    part: str = ""
 
 
 @dataclass(frozen=True)

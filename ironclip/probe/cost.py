@@ -73,7 +73,7 @@ def estimate(
     gradients = draws * radii * each.gradients
     asked = radii * each.all + beside
     one = passes(defence, 1, 1)
-    whole = passes(defence, (draws + judges) * asked + 1, gradients)  # and the picture as it is
+    whole = passes(defence, (draws + judges) * asked + 2, gradients)  # and the picture as it is, twice
     return {
         "gradients_at_most": min(options.budget, gradients),
         "tower_passes_at_most": min(options.budget * one, whole),

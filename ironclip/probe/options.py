@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -56,7 +57,9 @@ class ProbeOptions:
         eps: radii to try; if empty, the smallest breaking one is searched.
         max_eps: upper end of the search; 0 takes 16 for `linf`, 8 for `l2`.
         effort: how hard each radius is attacked.
-        attack: a name of ATTACKS in place of the effort's own attacks.
+        attack: a name of ATTACKS in place of the effort's own attacks, with no less than the effort has; or a mapping
+            with ``name`` and options, ``{"name": "pgd", "iterations": 10}``, which is taken as it is: what it does not
+            name is the attack's own default, as in `make_attack` and ``python -m training evaluate``.
         seconds: of work at most; what is known then is the answer.
         gradients: work at most, in gradient steps: when a probe has made as many forwards and backwards as so many of
             them take (a query without a gradient is a third of one, a draw counts as a query), no further round of
@@ -73,7 +76,7 @@ class ProbeOptions:
     eps: tuple[float, ...] = ()
     max_eps: float = 0.0
     effort: EffortName = "quick"
-    attack: str = ""
+    attack: str | Mapping[str, Any] = ""
     seconds: float = 10.0
     gradients: int = 0
     draws: Draws = "fixed"
@@ -97,10 +100,7 @@ class ProbeOptions:
         _between("seconds", self.seconds, 0.01, 86_400)
         _between("gradients", self.gradients, 0, 10**9)
         _between("seed", self.seed, 0, 2**53)
-        if self.attack and self.attack not in ATTACKS:
-            raise OptionError(
-                f"There is no attack {self.attack[:60]!r}; there are: {', '.join(ATTACKS)}.", pointer="/attack"
-            )
+        _checked_attack(self.attack)
 
     @property
     def unit(self) -> str:
@@ -122,6 +122,11 @@ class ProbeOptions:
         """Work at most, in gradient steps."""
         return self.gradients or EFFORTS[self.effort].gradients
 
+    @property
+    def attack_name(self) -> str:
+        """Name of the one attack that is asked for; "" where the effort chooses."""
+        return self.attack if isinstance(self.attack, str) else str(self.attack["name"])
+
     def attacks(self, *, targeted: bool, vector: bool) -> list[tuple[Attack, str]]:
         """The attacks on one radius in their order, each with the objective that its problem is given.
 
@@ -133,14 +138,14 @@ class ProbeOptions:
             OptionError: the attack asked for cannot.
         """
         effort, free = EFFORTS[self.effort], targeted or vector
-        if self.attack:
-            if free and self.attack not in FREE_ATTACKS:
+        if name := self.attack_name:
+            if free and name not in FREE_ATTACKS:
                 raise OptionError(
-                    f"The attack {self.attack!r} chooses its own objective; for a target or an embedding use one of "
+                    f"The attack {name!r} chooses its own objective; for a target or an embedding use one of "
                     f"{', '.join(FREE_ATTACKS)}.",
                     pointer="/attack",
                 )
-            return [(make_attack(self.attack, self.attack_options), "ce")]
+            return [(make_attack(name, self.attack_options), "ce")]
         if free:
             apgd = APGD("own", effort.iterations, restarts=effort.classes, seed=self.seed)
             return [(apgd, "ce")] if vector else [(apgd, "ce"), (apgd, "margin")]
@@ -149,16 +154,20 @@ class ProbeOptions:
 
     @property
     def attack_options(self) -> dict[str, Any]:
-        """Options of an attack that is asked for by name: its own, and no less than the effort has."""
-        own: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(make_attack(self.attack))}  # type: ignore[arg-type]
+        """Options of the one attack asked for: as they are given, else its own and no less than the effort has."""
+        given = {} if isinstance(self.attack, str) else {k: v for k, v in self.attack.items() if k != "name"}
+        fields = dataclasses.fields(make_attack(self.attack_name, given))  # type: ignore[arg-type]
+        own: dict[str, Any] = {field.name: field.default for field in fields}
+        seed = {"seed": self.seed} if "seed" in own else {}
+        if not isinstance(self.attack, str):
+            return seed | given
         effort = EFFORTS[self.effort]
         least = {"iterations": effort.iterations, "classes": effort.classes, "queries": effort.queries}
-        options: dict[str, Any] = {name: max(own[name], most) for name, most in least.items() if name in own}
-        return options | ({"seed": self.seed} if "seed" in own else {})
+        return {name: max(own[name], most) for name, most in least.items() if name in own} | seed
 
     @property
     def black_box(self) -> Square | None:
-        """What is held against the gradients, if anything."""
+        """What is held against the gradients, if anything: no attack by name, and AutoAttack has its own."""
         queries = EFFORTS[self.effort].square
         return Square(queries, seed=self.seed) if queries and not self.attack else None
 
@@ -166,6 +175,27 @@ class ProbeOptions:
     def draws_a_step(self) -> int:
         """Draws averaged in one step against fresh ones."""
         return EFFORTS[self.effort].draws
+
+
+def _checked_attack(attack: object) -> None:
+    """Raise OptionError, pointing to it, for what names no attack or gives it options that it does not take."""
+    if attack == "":
+        return
+    options: dict[Any, Any] = {}
+    name = attack
+    if isinstance(attack, Mapping):
+        options = dict(attack)
+        name = options.pop("name", None)
+        if not isinstance(name, str):
+            raise OptionError('An attack is a name or {"name": ..., option: ...}.', pointer="/attack/name")
+    elif not isinstance(attack, str) or attack not in ATTACKS:
+        known = ", ".join(ATTACKS)
+        raise OptionError(f"There is no attack {str(attack)[:60]!r}; there are: {known}.", pointer="/attack")
+    try:
+        make_attack(name, options)
+    except OptionError as error:
+        error.pointer = error.pointer or "/attack"
+        raise
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:

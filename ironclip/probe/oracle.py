@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ironclip.attacks import Answer, Problem, Query
-from ironclip.attacks.eight_bit import in_8_bits
+from ironclip.attacks.eight_bit import in_8_bits, inside_8_bits
 from ironclip.attacks.whitebox import as_found
 from ironclip.classifier import Classifier
 from ironclip.precision import exact_float32
@@ -33,6 +33,8 @@ class Ask:
         original: uint8 [3, R, R], the picture that is attacked.
         query: one row.
         seeds: draws to average over; empty for the draws that are served.
+        inside: whether the picture in 8 bits is within the radius: FAB looks beyond it, and that breaks nothing.
+        said: where it was fooled, what most of the served decisions that were fooled say, as a position.
         confirmations: decisions of what is served that were asked for.
     """
 
@@ -42,15 +44,19 @@ class Ask:
     query: Query
     seeds: tuple[int, ...] = ()
     picture: Tensor = field(init=False)
+    inside: bool = field(init=False)
     losses: list[Tensor] = field(default_factory=list, init=False)
     outputs: list[Tensor] = field(default_factory=list, init=False)
     gradients: list[Tensor] = field(default_factory=list, init=False)
     served: Tensor | None = field(default=None, init=False)
+    said: int | None = field(default=None, init=False)
     confirmations: int = field(default=0, init=False)
     _fooled: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.picture = in_8_bits(self.query.pixels[:1], self.original[None], self.problem.threat)[0]
+        pictures = in_8_bits(self.query.pixels[:1], self.original[None], self.problem.threat)
+        self.picture = pictures[0]
+        self.inside = bool(inside_8_bits(pictures, self.original[None], self.problem.threat)[0])
 
     def confirm(self) -> Iterator[None]:
         """Where all draws together were fooled, ask the served decision, a decision at a time."""
@@ -67,6 +73,8 @@ class Ask:
             self.served = torch.stack(answers).mean(0)
             votes = torch.stack([self.problem.fooled(one, self.query.items) & self._says_so(one) for one in answers])
             fooled = (votes.float().mean() > 0.5).reshape(1)
+            if bool(fooled[0]) and self.target.names:
+                self.said = _by_most(torch.cat(answers)[votes.flatten()])
         self._fooled = fooled
 
     def answer(self) -> Answer:
@@ -86,6 +94,16 @@ class Ask:
         if self.problem.labels is not None:
             return said != self.problem.labels
         return torch.ones_like(said, dtype=torch.bool)
+
+
+def _by_most(outputs: Tensor) -> int:
+    """What most of several decisions say, [n, K] -> a position; of those as many say, the likelier one.
+
+    Their mean is no decision: it can name what none of them says, the true label too.
+    """
+    votes = torch.bincount(outputs.argmax(1), minlength=outputs.shape[1])
+    # A mean of probabilities is at most 1: it tells apart those of as many votes.
+    return int((votes + outputs.double().softmax(1).mean(0) / 2).argmax())
 
 
 @dataclass(frozen=True)

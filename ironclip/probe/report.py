@@ -37,8 +37,10 @@ def point(probe: Probe, lane: Lane) -> dict[str, Any]:
             form |= {"label": probe.target.names[lane.said[0]], "score": _short(lane.said[1])}
     else:
         form["cosine"] = lowest
-    if broken:
+    if broken and lane.found_by:
         form["attack"] = lane.found_by
+        if lane.part:
+            form["part"] = lane.part
     return form
 
 
@@ -78,6 +80,16 @@ def warnings(probe: Probe, *, resized: bool | None = None) -> list[dict[str, str
         found["black-box-stronger"] = (
             "Square, which sees no gradient, broke what gradients did not: they mislead here; do not trust robust_to."
         )
+    if not probe.target.adaptive:
+        found["transfer"] = (
+            f"The attack did not see the defence that is served ({probe.target.served.defence.name!r}): what it found "
+            "is transfer, and one that sees it may find more."
+        )
+    if probe.unsteady:
+        found["random"] = (
+            "The same picture was answered differently twice, though nothing was to be drawn anew: something random "
+            "that is not declared is in the decision, and what held may have held by chance."
+        )
     if defence.random and not probe.fresh:
         found["draws-known"] = (
             f"The defence {defence.name!r} draws; attacked were the very draws that are served (seed "
@@ -92,7 +104,8 @@ def warnings(probe: Probe, *, resized: bool | None = None) -> list[dict[str, str
         found["unfinished"] = f"The probe ended early ({probe.exhausted}): radii in state unknown were not decided."
     if any(0 < eps * options.scale * 255 < 1 for eps in options.eps):
         found["below-one-step"] = (
-            "A radius below 1/255 holds no other picture of 8 bits, so nothing was found there by construction."
+            "A radius below 1/255 holds no other picture of 8 bits: nothing was attacked there, and what it came to is "
+            "of the picture as it is."
         )
     if resized:
         found["resized"] = (
@@ -124,8 +137,8 @@ def result(probe: Probe, *, resized: bool | None = None) -> dict[str, Any]:
         "broken_at": _short(broken) if broken is not None else None,
         "effort": options.effort,
         "attack": {
-            "name": options.attack or "+".join(_names(probe)),
-            "adaptive": True,
+            "name": options.attack_name or "+".join(_names(probe)),
+            "adaptive": probe.target.adaptive,
             "draws": "fresh" if probe.fresh else "fixed",
             "seed": options.seed,
             **({"options": options.attack_options} if options.attack else {}),

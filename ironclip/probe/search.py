@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from ironclip.attacks import Answer, Attack, Run, ThreatModel
+from ironclip.attacks import Answer, Attack, Run, Square, ThreatModel
+from ironclip.attacks.eight_bit import holds_another
 from ironclip.errors import OptionError
 from ironclip.probe.cost import passes
 from ironclip.probe.options import ProbeOptions
@@ -25,6 +27,8 @@ from ironclip.probe.target import Aim, Target, VectorTarget
 
 # Radii of a given list that are attacked at the same time.
 LISTED = 8
+# How far two evaluations of one picture may lie apart, as in AutoAttack's check: a GPU adds up in any order.
+_STEADY = 1e-4
 # The attack's draws begin here for each radius in turn, far from those that judge.
 _FIRST_DRAW = 1
 
@@ -47,6 +51,7 @@ class Lane:
         steps, gradients: queries, and those with a gradient (a draw counting as one).
         blind: gradients that were zero everywhere.
         found_by: name of the attack that broke it.
+        part: which part of that, where it is AutoAttack.
         decided: its attacks have once run to their end and failed.
     """
 
@@ -62,6 +67,7 @@ class Lane:
     gradients: int = 0
     blind: int = 0
     found_by: str = ""
+    part: str = ""
     decided: bool = False
 
 
@@ -74,6 +80,10 @@ class Clean:
     def scores(self) -> Tensor:
         """Softmax over the names, float64 [K]."""
         return self.outputs.double().softmax(-1)
+
+    def differs(self, again: Tensor) -> bool:
+        """Whether another evaluation says more than sums in another order would: something draws anew each time."""
+        return not torch.allclose(again, self.outputs, rtol=_STEADY, atol=_STEADY)
 
 
 class Probe:
@@ -113,11 +123,12 @@ class Probe:
             raise OptionError("The target is the true label itself: leave one of them out.", pointer="/target")
         self._attacks = options.attacks(targeted=target_label is not None, vector=target.free)
         self.clean = Clean(target.answers(picture)[0].cpu())
+        self.unsteady = self.clean.differs(target.answers(picture)[0].cpu())
         self.said = int(self.clean.outputs.argmax()) if target.names else None
         self.aim = Aim(self.said if label is None else label, target_label)
         self.lanes: dict[float, Lane] = {}
         self.gradients = self.forwards = 0
-        self.confirmations = 1  # the clean picture
+        self.confirmations = 2  # the clean picture, twice
         self.exhausted = ""
         self.black_box_won = False
         self._plan = self._stages()
@@ -200,9 +211,12 @@ class Probe:
             lane.gradients += draws
             self.gradients += draws
             lane.blind += int(not bool(answer.gradient.any()))
-        self._look(lane, ask, answer)
-        if bool(answer.fooled[0]):
-            lane.state, lane.picture, lane.run = "broken", ask.picture.cpu(), None
+        if ask.inside:
+            self._look(lane, ask, answer)
+        if bool(answer.fooled[0]) and ask.inside:
+            lane.state, lane.picture, lane.run, lane.part = "broken", ask.picture.cpu(), None, ask.query.part
+            # AutoAttack's own Square comes after its gradients, on what they left standing.
+            self.black_box_won |= lane.part == Square.name
             return
         run.answer(answer)
         if run.done:
@@ -218,9 +232,8 @@ class Probe:
             scores = outputs.double().softmax(-1)
             score = float(scores[self.aim.label])
             rest = scores.clone()
-            if not bool(answer.fooled[0]):
-                rest[self.aim.label] = -1
-            best = self.aim.target if self.aim.target is not None and bool(answer.fooled[0]) else int(rest.argmax())
+            rest[self.aim.label] = -1
+            best = ask.said if ask.said is not None else int(rest.argmax())
             said = (best, float(scores[best]))
         if bool(answer.fooled[0]) or score < lane.lowest:
             lane.lowest, lane.said = score, said
@@ -244,6 +257,7 @@ class Probe:
         for smaller, lane in pairwise(lanes):
             if smaller.state == "broken" and lane.state != "broken":
                 lane.state, lane.run, lane.picture, lane.found_by = "broken", None, smaller.picture, smaller.found_by
+                lane.part = smaller.part
                 lane.lowest, lane.said = smaller.lowest, smaller.said
             elif smaller.lowest < lane.lowest and (smaller.state == "broken") == (lane.state == "broken"):
                 lane.lowest, lane.said = smaller.lowest, smaller.said
@@ -254,18 +268,32 @@ class Probe:
             for eps, attacks in radii:
                 lane = self.lanes.get(eps)
                 if lane is None:
-                    lane = self.lanes[eps] = Lane(eps, ThreatModel(self.options.norm, eps * self.options.scale), [])
+                    lane = self.lanes[eps] = Lane(eps, self._threat(eps), [])
                 if lane.state != "broken":
                     lane.left = list(attacks)
                     self._begin(lane)
             return True
         return False
 
+    def _threat(self, eps: float) -> ThreatModel:
+        """The ball of a radius; of one that holds no other picture of 8 bits the picture alone, asked about once."""
+        threat = ThreatModel(self.options.norm, eps * self.options.scale)
+        return threat if holds_another(threat) else ThreatModel(self.options.norm, 0.0)
+
+    def _broken_unattacked(self, eps: float) -> Lane:
+        """A radius that is broken by the picture as it is."""
+        scores, label, said = self.clean.scores(), self.aim.label, self.said
+        assert label is not None
+        assert said is not None
+        named = (said, float(scores[said]))
+        return Lane(eps, self._threat(eps), [], "broken", lowest=float(scores[label]), said=named)
+
     def _stages(self) -> Iterator[list[tuple[float, list[tuple[Attack, str]]]]]:
         """Radii to attack side by side, chosen by what is known when the stage before has ended."""
-        if self.wrong_as_it_is:
-            return
         given = sorted(set(self.options.eps))
+        if self.wrong_as_it_is:
+            self.lanes = {eps: self._broken_unattacked(eps) for eps in given}
+            return
         search = not given
         for start in range(0, len(given), LISTED):
             if self.broken_at is None:
@@ -278,11 +306,11 @@ class Probe:
             while radii := self._next_radii():
                 yield [(eps, self._attacks) for eps in radii]
         square = self.options.black_box
-        if square is not None and not self.target.free and self.aim.target is None and self.robust_to:
-            eps = self.robust_to
+        eps = self.robust_to
+        if square is not None and not self.target.free and self.aim.target is None and self._threat(eps).eps:
             yield [(eps, [(square, "ce")])]
-            self.black_box_won = self.lanes[eps].state == "broken"
-            while search and self.black_box_won and (radii := self._next_radii()):
+            self.black_box_won |= self.lanes[eps].state == "broken"
+            while search and self.lanes[eps].state == "broken" and (radii := self._next_radii()):
                 yield [(eps, self._attacks) for eps in radii]
 
     def _next_radii(self) -> list[float]:

@@ -50,6 +50,11 @@ class Target:
         """Whether attacks must take the problem's own objective."""
         return False
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether the attack goes through the very defence that is served; if not, what it finds is transfer."""
+        return self.attacked.defence == self.served.defence
+
     def outputs(self, classifier: Classifier, features: Tensor) -> Tensor:
         """Features of the views [n, views, dim] -> logits [n, K]."""
         if not self.level:

@@ -5,7 +5,7 @@ import { drawCurve, keyOf } from "./curve.js";
 import { el, svg } from "./dom.js";
 import { Figures } from "./figures.js";
 import { FIRST_EPS } from "./state.js";
-import { count, percent, reading, standing, trim, verdict } from "./words.js";
+import { count, percent, reading, standing, trim, undecided, verdict } from "./words.js";
 
 const EMPTY = { clean: null, label: null, points: [], robustTo: null, brokenAt: null, latest: null, status: null };
 
@@ -179,7 +179,8 @@ function scoreOf(clean, label) {
 }
 
 function numbersRow(point) {
-  const cells = [trim(point.eps), point.label ?? "", percent(point.score ?? 0), percent(point.score_of_label)];
-  const row = [...cells, point.steps ?? ""].map((text) => el("td", {}, String(text)));
-  return el("tr", { class: point.broken ? "broken" : null }, ...row);
+  // What an attack that still runs, or was cut short, has come to so far is no answer.
+  const says = undecided(point) ? ["not decided", percent(null)] : [point.label ?? "–", percent(point.score)];
+  const cells = [trim(point.eps), ...says, percent(point.score_of_label), point.steps ?? ""];
+  return el("tr", { class: point.broken ? "broken" : null }, ...cells.map((text) => el("td", {}, String(text))));
 }

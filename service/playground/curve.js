@@ -1,7 +1,7 @@
 // The curve of one probe: the true label's score against eps. Drawn anew from the data each time; it is small.
 
 import { svg } from "./dom.js";
-import { budget, percent, trim } from "./words.js";
+import { budget, percent, trim, undecided } from "./words.js";
 
 const HEIGHT = 216;
 const MARGIN = { top: 22, right: 14, bottom: 36, left: 46 };
@@ -36,10 +36,11 @@ export function drawCurve(element, data) {
   element.dataset.points = data.points.length;
 }
 
-/** The points of a curve from eps 0 on, as far as the axis goes. */
+/** The points of a curve from eps 0 on, as far as the axis goes; a radius without a score so far has none. */
 function path(data, maxEps) {
-  const start = data.clean === null || data.clean === undefined ? [] : [{ eps: 0, score_of_label: data.clean }];
-  return [...start, ...data.points.filter((point) => point.eps > 0 && point.eps <= maxEps)];
+  const start = { eps: 0, score_of_label: data.clean ?? null };
+  const points = data.points.filter((point) => point.eps > 0 && point.eps <= maxEps);
+  return [start, ...points].filter((point) => Number.isFinite(point.score_of_label));
 }
 
 function zones(plot, { robustTo, brokenAt, points }) {
@@ -110,13 +111,15 @@ function markers(plot, data) {
   return path(data, plot.maxEps).map((point) => {
     const x = plot.x(point.eps);
     const y = plot.y(point.score_of_label);
-    const kind = `point ${point.broken ? "broken" : "held"}${point.eps === data.latest ? " latest" : ""}`;
+    const state = point.broken ? "broken" : undecided(point) ? "open" : "held";
+    const kind = `point ${state}${point.eps === data.latest ? " latest" : ""}`;
     const shape = point.broken
       ? svg("path", { class: kind, d: `M${x} ${y - 6}L${x + 6} ${y}L${x} ${y + 6}L${x - 6} ${y}Z` })
       : svg("circle", { class: kind, cx: x, cy: y, r: 4 });
     const said = point.eps === 0 ? "the picture as it is" : budget(point.eps);
     const fooled = point.broken && point.label ? `, says ${point.label}` : "";
-    shape.append(svg("title", {}, `${said}: ${percent(point.score_of_label)}${fooled}`));
+    const open = state === "open" ? ", not decided" : "";
+    shape.append(svg("title", {}, `${said}: ${percent(point.score_of_label)}${fooled}${open}`));
     return shape;
   });
 }
@@ -125,5 +128,7 @@ function describe({ name, maxEps, points, robustTo, brokenAt }) {
   const axis = `Curve of ${name}: score of the true label for eps from 0 to ${budget(maxEps)}.`;
   if (!points.length) return `${axis} No attack yet.`;
   const end = brokenAt === null || brokenAt === undefined ? "not fooled so far" : `fooled at ${budget(brokenAt)}`;
-  return `${axis} ${points.length} points; held up to ${budget(robustTo ?? 0)}, ${end}.`;
+  const open = points.filter(undecided).length;
+  const count = `${points.length} points${open ? ` (${open} not decided)` : ""}`;
+  return `${axis} ${count}; held up to ${budget(robustTo ?? 0)}, ${end}.`;
 }

@@ -3,8 +3,8 @@
 import * as api from "./api.js";
 
 const TYPES = ["started", "point", "progress", "artefacts", "done", "failed", "cancelled"];
-// A stream that breaks is taken up again by the browser, and the service sends all events anew; this often without any
-// event in between, and it is given up.
+// A stream that breaks is taken up again behind its last event; this often without any event in between, and it is given
+// up.
 const MOST_BREAKS = 4;
 
 /**
@@ -82,13 +82,17 @@ function follow({ id, events }, signal, onEvent) {
 }
 
 async function lastWord(id, onEvent) {
-  const state = await api.probe(id);
+  const state = await api.probe(id).catch((error) => {
+    api.cancelProbe(id);
+    throw error;
+  });
   if (state.result) {
     onEvent("done", state.result);
     return "done";
   }
   if (state.error) throw api.Problem.from(state.error);
   if (state.status === "cancelled") return "cancelled";
+  api.cancelProbe(id); // nobody follows it any more: it would only keep its place and its points
   throw new api.Problem(0, "", "The stream of events broke off, and the probe has not ended. Attack again.");
 }
 

@@ -23,6 +23,11 @@ export function count(number, noun) {
   return `${Math.round(number).toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 }
 
+/** Whether a radius is neither held nor broken: its attack runs, waits, or was cut short. */
+export function undecided(point) {
+  return point.state === "waiting" || point.state === "running" || point.state === "unknown";
+}
+
 /**
  * The outcome of a probe in one plain sentence.
  *

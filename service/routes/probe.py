@@ -17,11 +17,12 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from ironclip.attacks import make_attack
 from ironclip.classifier import Classifier
 from ironclip.defences import Defence
-from ironclip.errors import NotReady, OptionError
+from ironclip.errors import NotReady, OptionError, shown
 from ironclip.probe import Probe, ProbeOptions, Target, VectorTarget, estimate, lanes_for, position
-from ironclip.probe.cost import passes
+from ironclip.probe.cost import passes, queries_of
 from service.answers import Item
 from service.decisions import Plan
 from service.errors import ProbeNotFound, RequestInvalid
@@ -280,7 +281,7 @@ def probe_options(fields: ProbeFields, settings: Settings) -> ProbeOptions:
         eps=tuple(fields.eps or ()),
         max_eps=fields.max_eps or 0.0,
         effort=fields.effort,
-        attack=fields.attack or "",
+        attack="" if fields.attack is None else fields.attack,
         seconds=fields.seconds,
         gradients=fields.gradients or 0,
         draws=fields.draws,
@@ -294,7 +295,22 @@ def probe_options(fields: ProbeFields, settings: Settings) -> ProbeOptions:
             pointer="/seconds",
             limit=limit,
         )
+    _check_steps(options, settings.probe_max_gradients)
     return options
+
+
+def _check_steps(options: ProbeOptions, limit: int) -> None:
+    """Raise OptionError for an attack whose options ask for more queries about one radius than a probe may make."""
+    if isinstance(options.attack, str):
+        return  # what an effort makes of it ends with the budget
+    steps = queries_of(make_attack(options.attack_name, options.attack_options)).all
+    if steps > limit:
+        raise OptionError(
+            f"{shown(steps)} steps are asked for at each radius, at most {limit} are allowed here "
+            "(IRONCLIP_PROBE_MAX_GRADIENTS).",
+            pointer="/attack",
+            limit=limit,
+        )
 
 
 def within_limit(options: ProbeOptions, fields: ProbeFields, defence: Defence, settings: Settings) -> ProbeOptions:

@@ -142,6 +142,19 @@ def test_the_adversarial_picture_gives_its_label_to_classify(client: httpx.Clien
     assert sum(broken) >= 40
 
 
+def test_an_attack_with_options_is_run_as_it_is(client: httpx.Client) -> None:
+    attack = {"name": "pgd", "iterations": 3}
+    found = ask(client, 50, eps=[1], attack=attack).json()
+    assert found["attack"] == found["attack"] | {"name": "pgd", "options": {"iterations": 3, "seed": 0}}
+    assert found["cost"]["gradients"] <= 3  # by its bare name it makes the effort's twenty
+    form = {"labels": LABELS, "eps": ["1"], "attack": json.dumps(attack)}
+    sent = client.post("/attack-probe", data=form, files={"image": picture(50)})
+    assert sent.status_code == 200, sent.text
+    assert sent.json()["points"] == found["points"]
+    whole = ask(client, 50, attack={"name": "pgd", "iterations": 7, "restarts": 2}, dry_run=True).json()
+    assert whole["dry_run"]["steps_a_radius_at_most"] == 14
+
+
 def test_many_at_once_find_what_each_finds_alone(client: httpx.Client) -> None:
     options = {"eps": [3, 6, 12], "seconds": 60, "attack": "apgd-ce"}
     alone = {seed: ended(client, start(client, seed, **options))["result"]["points"] for seed in (700, 707)}
@@ -252,6 +265,12 @@ def test_classifications_and_probes_leave_each_other_room(client: httpx.Client) 
         ({"target": "zebra"}, 422, "/target"),
         ({"attack": "deepfool"}, 422, "/attack"),
         ({"attack": "square", "target": "boat"}, 422, "/attack"),
+        ({"attack": {"name": "square"}, "target": "boat"}, 422, "/attack"),
+        ({"attack": {"name": "pgd", "steps": 3}}, 422, "/attack"),
+        ({"attack": {"name": "pgd", "iterations": 0}}, 422, "/attack"),
+        ({"attack": {"name": "square", "queries": 10**9}}, 422, "/attack"),
+        ({"attack": {"name": "pgd", "iterations": 10**6, "restarts": 10**60}}, 422, "/attack"),
+        ({"attack": {}}, 422, "/attack/name"),
         ({"tree": TREE, "level": "sort"}, 422, "/level"),
         ({"defence": {"name": "cola", "views": 99}}, 422, "/defence"),
         ({"norm": "l1"}, 422, "/norm"),

@@ -47,9 +47,10 @@ def test_it_prints_a_curve_and_writes_pictures(
 
 def test_json_for_scripts_and_a_vector(image: Path, tiny_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["probe", str(image), "--embedding", "--encoder", str(tiny_artifact), "--cosine-below", "0.9", "--json"]
-    assert main([*command, "--eps", "60"]) == 0
+    assert main([*command, "--eps", "60", "--attack", '{"name": "pgd", "iterations": 30}']) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["objective"] == "embedding"
+    assert found["attack"]["options"] == {"iterations": 30, "seed": 0}
     assert found["points"][0]["cosine"] < 0.9
 
 

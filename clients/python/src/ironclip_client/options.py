@@ -103,7 +103,7 @@ class ProbeOptions(DecisionOptions, total=False):
         eps: radii, in 1/255 for `linf`; the smallest that breaks is searched if not given.
         max_eps: upper end of that search.
         effort: how hard each radius is attacked.
-        attack: one attack by name, in place of the effort's.
+        attack: one attack in place of the effort's: its name, or `{"name": ..., option: ...}`, taken as it is.
         seconds: wall clock of the probe, 10 if not given; what is known then is the answer.
         gradients: work at most, in gradient steps; a query without a gradient is a third of one.
         draws: of a defence that draws: those that are served, or new ones each time.
@@ -122,7 +122,7 @@ class ProbeOptions(DecisionOptions, total=False):
     eps: Sequence[float]
     max_eps: float
     effort: Literal["quick", "standard", "thorough"]
-    attack: str
+    attack: str | Mapping[str, Any]
     seconds: float
     gradients: int
     draws: Literal["fixed", "fresh"]

@@ -36,6 +36,7 @@ class ProbePoint:
     label: str | None = None
     score: float | None = None
     attack: str | None = None
+    part: str | None = None
     raw: Mapping[str, Any] = raw_field()
 
 
