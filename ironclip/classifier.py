@@ -126,7 +126,7 @@ class Classifier(nn.Module):
 
     def reseeded(self, seed: int) -> Classifier:
         """The same decision with other draws of the defence; shares everything with this one."""
-        return self.under(self.defence.reseeded(seed))
+        return self._with(self.defence.reseeded(seed))
 
     def under(self, defence: Defence) -> Classifier:
         """The same decision under a defence that prepares the labels alike; shares everything with this one.
@@ -138,6 +138,9 @@ class Classifier(nn.Module):
             return self
         if defence.preparation() != self.defence.preparation():
             raise ValueError("the defence prepares the labels otherwise")
+        return self._with(defence)
+
+    def _with(self, defence: Defence) -> Classifier:
         other = copy.copy(self)
         other.defence = defence
         return other

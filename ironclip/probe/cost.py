@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ironclip.attacks import APGD, APGDT, FAB, FGSM, PGD, Attack, AutoAttack, Square
+from ironclip.attacks import APGD, APGDT, FAB, FGSM, PGD, Attack, AutoAttack, Square, ThreatModel
+from ironclip.attacks.eight_bit import holds_another
 from ironclip.defences import Defence
 from ironclip.probe.options import EFFORTS, ProbeOptions
 from ironclip.probe.radii import most_radii
@@ -70,8 +71,10 @@ def estimate(
     fresh = options.draws == "fresh" and defence.random
     draws, judges = (EFFORTS[options.effort].draws, len(UNSEEN)) if fresh else (1, 1)
     radii = most_radii(options, lanes)
-    gradients = draws * radii * each.gradients
-    asked = radii * each.all + beside
+    # Where there is no other picture of 8 bits, the one that there is is asked about once.
+    alone = sum(not holds_another(ThreatModel(options.norm, eps * options.scale)) for eps in set(options.eps))
+    gradients = draws * (radii - alone) * each.gradients
+    asked = (radii - alone) * each.all + alone + beside
     one = passes(defence, 1, 1)
     whole = passes(defence, (draws + judges) * asked + 2, gradients)  # and the picture as it is, twice
     return {

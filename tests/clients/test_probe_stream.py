@@ -31,8 +31,15 @@ from tests.clients.gateway import Fault, Gateway
 
 LABELS = ["carrot", "rocket", "cat face"]
 EVENTS = "/events"
-# Goes on until it is cancelled or its time is up.
-LONG: dict[str, Any] = {"eps": [0.01, 0.02], "effort": "thorough", "seconds": 30.0, "gradients": 200_000}
+# Goes on until it is cancelled or its time is up: no cosine is ever so low.
+LONG: dict[str, Any] = {
+    "objective": "embedding",
+    "cosine_below": -1,
+    "eps": [1],
+    "attack": {"name": "pgd", "iterations": 100_000},
+    "seconds": 30.0,
+    "gradients": 200_000,
+}
 
 
 def until(state: Callable[[], ProbeStanding], status: str) -> None:

@@ -73,7 +73,7 @@ def test_no_search_tries_more_radii_than_is_said(norm: Any, tops: tuple[float, .
     assert most_radii(ProbeOptions(eps=(1.0, 2.0, 2.0)), lanes) == 2
 
 
-@pytest.mark.parametrize("options", [ProbeOptions(eps=(0.2, 0.4)), ProbeOptions(attack="square", max_eps=2)])
+@pytest.mark.parametrize("options", [ProbeOptions(eps=(0.5, 1, 2)), ProbeOptions(attack="square", max_eps=2)])
 @pytest.mark.parametrize("defence", ["none", "cola"])
 def test_a_probe_keeps_to_what_it_was_said_to_cost(options: ProbeOptions, defence: str) -> None:
     made = make_defence(defence)
