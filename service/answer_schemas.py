@@ -161,6 +161,7 @@ class LabelSetList(Closed):
     """The answer of `GET /label-sets`."""
 
     label_sets: list[LabelSetSummary]
+    next: str | None = Field(default=None, description="Path of the sets behind these, where `limit` left some out.")
 
 
 class LabelSetStored(LabelSetSummary):

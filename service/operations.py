@@ -106,7 +106,7 @@ OPERATIONS: dict[str, Operation] = {
     "embed": Operation(
         ref("EmbedResponse"), _READS, "EmbedRequest", schemas.EmbedOptions, headers=_CACHED, parameters=_TIMEOUT
     ),
-    "listLabelSets": Operation(ref("LabelSetList"), (500, 503)),
+    "listLabelSets": Operation(ref("LabelSetList"), (422, 500, 503)),
     "getLabelSet": Operation(
         ref("LabelSetStored"), (404, 500, 503), gives=(200, 304), headers=_ETAG, parameters=[_KNOWN]
     ),

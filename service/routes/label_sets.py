@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -24,16 +25,29 @@ from service.routes.common import (
     service_of,
 )
 from service.schemas import LabelSetDocument
+from service.settings import NAME_PATTERN
 
 router = APIRouter(tags=["label sets"])
 
+Limit = Annotated[int | None, Query(ge=1, le=1000, description="Sets in one answer; all of them if not given.")]
+Cursor = Annotated[str | None, Query(pattern=NAME_PATTERN, description="Where to go on, as `next` has it.")]
+
 
 @router.get("/label-sets", operation_id="listLabelSets", summary="List the label sets")
-async def list_label_sets(request: Request) -> Response:
-    """Every label set that the caller's tenant has registered, and those that ship with the service."""
+async def list_label_sets(request: Request, limit: Limit = None, cursor: Cursor = None) -> Response:
+    """Every label set that the caller's tenant has registered, and those that ship with the service, by name.
+
+    With `limit` that many, and `next` is the path of those behind them, as long as there are any. What is registered or
+    deleted meanwhile moves nobody from one page to another.
+    """
     sets = await service_of(request).label_sets.names(tenant=caller_of(request).tenant)
-    rows = [{"name": name, "digest": digest, "read_only": fixed} for name, digest, fixed in sets]
-    return json_response({"label_sets": rows})
+    if cursor is not None:
+        sets = [one for one in sets if one[0] > cursor]
+    shown = sets if limit is None else sets[:limit]
+    more = len(shown) < len(sets)
+    rows = [{"name": name, "digest": digest, "read_only": fixed} for name, digest, fixed in shown]
+    behind = {"next": f"/label-sets?limit={limit}&cursor={shown[-1][0]}"} if more else {}
+    return json_response({"label_sets": rows, **behind})
 
 
 @router.get("/label-sets/{name}", operation_id="getLabelSet", summary="Read a label set")

@@ -176,6 +176,24 @@ def test_answers_have_the_documented_form(client: httpx.Client) -> None:
     check("Status", client.get("/readyz").json())
 
 
+def test_a_long_list_of_label_sets_comes_in_pages(client: httpx.Client) -> None:
+    for name in ("page-a", "page-b", "page-c"):
+        client.put(f"/label-sets/{name}", json={"labels": ["cat", "dog"]}).raise_for_status()
+    whole = client.get("/label-sets").json()
+    assert "next" not in whole
+    names, path = [], "/label-sets?limit=2"
+    while path:
+        page = client.get(path).json()
+        assert 1 <= len(page["label_sets"]) <= 2
+        names += [row["name"] for row in page["label_sets"]]
+        if names[-1] == "page-b":
+            client.delete("/label-sets/page-b").raise_for_status()  # where the next page begins
+        path = page.get("next", "")
+    assert names == sorted(row["name"] for row in whole["label_sets"])
+    for wrong in ("limit=0", "limit=many", "limit=1001", "cursor=Not%20A%20Name"):
+        assert client.get(f"/label-sets?{wrong}").status_code == 422, wrong
+
+
 def test_label_sets_over_http(client: httpx.Client) -> None:
     url, document = "/label-sets/over-http", {"labels": ["cat", "dog"]}
     first = client.put(url, json=document, headers={"if-none-match": "*"})
