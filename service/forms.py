@@ -28,7 +28,7 @@ from service.problems import from_validation
 
 M = TypeVar("M", bound=BaseModel)
 
-_ACCEPTED = "application/json, multipart/form-data, image/jpeg, image/png and image/webp"
+_ACCEPTED = "application/json, multipart/form-data, image/jpeg, image/png or image/webp"
 # Bodies larger than this are taken apart in a thread: base64 and SHA-256 would hold up the event loop.
 _THREAD_BYTES = 1 << 20
 _MAX_FIELDS = 10_000
@@ -87,7 +87,7 @@ async def read_json(request: Request, model: type[M]) -> M:
     """
     kind = media_type(request)
     if not is_json(kind):
-        raise MediaTypeUnsupported(f"Send application/json (Content-Type), not {_shown(kind)}.")
+        raise MediaTypeUnsupported(f"Send application/json, and say so in Content-Type; here it says {_shown(kind)}.")
     body = await request.body()
     parsed: M = await off_loop(len(body), parse_json, body, model)
     return parsed
@@ -107,6 +107,10 @@ async def read_ask(request: Request, model: type[M], options: type[M], limits: I
         IronclipError: the request as a whole cannot be read.
     """
     kind = media_type(request)
+    if not (kind == "multipart/form-data" or is_raw(kind) or is_json(kind)):
+        raise MediaTypeUnsupported(
+            f"Send one of {_ACCEPTED}, and say which in Content-Type; here it says {_shown(kind)}."
+        )
     if request.query_params and not is_raw(kind):
         raise RequestInvalid("Put the options into the body; query parameters go with a bare image only.")
     if kind == "multipart/form-data":
@@ -117,8 +121,6 @@ async def read_ask(request: Request, model: type[M], options: type[M], limits: I
         digest = getattr(request.state, "body_digest", "")
         picture = await off_loop(len(data), picture_from_bytes, data, kind, limits, "", digest)
         return Ask(asked, [picture], True, size)
-    if not is_json(kind):
-        raise MediaTypeUnsupported(f"Send {_ACCEPTED} (Content-Type), not {_shown(kind)}.")
     asked = await read_json(request, model)
     one: str | None = getattr(asked, "image", None)
     texts: list[str] = [one] if one is not None else (getattr(asked, "images", None) or [])
@@ -305,4 +307,4 @@ async def off_loop(size: int, work: Any, *args: Any) -> Any:
 
 def _shown(kind: str) -> str:
     known = ("application/x-www-form-urlencoded", "text/plain")
-    return kind if kind in known else "another type" if kind else "no type at all"
+    return kind if kind in known else "another type" if kind else "nothing"
