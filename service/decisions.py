@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,7 +28,7 @@ from service.banks import prompts_of
 from service.cache import ArrayCache, KeyScope
 from service.label_sets import Trees, tree_digest
 from service.runtime import ServedEncoder
-from service.urgency import CURRENT, Urgency
+from service.single_flight import SingleFlight
 from service.vectors import Arrays, Schema
 
 T = TypeVar("T")
@@ -178,56 +178,6 @@ def feature_scope(identity: tuple[str, str, str], defence: Mapping[str, Any], te
         tenant=tenant,
     )
     return scope.digest()
-
-
-class _Flight:
-    __slots__ = ("future", "waiters")
-
-    def __init__(self, future: asyncio.Future[Any]) -> None:
-        self.future = future
-        self.waiters = 0
-
-
-async def _for_all(work: Callable[[], Awaitable[T]]) -> T:
-    """Do the work without the deadline of whoever happened to ask first: each waits as long as it can itself."""
-    CURRENT.set(Urgency(CURRENT.get().rank))
-    return await work()
-
-
-class SingleFlight:
-    """Runs one piece of work for a key at a time; whoever comes meanwhile waits for the same result.
-
-    A caller that is cancelled leaves the work to the others; with the last one it is given up.
-    """
-
-    def __init__(self) -> None:
-        self._running: dict[object, _Flight] = {}
-
-    async def run(self, key: object, work: Callable[[], Awaitable[T]]) -> T:
-        """Return the result of `work`, started here or already under way."""
-        flight = self._running.get(key)
-        if flight is None:
-            flight = self._running[key] = _Flight(asyncio.ensure_future(_for_all(work)))
-            flight.future.add_done_callback(partial(self._finish, key, flight))
-        flight.waiters += 1
-        try:
-            result: T = await asyncio.shield(flight.future)
-        finally:
-            flight.waiters -= 1
-            if not flight.waiters and not flight.future.done():
-                # Taken out at once: who comes before the work has ended must not share its cancellation.
-                self._forget(key, flight)
-                flight.future.cancel()
-        return result
-
-    def _finish(self, key: object, flight: _Flight, future: asyncio.Future[Any]) -> None:
-        self._forget(key, flight)
-        if not future.cancelled():
-            future.exception()  # taken note of, for when every caller has gone
-
-    def _forget(self, key: object, flight: _Flight) -> None:
-        if self._running.get(key) is flight:
-            del self._running[key]
 
 
 class Classifiers:

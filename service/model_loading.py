@@ -14,7 +14,7 @@ from service import telemetry
 from service.dtype import MIN_COSINE
 from service.errors import InternalError
 from service.plans import check_head
-from service.probing import Places
+from service.probe_places import Places
 from service.runtime import ServedEncoder, is_out_of_memory
 from service.settings import Settings
 from service.versions import Version

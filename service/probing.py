@@ -13,24 +13,17 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakSet
 
-import torch
-
-from ironclip.encoder import Encoder
 from ironclip.errors import IronclipError, NotReady, Overloaded
-from ironclip.probe import Ask, Lane, Rows, pieces, rows_for, steps
+from ironclip.probe import Ask, Lane, Rows, pieces, steps
 from ironclip.probe.oracle import Piece
 from service import telemetry
 from service.errors import InternalError
 from service.probe_job import Job
+from service.probe_places import Places
 
 # Probes that advance side by side in one encoder; more wait.
 _ACTIVE = 16
-# Of the probes that run and wait one tenant may have one in so many.
-_TENANT_SHARE = 4
-# A piece alone takes at most this share of the quantum: on a busy machine it takes longer.
-_SHARE = 0.6
 _END = object()
 
 
@@ -46,51 +39,6 @@ class _Round:
         left = [(going, [one for one in jobs if one is not job]) for going, jobs in self.steps]
         self.steps = deque((going, jobs) for going, jobs in left if jobs)
         self.takes = deque((one, asks) for one, asks in self.takes if one is not job)
-
-
-class Places:
-    """The places for probes of one process, whichever encoders they are of.
-
-    Args:
-        most: probes that may run and wait at most.
-        shared: there are API keys, so of these a tenant may have its share alone, whatever its name.
-    """
-
-    def __init__(self, most: int, *, shared: bool = False) -> None:
-        self.most, self.share = most, max(1, most // _TENANT_SHARE) if shared else most
-        self._lock = threading.Lock()
-        self._probers: WeakSet[Prober] = WeakSet()
-
-    def add(self, prober: Prober) -> None:
-        """Count the probes of an encoder too, as long as it is there."""
-        with self._lock:
-            self._probers.add(prober)
-
-    def taken(self, tenant: str | None = None) -> int:
-        """Probes that run and wait; of one tenant, where it is named."""
-        with self._lock:
-            probers = list(self._probers)
-        return sum(prober.running_of(tenant) for prober in probers)
-
-    def check(self, tenant: str, retry_after: float) -> None:
-        """Raise Overloaded where there is no place for one more."""
-        taken = self.taken()
-        if taken >= self.most:
-            raise Overloaded(
-                f"{taken} probes run and wait, at most {self.most} may (IRONCLIP_MAX_PROBES).",
-                limit_name="probes",
-                retry_after=retry_after,
-                limit=self.most,
-            )
-        ours = self.taken(tenant) if self.share < self.most else 0
-        if ours >= self.share:
-            raise Overloaded(
-                f"{ours} probes of this tenant run and wait, at most {self.share} may (a quarter of "
-                "IRONCLIP_MAX_PROBES).",
-                limit_name="probes-of-tenant",
-                retry_after=retry_after,
-                limit=self.share,
-            )
 
 
 class Prober:
@@ -376,32 +324,6 @@ class Prober:
 def _counted(piece: Piece) -> Iterator[None]:
     yield from steps(piece)
     telemetry.PROBE_STEPS.inc(len(piece.asks))
-
-
-def measured_rows(encoder: Encoder, quantum: float) -> tuple[Rows, float]:
-    """The largest batches whose forward and backward stay well within the quantum (else one row), and their seconds.
-
-    Args:
-        encoder: that gradients are taken of.
-        quantum: seconds.
-    """
-    best = rows_for(encoder.device)
-    for size in [size for size in (32, 16, 8, 4, 2, 1) if size <= max(best.gradient, best.views)]:
-        seconds = min(_timed(encoder, size) for _ in range(3))
-        if seconds <= _SHARE * quantum or size == 1:
-            break
-    return Rows(min(best.gradient, size), min(best.forward, size), min(best.views, size)), seconds
-
-
-def _timed(encoder: Encoder, size: int) -> float:
-    side = encoder.resolution
-    with torch.enable_grad():
-        pixels = torch.zeros(size, 3, side, side, device=encoder.device, requires_grad=True)
-        began = time.perf_counter()
-        torch.autograd.grad(encoder.encode_image(pixels).sum(), pixels)
-        if pixels.is_cuda:
-            torch.cuda.synchronize(pixels.device)
-    return time.perf_counter() - began
 
 
 def _fault() -> InternalError:

@@ -32,7 +32,9 @@ from service.banks import Banks
 from service.batching import Batcher
 from service.dtype import choose_dtype
 from service.forwards import choose_forward
-from service.probing import Places, Prober, measured_rows
+from service.probe_places import Places
+from service.probe_rows import measured_rows
+from service.probing import Prober
 from service.problems import problem
 from service.supervisor import Watched
 from service.tokenizing import Tokenizing

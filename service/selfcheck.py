@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ironclip.errors import IronclipError
 from service.environment import let_idle_threads_sleep
-from service.probing import Places
+from service.probe_places import Places
 from service.settings import Settings, SettingsInvalid, load_settings
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from ironclip.errors import DeadlineExceeded, NotReady, OutOfMemory, Overloaded
 from service import urgency
 from service.admission import Admission
 from service.batching import Batcher
-from service.decisions import SingleFlight
 from service.pace import Pace
+from service.single_flight import SingleFlight
 from service.urgency import BATCH, INTERACTIVE, Urgency, rank_of
 from service.work_queue import Entry, WorkQueue
 from tests.service.test_batching import Model, hold, running, until

@@ -15,7 +15,8 @@ from ironclip.labels import LabelSet
 from ironclip.probe import Probe, ProbeOptions, Target, VectorTarget, rows_for
 from service.probe_job import Job
 from service.probe_ledger import Ledger
-from service.probing import Places, Prober
+from service.probe_places import Places
+from service.probing import Prober
 from tests.conftest import make_tiny_encoder
 
 ENDLESS = ProbeOptions(eps=(8.0,), effort="thorough", seconds=600)
