@@ -245,8 +245,8 @@ class Settings(BaseSettings):
     text_cache_bytes: int = Field(
         default=256 * MIB,
         ge=0,
-        description="Memory for the text banks of label sets and what defences make of them, kept between requests; the "
-        "newest is kept even where it is larger (COLA with 1,000 labels of 50 texts, ViT-B/32: 150 MiB).",
+        description="Memory for the text banks of label sets and what defences make of them, kept between requests; "
+        "the newest is kept even where it is larger (COLA with 1,000 labels of 50 texts, ViT-B/32: 150 MiB).",
     )
     state_dir: Path = Field(
         default=Path("state"), description="Folder for registered label sets when there is no Redis."
