@@ -47,7 +47,7 @@ else:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._quiet = 0
-            self._heard = self._begun = False
+            self._heard = self._begun = self._in_head = False
             self._timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
@@ -67,18 +67,19 @@ else:
                 return
             self._heard = False
             super().data_received(data)
+            if self._in_head:  # not where it begins: most heads come whole, and need no timer
+                self._be_patient(self.patience)
             self._quiet = 0 if self._heard else self._quiet + len(data)
             if self._quiet > self.most_quiet:
                 self._refuse(b"431 Request Header Fields Too Large", b"The headers are too large.")
 
         def on_message_begin(self) -> None:
-            self._heard = self._begun = True
+            self._heard = self._begun = self._in_head = True
             super().on_message_begin()
             self._be_easy()
-            self._be_patient(self.patience)
 
         def on_headers_complete(self) -> None:
-            self._heard = True
+            self._heard, self._in_head = True, False
             self._be_easy()
             super().on_headers_complete()
 

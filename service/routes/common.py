@@ -39,25 +39,25 @@ _TIMEOUT_HEADER = b"x-request-timeout-ms"
 
 def service_of(request: Request) -> Service:
     """Return the service behind the app."""
-    service: Service = request.app.state.service
+    service: Service = request.scope["app"].state.service
     return service
 
 
 def caller_of(request: Request) -> Caller:
     """Return who asks."""
-    caller: Caller = request.state.caller
+    caller: Caller = request.scope["state"]["caller"]
     return caller
 
 
 def meter_of(request: Request) -> Meter:
     """Return what the request is paid with."""
-    meter: Meter = request.state.meter
+    meter: Meter = request.scope["state"]["meter"]
     return meter
 
 
 def stages_of(request: Request) -> Stages:
     """Return the request's stopwatch."""
-    stages: Stages = request.state.stages
+    stages: Stages = request.scope["state"]["stages"]
     return stages
 
 
@@ -132,9 +132,10 @@ class Deadline:
     @classmethod
     def of(cls, request: Request) -> Deadline:
         """The request's, made now if it has none yet; raises RequestInvalid as the constructor does."""
-        found: Deadline | None = getattr(request.state, "deadline", None)
+        state = request.scope["state"]
+        found: Deadline | None = state.get("deadline")
         if found is None:
-            found = request.state.deadline = cls(request)
+            found = state["deadline"] = cls(request)
         return found
 
     @property

@@ -47,9 +47,9 @@ class Remembering:
             await self.app(scope, receive, send)
             return
         scope.update(route=route, endpoint=route.endpoint)  # as the router would
-        answer: ASGIApp | None
+        body, answer = b"", None  # type: tuple[bytes, ASGIApp | None]
         try:
-            answer = await self._answer(request, kind)
+            body, answer = await self._answered(request, receive, kind)
         except IronclipError as error:
             answer = handle_error(request, error)
         except ClientDisconnect as error:
@@ -57,16 +57,17 @@ class Remembering:
         if answer is not None:
             await answer(scope, receive, send)
         else:
-            await self.app(scope, _again(await request.body(), receive), send)
+            await self.app(scope, _again(body, receive), send)
 
-    async def _answer(self, request: Request, kind: str) -> Remembered | None:
-        """The answer, paid for, if there is one that holds; if not, `remember` will know the request by its key.
+    async def _answered(self, request: Request, receive: Receive, kind: str) -> tuple[bytes, Remembered | None]:
+        """The body, and the answer, paid for, if one holds; if not, `remember` will know the request by its key.
 
         Raises:
+            ClientDisconnect: the body breaks off.
             IronclipError: the body does not arrive in time or is too large, or there are no points left.
         """
         async with Deadline.of(request).receiving():
-            body = await request.body()
+            body = await _body(receive)
         scope, state = request.scope, request.scope["state"]
         meter: Meter = state["meter"]
         with stages_of(request).time("cache"):
@@ -76,7 +77,19 @@ class Remembering:
             found = await self.memory.find(key, tenant)
         if found is not None:
             await meter.pay(found.terms.points)
-        return found
+        return body, found
+
+
+async def _body(receive: Receive) -> bytes:
+    """The whole body; not by the framework's generator, which costs as much as hashing a small picture."""
+    parts, more = [], True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect()
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(parts)
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
