@@ -85,12 +85,7 @@ def save_artifact(
         ArtifactError: `meta` cannot be written as JSON, a weight that is not finite in `dtype`, a text tower that
             open_clip cannot read back from a folder, features that are not finite, or a folder that cannot be written.
     """
-    if "hf_model_name" in encoder.model_cfg["text_cfg"]:
-        raise ArtifactError(
-            "open_clip cannot load a Hugging Face text tower from a folder; this encoder stays a hub name."
-        )
-    if encoder.form != "trained":
-        raise ArtifactError("A served copy only answers; save the encoder that it was made from.")
+    _check_kind(encoder)
     content = {"format": FORMAT, **_checked(meta), "head": encoder.head.to_json()}
     state = _state_on_disk(encoder, dtype)
     content["golden"] = golden_features(encoder, dtype)
@@ -117,6 +112,29 @@ def save_artifact(
     except OSError as error:
         raise ArtifactError(f"The artifact cannot be written to {folder}: {error.strerror or error}.") from error
     return folder
+
+
+def check_saveable(encoder: Encoder, *, dtype: torch.dtype = torch.float16) -> None:
+    """Find out whether `save_artifact` could write an encoder as it is now, before a long training makes another of it.
+
+    Args:
+        encoder: what is to be trained.
+        dtype: of the weights on disk.
+
+    Raises:
+        ArtifactError: it could not; as `save_artifact`, apart from `meta` and the folder.
+    """
+    _check_kind(encoder)
+    _state_on_disk(encoder, dtype)
+
+
+def _check_kind(encoder: Encoder) -> None:
+    if "hf_model_name" in encoder.model_cfg["text_cfg"]:
+        raise ArtifactError(
+            "open_clip cannot load a Hugging Face text tower from a folder; this encoder stays a hub name."
+        )
+    if encoder.form != "trained":
+        raise ArtifactError("A served copy only answers; save the encoder that it was made from.")
 
 
 def update_meta(folder: Path | str, **changes: Any) -> None:

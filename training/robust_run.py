@@ -15,6 +15,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from ironclip.artifact import check_saveable
 from ironclip.classifier import Classifier
 from ironclip.encoder import Encoder
 from ironclip.errors import OptionError
@@ -153,6 +154,7 @@ def start(config: RobustConfig, folder: Path, fabric: Fabric) -> Run:
 
     Raises:
         OptionError: a method without the proxy that it needs, or a batch that the ranks cannot share.
+        ArtifactError: a base of which no artifact could be written in the end.
     """
     method = make_method(config.method, config.options)
     if method.proxy and not config.proxy:
@@ -164,6 +166,7 @@ def start(config: RobustConfig, folder: Path, fabric: Fabric) -> Run:
         )
     checkpoint = load_checkpoint(folder / "checkpoint.pt", comparable(config), MAY_CHANGE)
     encoder, original = (load_encoder(config.base).to(fabric.device) for _ in range(2))
+    check_saveable(encoder)  # now, not after the last step
     encoder.provenance = {}
     encoder.head = Head()  # the methods train cosines; the hierarchical one puts its own in the end
     proxy = _load_proxy(config, fabric) if method.proxy else None

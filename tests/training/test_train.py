@@ -347,6 +347,20 @@ def test_mistakes_say_what_to_do(config_file: Path, tmp_path: Path, capsys: pyte
     assert "demo, imagenet-vit-b-16" in capsys.readouterr().err
 
 
+def test_a_base_that_no_artifact_can_hold_is_refused_before_the_first_step(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = load_encoder(str(make_artifact(tmp_path / "base", VIT)))
+    with torch.no_grad():
+        base.model.visual.proj.fill_(1e5)  # type: ignore[union-attr, operator]
+    spec = save_artifact(base, tmp_path / "large", {"name": "large"}, dtype=torch.float32)
+    run = tmp_path / "run"
+    assert main(["tecoa", "--config", str(config_file), "--run", str(run), f"base='{spec}'"]) == 1
+    assert "visual.proj is not finite as torch.float16" in capsys.readouterr().err
+    assert not (run / "checkpoint.pt").exists()
+    assert not (run / "log.jsonl").exists()
+
+
 def test_the_command_line_knows_every_method() -> None:
     assert {name for name, (kind, _) in TRAINING.items() if kind == "robust"} == set(METHODS)
 
