@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from service.schemas import Closed, Labels, Templates, Tree
+from service.vector_forms import EmbedDtype
 
 
 class Fault(Closed):
@@ -139,10 +140,11 @@ class EmbeddedText(Closed):
 
 
 class EmbedResponse(Closed):
-    """The answer of `POST /embed`; every vector has length 1."""
+    """The answer of `POST /embed`; every vector has length 1, but for rounding to `embed_dtype`."""
 
     encoder: EncoderRef
     dim: int
+    embed_dtype: EmbedDtype
     preprocessing: dict[str, str]
     defence: DefenceRef
     images: list[EmbeddedImage | Failed]

@@ -35,6 +35,13 @@ class MediaTypeUnsupported(lib.InputError):
     title = "The media type is not supported"
 
 
+class NotAcceptable(lib.InputError):
+    """The request's `Accept` takes none of the media types that this route answers in."""
+
+    code = "not-acceptable"
+    title = "No form of the answer is acceptable"
+
+
 class ContentEncodingUnsupported(lib.InputError):
     """The body is compressed: bodies are counted as they arrive, so they must arrive plain."""
 
@@ -239,6 +246,7 @@ STATUS: dict[type[lib.IronclipError], int] = {
     BodyMalformed: 400,
     RequestInvalid: 422,
     MediaTypeUnsupported: 415,
+    NotAcceptable: 406,
     ContentEncodingUnsupported: 415,
     ImageUrlRefused: 422,
     ImageUrlFailed: 424,

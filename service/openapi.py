@@ -167,8 +167,8 @@ def _given(operation: Operation, status: int) -> Json:
         given["content"] = {"application/json": {"schema": operation.accepted}}
     else:
         given["content"] = {operation.answer_type: {"schema": operation.answer}}
-        if operation.binary:
-            given["content"]["application/octet-stream"] = {"schema": _BINARY}
+        for form in (*operation.forms, *(["application/octet-stream"] if operation.binary else [])):
+            given["content"][form] = {"schema": _BINARY}
     return given
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from service import probe_schemas, schemas
+from service.vector_forms import BYTES, NPY
 
 Json = dict[str, Any]
 
@@ -44,6 +45,7 @@ class Operation:
         openai, oip: whether it speaks OpenAI's API, or the Open Inference Protocol.
         binary: whether body and answer may have binary data behind the JSON.
         answer_type: media type of the answer.
+        forms: binary media types that the answer may have besides, by `Accept`.
     """
 
     answer: Json
@@ -58,6 +60,7 @@ class Operation:
     oip: bool = False
     binary: bool = False
     answer_type: str = "application/json"
+    forms: tuple[str, ...] = ()
 
 
 GIVEN = {
@@ -104,7 +107,13 @@ OPERATIONS: dict[str, Operation] = {
         _CLASSIFIED, _READS, "ClassifyRequest", schemas.Options, headers=_CACHED, parameters=_TIMEOUT
     ),
     "embed": Operation(
-        ref("EmbedResponse"), _READS, "EmbedRequest", schemas.EmbedOptions, headers=_CACHED, parameters=_TIMEOUT
+        ref("EmbedResponse"),
+        (406, *_READS),
+        "EmbedRequest",
+        schemas.EmbedOptions,
+        headers=_CACHED,
+        parameters=_TIMEOUT,
+        forms=(NPY, BYTES),
     ),
     "listLabelSets": Operation(ref("LabelSetList"), (422, 500, 503)),
     "getLabelSet": Operation(

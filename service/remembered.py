@@ -8,7 +8,7 @@ asked for all the same is asked for: its key, its points, its place in the log a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from cachetools import TTLCache
@@ -105,9 +105,15 @@ class Memory:
             return False
 
 
-def request_key(tenant: str, path: str, query: bytes, kind: str, body_digest: str) -> bytes:
-    """SHA-256 of all that a request for pictures says: whose it is, what it asks, and the body's digest (hex)."""
-    said = "\0".join((tenant, path, kind, body_digest)).encode()
+def request_key(tenant: str, asked: Sequence[str], query: bytes) -> bytes:
+    """SHA-256 of all that a request for pictures says.
+
+    Args:
+        tenant: whose it is.
+        asked: path, types of the body and of the answer, the body's digest; none holds a NUL.
+        query: as it came.
+    """
+    said = "\0".join((tenant, *asked)).encode()
     return hashlib.sha256(said + b"\0" + query).digest()
 
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
+from service.vector_forms import EmbedDtype
+
 _TEXTS = {"type": "array", "items": {"type": "string"}}
 _LABEL = {
     "anyOf": [
@@ -148,7 +150,14 @@ class EmbedOptions(Closed):
     encoder: str = Field(
         default="default", description="An encoder of `GET /models`: `name`, or `name@digest` for one version."
     )
-    encoding_format: EncodingFormat = Field(default="float", description="Numbers, or base64 of little-endian float32.")
+    encoding_format: EncodingFormat = Field(
+        default="float", description="In a JSON answer: numbers, or base64 of little-endian ones of `embed_dtype`."
+    )
+    embed_dtype: EmbedDtype = Field(
+        default="float32",
+        description="Type of the numbers. `int8`: each vector times what makes its largest number 127, so that cosines "
+        "stay; `binary`: the signs, eight to a byte, the first in the highest bit.",
+    )
     defence: Defence | None = Field(
         default=None,
         description="Of the pictures, as for a classification; one that reads the labels needs `label_set`. By "

@@ -109,6 +109,7 @@ def test_every_import_is_a_declared_dependency() -> None:
         "open_clip_torch": "open_clip",
         "POT": "ot",
         "python-multipart": "python_multipart",
+        "python-mimeparse": "mimeparse",
         "opentelemetry-api": "opentelemetry",
     }
     for package, names in extras.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -19,6 +18,7 @@ from ironclip.errors import InputTooLarge, IronclipError, LabelError, OptionErro
 from service.answers import Item
 from service.decisions import encoder_reference, feature_scope
 from service.forms import Picture, read_ask
+from service.negotiation import JSON, media_type_for
 from service.problems import problem
 from service.rate_limits import PICTURE, TEXT
 from service.routes.classify import cache_status
@@ -28,6 +28,7 @@ from service.runtime import ServedEncoder
 from service.schemas import EmbedOptions, EmbedRequest, Options
 from service.telemetry import Stages
 from service.together import fault_of, together
+from service.vector_forms import BYTES, NPY, converted, encoded, packed
 
 router = APIRouter(tags=["inference"])
 
@@ -36,6 +37,7 @@ TextOutcome = Floats | IronclipError
 
 
 _NO_DEFENCE = make_defence()
+_FORMS = (BYTES, NPY, JSON)
 
 
 @lru_cache(maxsize=64)
@@ -50,8 +52,12 @@ async def embed(request: Request) -> Response:
     Send JSON, a multipart form (`images` as files, `texts` repeated), or the bare image with the options as query
     parameters. An item that cannot be used has `{"error": problem}` in its place. A `defence` stands before the
     pictures alone; texts are embedded as they are.
+
+    With `Accept: application/x-npy` the answer is a NumPy file of all vectors [N, dim], those of the images first, and
+    with `application/octet-stream` the same numbers alone; there, an item that cannot be used fails the request.
     """
     service, stages = service_of(request), stages_of(request)
+    form = media_type_for(request, _FORMS)
     deadline = Deadline.of(request)
     async with deadline.receiving():
         ask = await read_ask(request, EmbedRequest, EmbedOptions, service.image_limits, service.settings.max_images)
@@ -68,35 +74,59 @@ async def embed(request: Request) -> Response:
             images = embed_images(request, served, ask.pictures, stages, defence, options.label_set)
             vectors = embed_texts(request, served, texts, options.truncate, stages)
             found, read = await together([images, vectors])
-            if ask.single and found[0].error is not None:
-                raise found[0].error
+            if ask.single or form != JSON:
+                _raise_first(found, read)
             return found, read
 
     items, vectors = await deadline.within(work())
-    request_id, encoding = request.state.request_id, options.encoding_format
+    headers = {"Cache-Status": cache_status(items)}
+    if form == JSON:
+        content = {
+            "encoder": encoder_reference(served),
+            "dim": served.encoder.dim,
+            "embed_dtype": options.embed_dtype,
+            "preprocessing": {"digest": served.encoder.preprocessing.digest},
+            "defence": {"name": defence.name, **defence.options()},
+            **_outcomes(items, vectors, options, request.state.request_id),
+        }
+        answer = json_response(content, stages, headers=headers)
+    else:
+        with stages.time("serialise"):
+            rows = np.stack(
+                [one for one in (*(item.vector for item in items), *vectors) if isinstance(one, np.ndarray)]
+            )
+            answer = Response(packed(converted(rows, options.embed_dtype), form), headers=headers, media_type=form)
+    if not texts:  # those are embedded each time
+        remember(request, answer, options.encoder, served, ask.pictures, items, None, options.label_set)
+    return answer
+
+
+def _raise_first(items: Sequence[Item], vectors: Sequence[TextOutcome]) -> None:
+    """Raise what is wrong with the first picture or text that something is wrong with."""
+    for outcome in (*(item.error for item in items), *vectors):
+        if isinstance(outcome, IronclipError):
+            raise outcome
+
+
+def _outcomes(
+    items: Sequence[Item], vectors: Sequence[TextOutcome], options: EmbedOptions, request_id: str
+) -> dict[str, list[dict[str, Any]]]:
+    """The answers for pictures and texts, each with its vector or its error."""
+
+    def form_of(vector: Floats) -> list[float] | str:
+        return encoded(converted(vector, options.embed_dtype), options.encoding_format)
 
     def text_answer(vector: TextOutcome) -> dict[str, Any]:
         if isinstance(vector, IronclipError):
             return {"error": problem(vector, request_id)}
-        return {"embedding": encoded(vector, encoding)}
+        return {"embedding": form_of(vector)}
 
     def image_answer(item: Item) -> dict[str, Any]:
         if item.error is not None or item.vector is None:
             return {"error": problem(item.error, request_id)} if item.error else {}
-        return {"embedding": encoded(item.vector, encoding), "warnings": item.warnings}
+        return {"embedding": form_of(item.vector), "warnings": item.warnings}
 
-    content = {
-        "encoder": encoder_reference(served),
-        "dim": served.encoder.dim,
-        "preprocessing": {"digest": served.encoder.preprocessing.digest},
-        "defence": {"name": defence.name, **defence.options()},
-        "images": [image_answer(item) for item in items],
-        "texts": [text_answer(vector) for vector in vectors],
-    }
-    answer = json_response(content, stages, headers={"Cache-Status": cache_status(items)})
-    if not texts:  # those are embedded each time
-        remember(request, answer, options.encoder, served, ask.pictures, items, None, options.label_set)
-    return answer
+    return {"images": [image_answer(item) for item in items], "texts": [text_answer(vector) for vector in vectors]}
 
 
 def points_of(pictures: Sequence[Picture], defence: Defence, texts: Sequence[str]) -> float:
@@ -209,11 +239,3 @@ def unit(vector: Floats) -> Floats:
     norm = float(np.linalg.norm(vector.astype(np.float64)))
     result: Floats = (vector / max(norm, 1e-12)).astype(np.float32)
     return result
-
-
-def encoded(vector: Floats, encoding: str) -> list[float] | str:
-    """The vector as JSON numbers, or as base64 of little-endian float32."""
-    if encoding == "base64":
-        return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
-    numbers: list[float] = vector.astype(np.float64).round(8).tolist()
-    return numbers

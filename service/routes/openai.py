@@ -15,10 +15,11 @@ from ironclip.errors import InputTooLarge, IronclipError, OptionError, Unavailab
 from service.errors import RequestInvalid
 from service.forms import pictures_from_text, read_json
 from service.routes.common import Deadline, json_response, meter_of, service_of, stages_of
-from service.routes.embed import check_texts, embed_images, embed_texts, encoded, image_defence, points_of
+from service.routes.embed import check_texts, embed_images, embed_texts, image_defence, points_of
 from service.runtime import ServedEncoder
 from service.schemas import OpenAIEmbeddingRequest
 from service.together import together
+from service.vector_forms import converted, encoded
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
@@ -87,7 +88,11 @@ async def openai_embeddings(request: Request) -> Response:
         "object": "list",
         "model": served.name,
         "data": [
-            {"object": "embedding", "index": i, "embedding": encoded(vectors[i], asked.encoding_format)}
+            {
+                "object": "embedding",
+                "index": i,
+                "embedding": encoded(converted(vectors[i], "float32"), asked.encoding_format),
+            }
             for i in sorted(vectors)
         ],
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},

@@ -13,6 +13,7 @@ from ironclip.errors import IronclipError
 from service.answers import Item
 from service.decisions import Plan
 from service.forms import Picture, is_json, is_raw, media_type, off_loop
+from service.headers import every
 from service.images import bytes_digest
 from service.problems import handle_error, handle_gone
 from service.rate_limits import Meter
@@ -73,7 +74,8 @@ class Remembering:
         with stages_of(request).time("cache"):
             state["body_digest"] = digest = await off_loop(len(body), bytes_digest, body)
             tenant = meter.caller.tenant
-            state["remember_as"] = key = request_key(tenant, scope["path"], scope["query_string"], kind, digest)
+            asked = (scope["path"], kind, every(scope, b"accept"), digest)
+            state["remember_as"] = key = request_key(tenant, asked, scope["query_string"])
             found = await self.memory.find(key, tenant)
         if found is not None:
             await meter.pay(found.terms.points)

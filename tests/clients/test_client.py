@@ -125,6 +125,22 @@ def test_embeddings_are_exact_and_of_length_one(client: Client, samples: Path) -
     assert client.embed(texts=["a carrot"]).image_vectors.shape == (0, exact.dim)
 
 
+def test_vectors_of_every_dtype(client: Client, samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes = {"float32": np.float32, "float16": np.float16, "int8": np.int8, "binary": np.uint8}
+    asked: dict[str, Any] = {"images": [samples / "carrot.png", samples / "penguin.png"]}
+    arrays = {}
+    for name, dtype in dtypes.items():
+        found = client.embed(**asked, embed_dtype=name)
+        arrays[name] = vectors = found.image_vectors
+        assert found.embed_dtype == name
+        assert vectors.dtype == found.text_vectors.dtype == dtype
+        assert vectors.shape == (2, found.text_vectors.shape[1])
+    np.testing.assert_array_equal(np.unpackbits(arrays["binary"], axis=1), arrays["float32"] > 0)
+    monkeypatch.setattr(ironclip_client.vectors, "np", None)
+    for name in dtypes:
+        assert client.embed(**asked, embed_dtype=name).image_vectors == arrays[name].tolist()
+
+
 def test_vectors_are_lists_without_numpy(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = client.embed(texts=["a", "b"]).text_vectors
     monkeypatch.setattr(ironclip_client.vectors, "np", None)

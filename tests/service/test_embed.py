@@ -71,6 +71,83 @@ def test_every_form_of_input(client: httpx.Client) -> None:
     assert bare.headers["cache-status"] == "ironclip; hit"
 
 
+def test_numbers_of_other_types_keep_the_order_of_what_is_alike(client: httpx.Client) -> None:
+    asked = {"images": [uri(picture(seed)) for seed in range(40, 46)], "texts": ["a cat"]}
+
+    def vectors(dtype: str, encoding: str) -> np.ndarray:
+        answer = client.post("/embed", json={**asked, "embed_dtype": dtype, "encoding_format": encoding}).json()
+        assert answer["embed_dtype"] == dtype
+        found = [item["embedding"] for item in answer["images"] + answer["texts"]]
+        if encoding == "float":
+            return np.array(found)
+        letter = {"float32": "<f4", "float16": "<f2", "int8": "i1", "binary": "u1"}[dtype]
+        return np.stack([np.frombuffer(base64.b64decode(one), letter) for one in found])
+
+    exact = vectors("float32", "base64")
+    for dtype in ("float32", "float16", "int8", "binary"):
+        packed = vectors(dtype, "base64")
+        np.testing.assert_allclose(vectors(dtype, "float"), packed, atol=1e-5)
+        if dtype == "binary":
+            np.testing.assert_array_equal(np.unpackbits(packed, axis=-1), exact > 0)
+        else:
+            near = packed.astype(float) / np.linalg.norm(packed.astype(float), axis=-1, keepdims=True)
+            np.testing.assert_allclose(near @ near.T, exact @ exact.T, atol={"int8": 0.01}.get(dtype, 1e-3))
+        if dtype == "int8":
+            assert (np.abs(packed.astype(int)).max(axis=-1) == 127).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "binary"])
+def test_all_vectors_as_one_numpy_file(client: httpx.Client, dtype: str) -> None:
+    asked = {"images": [uri(picture(50)), uri(picture(51))], "texts": ["a cat"], "embed_dtype": dtype}
+    wanted = client.post("/embed", json={**asked, "encoding_format": "base64"}).json()
+    answer = client.post("/embed", json=asked, headers={"accept": "application/x-npy"})
+    assert answer.headers["content-type"] == "application/x-npy"
+    assert answer.headers["x-ironclip-encoder"] == f"tiny@{wanted['encoder']['digest']}"
+    rows = np.load(io.BytesIO(answer.content), allow_pickle=False)
+    assert rows.shape == (3, wanted["dim"] // 8 if dtype == "binary" else wanted["dim"])
+    found = [base64.b64decode(item["embedding"]) for item in wanted["images"] + wanted["texts"]]
+    assert [row.tobytes() for row in rows] == found
+    bare = client.post("/embed", json=asked, headers={"accept": "application/octet-stream"})
+    assert bare.headers["content-type"] == "application/octet-stream"
+    assert bare.content == b"".join(found)
+
+
+@pytest.mark.parametrize(
+    ("accept", "form"),
+    [
+        ("*/*", "application/json"),
+        ("application/*", "application/json"),
+        ("text/html, */*;q=0.1", "application/json"),
+        ("application/x-npy, */*;q=0.1", "application/x-npy"),
+        ("application/x-npy;q=0.2, application/json;q=0.1", "application/x-npy"),
+        ("Application/Octet-Stream", "application/octet-stream"),
+        ("", "application/json"),
+        ("nonsense", "application/json"),
+        ('a/b;"' + ";" * 30_000, "application/json"),
+        ("text/html", None),
+        ("application/json;q=0", None),
+    ],
+)
+def test_accept_decides_about_the_form(client: httpx.Client, accept: str, form: str | None) -> None:
+    answer = client.post("/embed", json={"texts": ["a cat"]}, headers={"accept": accept})
+    if form is None:
+        assert answer.status_code == 406
+        assert answer.json()["code"] == "not-acceptable"
+        assert "application/x-npy" in answer.json()["detail"]
+    else:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == form
+
+
+def test_rows_cannot_hold_an_error(client: httpx.Client) -> None:
+    asked = {"images": [uri(picture(4)), uri(picture(4)[:50])], "texts": ["fine", ""]}
+    for part, pointer, code in (("images", "/images/1", "image-invalid"), ("texts", "/texts/1", "labels-invalid")):
+        answer = client.post("/embed", json={part: asked[part]}, headers={"accept": "application/x-npy"})
+        assert answer.status_code == 422
+        assert answer.json()["code"] == code
+        assert answer.json()["errors"][0]["pointer"] == pointer
+
+
 def test_each_item_has_its_own_outcome(client: httpx.Client) -> None:
     images = [uri(picture(4)), uri(picture(4)[:50])]
     answer = client.post("/embed", json={"images": images, "texts": ["fine", "", "many words " * 20]}).json()
@@ -100,6 +177,7 @@ def test_a_long_text_is_refused_or_cut_as_asked(client: httpx.Client, encoder: E
         ({"texts": ["x"] * 1025}, 413),
         ({"texts": [1]}, 422),
         ({"texts": ["x"], "encoding_format": "hex"}, 422),
+        ({"texts": ["x"], "embed_dtype": "float8"}, 422),
         ({"texts": ["x"], "encoder": "nope"}, 404),
     ],
 )

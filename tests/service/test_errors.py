@@ -231,6 +231,7 @@ def test_bodies_that_cannot_be_read(small: TestClient) -> None:
         small.post("/classify", content=b"a=b", headers={"content-type": "text/plain"}), 415, "media-type-unsupported"
     )
     check(small.post("/classify", content=b"x"), 415, "media-type-unsupported")
+    check(small.post("/embed", json={"texts": ["a"]}, headers={"accept": "text/html"}), 406, "not-acceptable")
     bare = check(small.post("/classify?labels=a&labels=b", content=b"x"), 415, "media-type-unsupported")
     assert "image/png" in bare["detail"]  # that is what is missing: the query is right
     check(

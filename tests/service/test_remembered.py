@@ -114,7 +114,7 @@ async def test_an_answer_ends_with_the_version_it_came_from() -> None:
         raise AssertionError("no set was named")
 
     memory = Memory(encoder, label_set, 10_000, 60)  # type: ignore[arg-type]
-    key = request_key("", "/classify", b"", "image/png", "00")
+    key = request_key("", ("/classify", "image/png", "", "00"), b"")
     memory.keep(key, Terms("default", served.serial), b"{}", {})
     assert await memory.find(key, "") is not None
     served.serial = 2
@@ -129,6 +129,17 @@ async def test_an_answer_ends_with_the_version_it_came_from() -> None:
 
 
 def test_keys_of_different_requests_differ() -> None:
-    parts = [("", "a"), ("/embed", "/classify"), (b"", b"x=1"), ("image/png", "image/jpeg"), ("00", "01")]
-    keys = {request_key(*(pair[i >> at & 1] for at, pair in enumerate(parts))) for i in range(32)}  # type: ignore[arg-type]
-    assert len(keys) == 32
+    parts = [("", "a"), ("/embed", "/classify"), ("image/png", "image/jpeg"), ("", "application/x-npy"), ("00", "01")]
+    chosen = [[pair[i >> at & 1] for at, pair in enumerate(parts)] for i in range(32)]
+    keys = {request_key(tenant, asked, query) for tenant, *asked in chosen for query in (b"", b"x=1")}
+    assert len(keys) == 64
+
+
+def test_another_form_of_the_answer_is_another_request(client: httpx.Client) -> None:
+    body, kind = picture(7900), {"content-type": "image/png"}
+    forms = ("application/json", "application/x-npy", "application/octet-stream")
+    for _ in range(3):
+        answers = [client.post("/embed", content=body, headers={**kind, "accept": form}) for form in forms]
+        assert [answer.headers["content-type"] for answer in answers] == list(forms)
+    assert all("hit" in answer.headers["cache-status"] for answer in answers)
+    assert answers[1].content.endswith(answers[2].content)

@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     embed.add_argument("--images", nargs="+", default=[], metavar="IMAGE")
     embed.add_argument("--texts", nargs="+", default=[], metavar="TEXT")
     embed.add_argument("--encoder")
+    embed.add_argument("--embed-dtype", choices=["float32", "float16", "int8", "binary"], help="of the numbers")
     embed.add_argument("--truncate", action="store_true", default=None, help="cut texts that are too long")
 
     probe = command("probe", _probe, "How easily is the decision about a picture fooled?")
@@ -122,7 +123,12 @@ def _classify(client: Client, asked: argparse.Namespace) -> int:
 
 
 def _embed(client: Client, asked: argparse.Namespace) -> int:
-    options: Any = {"encoder": asked.encoder, "truncate": asked.truncate, "encoding_format": "float"}
+    options: Any = {
+        "encoder": asked.encoder,
+        "truncate": asked.truncate,
+        "embed_dtype": asked.embed_dtype,
+        "encoding_format": "float",
+    }
     found = client.embed(images=asked.images, texts=asked.texts, **options)
     _show(found.raw)
     return int(bool(found.images.errors or found.texts.errors))

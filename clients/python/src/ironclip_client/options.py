@@ -79,6 +79,8 @@ class EmbedOptions(CallOptions, total=False):
         label_set: for a defence whose vector depends on the labels.
         truncate: cut texts that are too long instead of refusing them.
         encoding_format: on the wire; `base64`, which is exact and small, if not given.
+        embed_dtype: of the numbers; `float16` and `int8` keep cosines but for rounding, `binary` keeps the signs, eight
+            to a byte. `float32` if not given.
     """
 
     encoder: str
@@ -86,6 +88,7 @@ class EmbedOptions(CallOptions, total=False):
     label_set: str
     truncate: bool
     encoding_format: Literal["float", "base64"]
+    embed_dtype: Literal["float32", "float16", "int8", "binary"]
 
 
 class ProbeOptions(DecisionOptions, total=False):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import array
 import base64
-import sys
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +17,15 @@ try:
 except ImportError:  # it is an extra: vectors are lists then
     np = None  # type: ignore[assignment]
 
-# An array of float32 or a list of floats, by what is installed: no type says both and is of use to either.
+# `embed_dtype` -> struct's and NumPy's letter of one number.
+_TYPES = {"float32": "f", "float16": "e", "int8": "b", "binary": "B"}
+# An array of numbers or a list of them, by what is installed: no type says both and is of use to either.
 Vector = Any
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """A vector of length 1, and what was done to its picture that a viewer may not expect."""
+    """A vector of length 1 (but for rounding), and what was done to its picture that a viewer may not expect."""
 
     vector: Vector
     warnings: tuple[str, ...] = ()
@@ -50,18 +51,25 @@ class Embeddings:
     defence: Mapping[str, Any]
     images: Batch[Embedding]
     texts: Batch[Embedding]
+    embed_dtype: str = "float32"
     meta: Meta = field(default_factory=Meta, repr=False, compare=False)
     raw: Mapping[str, Any] = raw_field()
 
     @property
     def image_vectors(self) -> Vector:
         """All pictures' vectors as one array [N, dim] (a list of lists without NumPy); raises if one failed."""
-        return _stack(self.images.raise_for_error(), self.dim)
+        return self._stacked(self.images)
 
     @property
     def text_vectors(self) -> Vector:
         """All texts' vectors as one array [N, dim] (a list of lists without NumPy); raises if one failed."""
-        return _stack(self.texts.raise_for_error(), self.dim)
+        return self._stacked(self.texts)
+
+    def _stacked(self, found: Batch[Embedding]) -> Vector:
+        rows = [one.vector for one in found.raise_for_error()]
+        if np is None or rows:
+            return rows if np is None else np.stack(rows)
+        return np.zeros((0, -(-self.dim // 8) if self.embed_dtype == "binary" else self.dim), _letter(self.embed_dtype))
 
     def __repr__(self) -> str:
         return f"<Embeddings of {len(self.images)} images and {len(self.texts)} texts, dim {self.dim}>"
@@ -70,8 +78,10 @@ class Embeddings:
 def embeddings(data: object, meta: Meta) -> Embeddings:
     """Read the answer of `/embed`."""
 
+    dtype = data.get("embed_dtype", "float32") if isinstance(data, Mapping) else "float32"
+
     def one(value: Any) -> Embedding:
-        vector = decode_vector(value.get("embedding") if isinstance(value, Mapping) else None)
+        vector = decode_vector(value.get("embedding") if isinstance(value, Mapping) else None, dtype)
         return pick(Embedding, value, own={"vector": vector}, warnings=tuple)
 
     def outcomes(values: Any) -> Batch[Embedding]:
@@ -80,28 +90,30 @@ def embeddings(data: object, meta: Meta) -> Embeddings:
     return pick(Embeddings, data, own={"meta": meta}, encoder=encoder_ref, images=outcomes, texts=outcomes)
 
 
-def decode_vector(value: object) -> Vector:
-    """A vector from JSON numbers, or from base64 of little-endian float32.
+def decode_vector(value: object, dtype: str = "float32") -> Vector:
+    """A vector from JSON numbers, or from base64 of little-endian ones.
+
+    Args:
+        value: as the answer has it.
+        dtype: an `embed_dtype`.
 
     Raises:
-        UnexpectedAnswer: neither.
+        UnexpectedAnswer: neither, or of a dtype that is not known here.
     """
-    if isinstance(value, str):
-        try:
-            data = base64.b64decode(value, validate=True)
-            numbers = array.array("f", data)
-        except ValueError:
-            raise UnexpectedAnswer("A vector of the answer is not base64 of float32 numbers.") from None
-        if sys.byteorder == "big":
-            numbers.byteswap()
-        return np.array(numbers, dtype=np.float32) if np is not None else numbers.tolist()
+    letter = _letter(dtype)
     if isinstance(value, list):
-        return np.array(value, dtype=np.float32) if np is not None else value
-    raise UnexpectedAnswer("The answer has no vector where one belongs; is this an Ironclip service?")
+        return np.array(value, dtype=letter) if np is not None else value
+    if not isinstance(value, str):
+        raise UnexpectedAnswer("The answer has no vector where one belongs; is this an Ironclip service?")
+    try:
+        data = base64.b64decode(value, validate=True)
+        numbers = struct.unpack(f"<{len(data) // struct.calcsize(letter)}{letter}", data)
+    except (ValueError, struct.error):
+        raise UnexpectedAnswer(f"A vector of the answer is not base64 of {dtype} numbers.") from None
+    return np.array(numbers, dtype=letter) if np is not None else list(numbers)
 
 
-def _stack(found: Sequence[Embedding], dim: int) -> Vector:
-    rows = [one.vector for one in found]
-    if np is None:
-        return rows
-    return np.stack(rows) if rows else np.zeros((0, dim), dtype=np.float32)
+def _letter(dtype: str) -> str:
+    if dtype not in _TYPES:
+        raise UnexpectedAnswer("The vectors have numbers of a type that this client does not know; is it too old?")
+    return _TYPES[dtype]
