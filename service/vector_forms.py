@@ -1,4 +1,4 @@
-"""Vectors as they go out, in the type of numbers and in the form (JSON, NumPy's file format, bare bytes) that is asked for."""
+"""Vectors as they go out, in the numbers and the form (JSON, NumPy's file format, bare bytes) that are asked for."""
 
 from __future__ import annotations
 
