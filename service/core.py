@@ -144,6 +144,7 @@ class Service:
     async def start(self) -> None:
         """Begin to load the encoders; returns at once, `not_ready` tells when they are there."""
         telemetry.watch_ready(self.not_ready)
+        telemetry.watch_decoder(self.decoder)
         if self._link is not None:
             await self._link.start()
         if self.keys is not None:

@@ -95,7 +95,7 @@ class ImageDecoder:
         self._pending = [0 for _ in CLASSES]
         self._seconds = 0.005  # running mean of one decode
         self._moved = 0.0  # when a decode last ended, or the first of a spell was handed in
-        self._running = 0  # threads that have a picture
+        self._begun: dict[int, float] = {}  # thread that has a picture -> since when
         self._turned = time.monotonic()  # when one last took a picture, or was done with it
         self._closed = False
         self._lock = threading.Lock()
@@ -117,7 +117,13 @@ class ImageDecoder:
     def stalled_seconds(self) -> float:
         """Seconds since a thread last took a picture or was done with one; 0 while one is free for the next."""
         with self._lock:
-            return time.monotonic() - self._turned if self._running >= self.workers else 0.0
+            return time.monotonic() - self._turned if len(self._begun) >= self.workers else 0.0
+
+    @property
+    def oldest_seconds(self) -> float:
+        """Seconds that the thread which is at its picture for longest has been at it; 0 while none has one."""
+        with self._lock:
+            return time.monotonic() - min(self._begun.values()) if self._begun else 0.0
 
     def hangs(self, limit: float) -> bool:
         """Whether every thread has been at one picture for ``limit`` seconds, and for longer than the largest takes."""
@@ -169,7 +175,7 @@ class ImageDecoder:
         if found is None:
             return
         future, work = found
-        self._turn(1)
+        self._turn(begun=True)
         began = time.perf_counter()
         try:
             decoded = work()
@@ -181,13 +187,16 @@ class ImageDecoder:
             seconds = time.perf_counter() - began
             self._seconds += 0.05 * (seconds - self._seconds)
             telemetry.DECODE_SECONDS.observe(seconds)
-            self._turn(-1)
+            self._turn(begun=False)
 
-    def _turn(self, more: int) -> None:
-        """A thread has taken a picture (1), or is done with it (-1)."""
+    def _turn(self, *, begun: bool) -> None:
+        """This thread has taken a picture, or is done with it."""
         with self._lock:
-            self._running += more
             self._turned = time.monotonic()
+            if begun:
+                self._begun[threading.get_ident()] = self._turned
+            else:
+                del self._begun[threading.get_ident()]
 
     def _count_down(self, rank: int, work: Future[DecodedImage]) -> None:
         with self._lock:

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import lru_cache, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
-from weakref import WeakMethod
+from weakref import WeakMethod, ref
 
 import structlog
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
@@ -27,6 +27,7 @@ from ironclip import __version__
 from service import tracing
 
 if TYPE_CHECKING:
+    from service.decoder import ImageDecoder
     from service.runtime import ServedEncoder
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -58,6 +59,10 @@ BATCH_LIMIT = Gauge(
 )
 DECODE_SECONDS = Histogram(
     "ironclip_decode_seconds", "Time in which one image was checked, decoded and resized.", buckets=_LATENCY
+)
+DECODE_OLDEST = Gauge(
+    "ironclip_decode_oldest_seconds",
+    "For how long the decoder's thread that is at one image for longest has been at it; 0 while none has one.",
 )
 DECODE_REJECTS = Counter("ironclip_decode_rejects", "Images refused, by the problem's code.", ["reason"])
 CACHE = Counter("ironclip_cache", "Look-ups in the caches.", ["cache", "result"])
@@ -185,6 +190,17 @@ def watch_ready(not_ready: Callable[[], str | None]) -> None:
         return float(asked is not None and asked() is None)
 
     READY.set_function(ready)
+
+
+def watch_decoder(decoder: ImageDecoder) -> None:
+    """Let `ironclip_decode_oldest_seconds` be found out whenever the metrics are read; with several, the last's."""
+    reference = ref(decoder)
+
+    def oldest() -> float:
+        found = reference()
+        return found.oldest_seconds if found is not None else 0.0
+
+    DECODE_OLDEST.set_function(oldest)
 
 
 def watch_encoder(name: str, loaded: Callable[[], Sequence[ServedEncoder]]) -> None:

@@ -67,7 +67,17 @@ def export_transformers(encoder: Encoder, folder: Path) -> list[str]:
     weights = {name: value.detach().float().contiguous() for name, value in _weights(model).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     _write_tokenizer(encoder, folder)
-    return _write_preparation(encoder, folder)
+    return [*_told_of_head(encoder), *_write_preparation(encoder, folder)]
+
+
+def _told_of_head(encoder: Encoder) -> list[str]:
+    """CLIPModel decides by cosine, whatever the encoder was made to decide by."""
+    if encoder.head.type == "cosine":
+        return []
+    return [
+        f"CLIPModel decides by the cosine of the features; this encoder decides by its {encoder.head.type} head, so "
+        "that scores, and some decisions, will be others. Features are the same."
+    ]
 
 
 def _check(encoder: Encoder) -> None:

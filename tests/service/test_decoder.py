@@ -9,9 +9,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
 from ironclip.errors import ImageInvalid, NotReady, Overloaded
 from ironclip.preprocessing import Preprocessing
+from service import telemetry
 from service.decoder import ImageDecoder
 from service.images import ImageLimits
 from service.urgency import BATCH, CURRENT, INTERACTIVE, Urgency
@@ -178,6 +180,9 @@ def test_a_decoder_that_is_stuck_says_for_how_long(corpus: ModuleType, monkeypat
             first = asyncio.create_task(decoder.decode(small, SMALL))
             await asyncio.sleep(0.1)
             assert decoder.stalled_seconds == 0
+            assert decoder.oldest_seconds >= 0.05  # one stuck thread of two shows too
+            telemetry.watch_decoder(decoder)
+            assert (REGISTRY.get_sample_value("ironclip_decode_oldest_seconds") or 0) >= 0.05
             second = asyncio.create_task(decoder.decode(small, SMALL))
             await asyncio.sleep(0.1)
             for _ in range(5):
@@ -194,6 +199,7 @@ def test_a_decoder_that_is_stuck_says_for_how_long(corpus: ModuleType, monkeypat
         while decoder.stalled_seconds:
             await asyncio.sleep(0.01)
         assert not decoder.hangs(0)
+        assert decoder.oldest_seconds == 0
         decoder.close()
 
     asyncio.run(scenario())

@@ -10,6 +10,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, CLIPVisio
 
 from ironclip.encoder import Encoder
 from ironclip.errors import OptionError
+from ironclip.head import Head
 from ironclip.loading import load_encoder
 from tests.conftest import TINY_CFG, make_tiny_encoder
 from tests.training.robust_world import CONV, make_artifact
@@ -50,6 +51,13 @@ def test_clip_model_has_the_same_features(quick: bool, tmp_path: Path) -> None:
         tokens = tokenizer(TEXTS, padding="max_length", max_length=24, return_tensors="pt")
         assert torch.allclose(_features(theirs.get_text_features(**tokens)), encoder.encode_text(TEXTS), atol=1e-5)
         assert theirs.logit_scale.exp().item() == pytest.approx(encoder.logit_scale.item())
+
+
+def test_another_head_than_clips_is_told(tmp_path: Path) -> None:
+    encoder = make_tiny_encoder()
+    encoder.head = Head("poincare", curvature=0.5)
+    (note,) = export_transformers(encoder, tmp_path)
+    assert "poincare" in note
 
 
 def test_pictures_are_prepared_alike(tmp_path: Path) -> None:
