@@ -92,9 +92,9 @@ async def embed(request: Request) -> Response:
         answer = json_response(content, stages, headers=headers)
     else:
         with stages.time("serialise"):
-            rows = np.stack(
-                [one for one in (*(item.vector for item in items), *vectors) if isinstance(one, np.ndarray)]
-            )
+            found = [*(item.vector for item in items), *vectors]
+            rows = np.stack([vector for vector in found if isinstance(vector, np.ndarray)])
+            assert len(rows) == len(found)  # or they would be somebody else's
             answer = Response(packed(converted(rows, options.embed_dtype), form), headers=headers, media_type=form)
     if not texts:  # those are embedded each time
         remember(request, answer, options.encoder, served, ask.pictures, items, None, options.label_set)
