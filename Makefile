@@ -11,7 +11,7 @@ WORKERS ?= auto
 
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow test-oldest check format bench readme lock sbom image-test setup redis clean
+.PHONY: help serve test test-slow test-oldest check format bench readme lock sbom image-test compose-test setup redis clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ sbom: $(VENV)/.dev ## what the images install, as CycloneDX JSON in docker/sbom
 
 image-test: ## build both images and run them hardened, with Docker or Podman; writes docker/results.json
 	$(PYTHON) docker/image_test.py $(ARGS)
+
+compose-test: ## `docker compose up` with a real engine, and what it promises; ARGS="--image ... --redis-image ..."
+	$(PYTHON) docker/compose_test.py $(ARGS)
 
 setup: $(VENV)/.dev ## only the virtual environment, with everything in it
 

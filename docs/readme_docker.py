@@ -13,6 +13,8 @@ def measured() -> str:
     results = json.loads((ROOT / "docker" / "results.json").read_text(encoding="utf-8"))
     lines = []
     for name, found in results.items():
+        if name == "compose":
+            continue
         folders = ", ".join(f"{folder} {mib} MiB" for folder, mib in found["folder_mib"].items())
         line = f"- {name}, `{found['variant']}`: {found['image_mb'] / 1000:.1f} GB ({folders})"
         if name == "service":
@@ -31,3 +33,18 @@ def measured() -> str:
         )
         lines.append(line)
     return "\n".join(lines) + "\n"
+
+
+def composed() -> str:
+    """What `make compose-test` found, with what it was run on."""
+    found = json.loads((ROOT / "docker" / "results.json").read_text(encoding="utf-8")).get("compose")
+    if found is None:
+        return "Not run yet: `make compose-test`.\n"
+    images = [f"`{found[name]}`" for name in ("redis_image", "prometheus_image") if found[name]]
+    return (
+        f"Healthy {found['seconds_until_healthy']} s after `docker compose up`; Redis was killed, and used again "
+        f"{found['seconds_until_redis_is_used_again']} s after its start; with a request in flight the service was "
+        f"gone {found['seconds_of_the_drain']} s after `docker compose stop`. Docker {found['engine']}, Compose "
+        f"{found['compose']}; images `{found['image']}` of commit {found['commit'][:12]}, {' and '.join(images)}; at a "
+        f"load of {found['load_average']}.\n"
+    )

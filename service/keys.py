@@ -131,8 +131,9 @@ def parse_keys(text: str) -> dict[str, Key]:
         raise SettingsInvalid(f"not TOML: {error}") from None
     entries = content.get("keys")
     unknown = sorted(set(content) - {"keys"})
-    if unknown or not isinstance(entries, list) or not entries:
-        what = f"unknown table {unknown[0]!r}" if unknown else "there is no [[keys]] in it"
+    # An empty list says that nobody may come in; an empty file may be one that is still being written.
+    if unknown or not isinstance(entries, list):
+        what = f"unknown table {unknown[0]!r}" if unknown else "there is no [[keys]] in it, nor `keys = []` for nobody"
         raise SettingsInvalid(f"{what}; `python -m service keys new` prints an entry")
     faults: list[str] = []
     found: dict[str, Key] = {}

@@ -54,6 +54,8 @@ def _reason(error: BaseException) -> str:
     """Why Redis cannot be used, from a closed set: texts of errors may hold what was sent."""
     if isinstance(error, (AuthenticationError, NoPermissionError)):
         return "wrong user or password: IRONCLIP_REDIS_URL"
+    if str(error).startswith("DENIED Redis is running in protected mode"):
+        return "Redis is in protected mode: give it a password, or protected-mode no where nobody else reaches it"
     cause = error.__cause__ or error.__context__ or error
     if isinstance(error, (asyncio.TimeoutError, RedisTimeoutError)):
         return "no answer in time"

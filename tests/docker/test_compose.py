@@ -115,6 +115,7 @@ def test_redis_takes_its_command_line(everything: dict[str, Any], tmp_path: Path
         assert settings["appendonly"] == "yes"
         assert settings["save"] == ""
         assert settings["timeout"] == "300"
+        assert settings["protected-mode"] == "no"  # or only what runs in Redis' own container is let in
     finally:
         process.terminate()
         process.wait(10)

@@ -227,11 +227,18 @@ def test_keys_come_and_go_without_a_restart_and_a_broken_file_changes_nothing(lo
         assert eventually(lambda: metric(locked.metrics_url, "ironclip_keys_file_ok") == 0)
         assert status(key) == 200
         assert "the keys stay as they were" in locked.service.log.read_text()
+        locked.keys_file.write_text("", encoding="utf-8")  # may be one that is still being written
+        time.sleep(1.5)
+        assert status(key) == 200
+        locked.keys_file.write_text("keys = []\n", encoding="utf-8")
+        assert eventually(lambda: status(key) == 401)
+        assert status(locked.keys["acme"]) == 401
+        assert metric(locked.metrics_url, "ironclip_keys_file_ok") == 1
     finally:
         locked.keys_file.write_text(before, encoding="utf-8")
-    assert eventually(lambda: status(key) == 401)
+    assert eventually(lambda: status(locked.keys["acme"]) == 200)
+    assert status(key) == 401
     assert metric(locked.metrics_url, "ironclip_keys_file_ok") == 1
-    assert status(locked.keys["acme"]) == 200
 
 
 def test_a_mounted_secret_is_another_file_under_the_same_name(tmp_path: Path) -> None:

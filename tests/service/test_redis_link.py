@@ -56,6 +56,25 @@ async def tripped(link: RedisLink, line: Proxy) -> None:
         await asked(link)
 
 
+async def test_a_redis_that_lets_nobody_in_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    """The answer of a Redis in protected mode to whoever comes from another machine, after which it hangs up."""
+
+    async def deny(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"-DENIED Redis is running in protected mode because protected mode is enabled.\r\n")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(deny, "127.0.0.1", 0)
+    found = RedisLink(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0", 0.1)
+    try:
+        await found.start()
+        assert not found.available
+        assert "protected mode: give it a password" in "".join(capsys.readouterr())
+    finally:
+        await found.close()
+        server.close()
+
+
 async def test_the_circuit_stays_open_while_redis_is_slow_and_closes_after(link: RedisLink, line: Proxy) -> None:
     await tripped(link, line)
     end = time.monotonic() + 3  # pings come after 0.25, 0.5 and 1 s, each answered in less than a second

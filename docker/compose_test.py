@@ -1,0 +1,292 @@
+"""`make compose-test`: `docker compose up` as the README has it, with a real engine, and what it promises.
+
+Needs a Docker engine with Compose, and the images; it builds nothing. The stack comes up healthy, classifies, shares
+Redis, goes on without it, drains, keeps its label sets, is scraped by Prometheus where its image is given, and asks for
+API keys where the lines about them are taken out of their comments. What was measured goes to docker/results.json. The
+project is one of the test's own, and is removed with its volumes at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docker" / "results.json"
+_SAMPLES = ROOT / "ironclip" / "demo" / "samples"
+_COMMENTED = re.compile(r"^( +)# (- type: bind|  (?:source|target|read_only|bind): .*|IRONCLIP_\w+: .*)$", re.MULTILINE)
+
+
+class Failed(Exception):
+    """A command failed, or a promise was not kept."""
+
+
+class Stack:
+    """The containers of one compose.yaml.
+
+    Args:
+        folder: with the compose.yaml.
+        variables: of Compose.
+    """
+
+    def __init__(self, folder: Path, variables: Mapping[str, str]) -> None:
+        self.port, self.prometheus_port = _free_port(), _free_port()
+        self._folder = folder
+        ports = {"HOST_PORT": str(self.port), "PROMETHEUS_PORT": str(self.prometheus_port)}
+        self._environment = {**os.environ, **variables, **ports}
+        self._command = [*_compose(), f"--project-name=ironclip-test-{os.getpid()}"]
+
+    def __call__(self, *arguments: str, seconds: float = 300, check: bool = True) -> str:
+        """Run one command of Compose; returns what it printed.
+
+        Raises:
+            Failed: its status is not 0, and `check` is set.
+        """
+        done = subprocess.run(
+            [*self._command, *arguments],
+            cwd=self._folder,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+        )
+        if check and done.returncode:
+            raise Failed(f"docker compose {' '.join(arguments)}: status {done.returncode}\n{done.stdout}")
+        return done.stdout
+
+    def up(self, *services: str) -> float:
+        """Start what is not there, all or these; returns the seconds until all of it is healthy."""
+        began = time.monotonic()
+        self("up", "--detach", "--no-build", "--pull=never", "--wait", *services)
+        return time.monotonic() - began
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, Mapping[str, str]]:
+        """One request: a picture as bytes, or JSON; returns status, answer and headers."""
+        kind = "image/png" if isinstance(body, bytes) else "application/json"
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        asked = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, method=method)
+        for name, value in {"Content-Type": kind, **headers}.items():
+            asked.add_header(name.replace("_", "-"), value)
+        try:
+            with urllib.request.urlopen(asked, timeout=60) as answer:
+                text, status, told = answer.read(), answer.status, answer.headers
+        except urllib.error.HTTPError as error:
+            text, status, told = error.read(), error.code, error.headers
+        return status, json.loads(text) if "json" in told.get("Content-Type", "") else text.decode(), told
+
+    def metric(self, name: str) -> float:
+        """The value of a metric without labels."""
+        found = re.search(rf"^{name} (\S+)$", self.ask("GET", "/metrics")[1], re.MULTILINE)
+        if found is None:
+            raise Failed(f"/metrics has no {name}")
+        return float(found[1])
+
+    def service(self) -> str:
+        """The name of the service's container."""
+        return self("ps", "--all", "--format={{.Name}}", "ironclip").strip()
+
+
+def check_stack(stack: Stack) -> dict[str, float]:
+    """Everything but keys; returns what was measured."""
+    measured = {"seconds_until_healthy": round(stack.up(), 1)}
+    guitar, octopus = ((_SAMPLES / f"{name}.png").read_bytes() for name in ("guitar", "octopus"))
+    status, answer, _ = stack.ask("POST", "/classify?label_set=emoji&top_k=1", guitar)
+    _hold(status == 200 and answer["predictions"][0]["label"] == "guitar", "a guitar is a guitar", answer)
+    _hold(stack.metric("ironclip_redis_up") == 1, "the service uses Redis", stack("logs", "ironclip"))
+    status, answer, _ = stack.ask("PUT", "/label-sets/kept", {"labels": ["octopus", "rocket"]})
+    _hold(status == 201, "a label set is registered", answer)
+    published = stack("port", "redis", "6379", check=False)
+    _hold("127.0.0.1" not in published and "0.0.0.0" not in published, "Redis is not published", published)
+
+    stack("kill", "redis")
+    status, answer, _ = stack.ask("POST", "/classify?label_set=emoji&top_k=1", octopus)
+    _hold(status == 200 and answer["predictions"][0]["label"] == "octopus", "without Redis it goes on", answer)
+    began = time.monotonic()
+    stack("start", "redis")
+    _until(lambda: stack.metric("ironclip_redis_up") == 1, 60, "Redis is found again")
+    measured["seconds_until_redis_is_used_again"] = round(time.monotonic() - began, 1)
+
+    measured["seconds_of_the_drain"] = round(_drained(stack), 2)
+    stack("down")
+    stack.up()
+    status, answer, _ = stack.ask("GET", "/label-sets/kept")
+    _hold(status == 200, "label sets outlive the containers", answer)
+    again = stack.ask("POST", "/classify?label_set=emoji&top_k=1", guitar)[2]
+    _hold("hit" in again["Cache-Status"], "Redis shares what replicas have computed", dict(again))
+    return measured
+
+
+def check_prometheus(stack: Stack) -> None:
+    """Of the profile `observe`: it asks the service, and every alert of ours is one that it can compute."""
+    stack("--profile=observe", "up", "--detach", "--no-build", "--pull=never", "--wait", "prometheus")
+    api = f"http://127.0.0.1:{stack.prometheus_port}/api/v1"
+
+    def asked(path: str) -> Any:
+        with urllib.request.urlopen(f"{api}/{path}", timeout=10) as answer:
+            return json.load(answer)["data"]
+
+    def healthy() -> bool:
+        targets = [target["health"] for target in asked("targets")["activeTargets"]]
+        rules = [rule["health"] for group in asked("rules")["groups"] for rule in group["rules"]]
+        return targets == ["up"] and len(rules) > 5 and set(rules) == {"ok"}
+
+    _until(healthy, 90, "Prometheus asks the service, and computes every alert")
+
+
+def check_keys(folder: Path, variables: Mapping[str, str], image: str) -> None:
+    """As the README says it: lines out of their comments, a key, and a key taken out again."""
+    shutil.copy(ROOT / "compose.yaml", folder)
+    shutil.copytree(ROOT / "docker", folder / "docker")
+    shutil.copytree(ROOT / "k8s", folder / "k8s")  # what the other profiles mount
+    model = folder / "docker" / "compose.yaml"
+    model.write_text(_COMMENTED.sub(r"\1\2", model.read_text(encoding="utf-8")), encoding="utf-8")
+    (key, entry), (_, other) = _new_key(image), _new_key(image)
+    keys = folder / "keys"
+    keys.mkdir()
+    (keys / "keys.toml").write_text(entry, encoding="utf-8")
+    for path, mode in ((folder, 0o755), (keys, 0o755), (keys / "keys.toml", 0o644)):
+        path.chmod(mode)
+    stack = Stack(folder, {**variables, "REDIS_MAC_KEY": "0123456789abcdef" * 4})
+    try:
+        stack.up()
+        _hold(stack.ask("GET", "/models")[0] == 401, "nobody is let in without a key")
+        bearer = {"Authorization": f"Bearer {key}"}
+        _hold(stack.ask("GET", "/models", **bearer)[0] == 200, "the key is let in")
+        replaced = keys / "new.toml"
+        replaced.write_text(other, encoding="utf-8")
+        replaced.chmod(0o644)
+        replaced.replace(keys / "keys.toml")  # as editors do it: another file in the old one's place
+        _until(lambda: stack.ask("GET", "/models", **bearer)[0] == 401, 10, "a key that is taken out is refused")
+    finally:
+        stack("down", "--volumes", check=False)
+
+
+def _new_key(image: str) -> tuple[str, str]:
+    """A key, and its entry for the keys file."""
+    made = _run("docker", "run", "--rm", image, "keys", "new", "--tenant", "acme", "--scopes", "infer")
+    key, entry = re.search(r"ick_\S+", made), re.search(r"^\[\[keys\]\].*", made, re.MULTILINE | re.DOTALL)
+    if key is None or entry is None:
+        raise Failed("keys new printed no key and its entry")
+    return key[0], entry[0]
+
+
+def _drained(stack: Stack) -> float:
+    """Stop the service with a request in flight: it is answered, and the process ends with 0. Returns the seconds."""
+    texts = [f"an emoji of thing number {number}, drawn by hand" for number in range(1024)]
+    answers: list[int] = []
+    asking = threading.Thread(target=lambda: answers.append(stack.ask("POST", "/embed", {"texts": texts})[0]))
+    asking.start()
+    _until(lambda: stack.metric("ironclip_requests_in_flight") >= 2, 20, "the request is seen")
+    name, began = stack.service(), time.monotonic()
+    stack("stop", "ironclip")
+    seconds = time.monotonic() - began
+    asking.join(30)
+    _hold(answers == [200], "a request in flight is answered", answers)
+    code = _run("docker", "inspect", "--format={{.State.ExitCode}}", name).strip()
+    _hold(code == "0", "the process ends with 0", code)
+    return seconds
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+    return port
+
+
+def _hold(true: bool, promise: str, found: object = "") -> None:
+    if not true:
+        raise Failed(f"not so: {promise}\n{found}".rstrip())
+    print(f"  {promise}", flush=True)
+
+
+def _until(condition: Callable[[], bool], seconds: float, promise: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise Failed(f"not so within {seconds:g} s: {promise}")
+        time.sleep(0.02)
+    print(f"  {promise}", flush=True)
+
+
+def _compose() -> list[str]:
+    """Compose as a part of Docker's command, or as a command of its own."""
+    done = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False)
+    return ["docker", "compose"] if done.returncode == 0 else ["docker-compose"]
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise Failed(f"{' '.join(command)}: status {done.returncode}\n{done.stderr}")
+    return done.stdout
+
+
+def main() -> int:
+    """Run all checks; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="compose_test.py"
+    )
+    parser.add_argument("--image", default="ironclip:cpu", help="of the service; `docker compose build` makes it")
+    parser.add_argument("--redis-image", default="redis:7.2-alpine", help="`docker compose pull redis` fetches it")
+    parser.add_argument("--prometheus-image", default="", help="of the profile observe, which is left out without it")
+    options = parser.parse_args()
+    variables = {"IMAGE": options.image, "REDIS_IMAGE": options.redis_image}
+    if options.prometheus_image:
+        variables["PROMETHEUS_IMAGE"] = options.prometheus_image
+    if shutil.which("docker") is None:
+        print("compose-test: docker is not installed; this needs Docker's engine and Compose", file=sys.stderr)
+        return 1
+    try:
+        versions = {
+            "engine": _run("docker", "version", "--format={{.Server.Version}}").strip(),
+            "compose": _run(*_compose(), "version", "--short").strip(),
+        }
+        for image in variables.values():
+            _run("docker", "image", "inspect", image)
+        stack = Stack(ROOT, variables)
+        try:
+            measured = check_stack(stack)
+            if options.prometheus_image:
+                check_prometheus(stack)
+        finally:
+            stack("--profile=observe", "down", "--volumes", check=False)
+        with tempfile.TemporaryDirectory() as folder:
+            check_keys(Path(folder), variables, options.image)
+    except (Failed, OSError, subprocess.TimeoutExpired) as error:
+        print(f"compose-test: {error}", file=sys.stderr)
+        return 1
+    label = '{{index .Config.Labels "org.opencontainers.image.revision"}}'
+    revision = _run("docker", "image", "inspect", f"--format={label}", options.image).strip()
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    load = round(os.getloadavg()[0], 2)
+    about = {
+        "image": options.image,
+        "redis_image": options.redis_image,
+        "prometheus_image": options.prometheus_image,
+        "commit": revision,
+        "load_average": load,
+    }
+    results["compose"] = {**versions, **about, **measured}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"compose-test: all checks passed; {RESULTS.relative_to(ROOT)} has what was measured")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
