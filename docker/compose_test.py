@@ -9,10 +9,12 @@ project is one of the test's own, and is removed with its volumes at the end.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -28,7 +30,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docker" / "results.json"
 _SAMPLES = ROOT / "ironclip" / "demo" / "samples"
-_COMMENTED = re.compile(r"^( +)# (- type: bind|  (?:source|target|read_only|bind): .*|IRONCLIP_\w+: .*)$", re.MULTILINE)
+_COMMENTED = re.compile(
+    r"^( +)# (- type: bind|  (?:source|target|read_only|bind): .*|IRONCLIP_(?:KEYS_FILE|REDIS_MAC_KEY): .*)$",
+    re.MULTILINE,
+)
+_KEY_LINES = 7
+# Of the caller's environment: what Docker's client needs, and none of what compose.yaml reads.
+_KEPT = re.compile(r"PATH|HOME|XDG_\w+|DOCKER_\w+")
+# A proxy is for other machines.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Failed(Exception):
@@ -47,8 +57,10 @@ class Stack:
         self.port, self.prometheus_port = _free_port(), _free_port()
         self._folder = folder
         ports = {"HOST_PORT": str(self.port), "PROMETHEUS_PORT": str(self.prometheus_port)}
-        self._environment = {**os.environ, **variables, **ports}
-        self._command = [*_compose(), f"--project-name=ironclip-test-{os.getpid()}"]
+        kept = {name: value for name, value in os.environ.items() if _KEPT.fullmatch(name)}
+        self._environment = {**kept, **variables, **ports}
+        self._project = f"ironclip-test-{os.getpid()}"
+        self._command = [*_compose(), f"--env-file={os.devnull}", f"--project-name={self._project}"]
 
     def __call__(self, *arguments: str, seconds: float = 300, check: bool = True) -> str:
         """Run one command of Compose; returns what it printed.
@@ -83,7 +95,7 @@ class Stack:
         for name, value in {"Content-Type": kind, **headers}.items():
             asked.add_header(name.replace("_", "-"), value)
         try:
-            with urllib.request.urlopen(asked, timeout=60) as answer:
+            with _OPENER.open(asked, timeout=60) as answer:
                 text, status, told = answer.read(), answer.status, answer.headers
         except urllib.error.HTTPError as error:
             text, status, told = error.read(), error.code, error.headers
@@ -96,9 +108,20 @@ class Stack:
             raise Failed(f"/metrics has no {name}")
         return float(found[1])
 
-    def service(self) -> str:
-        """The name of the service's container."""
-        return self("ps", "--all", "--format={{.Name}}", "ironclip").strip()
+    def container(self, service: str) -> str:
+        """The name of a service's container."""
+        return self("ps", "--all", "--format={{.Name}}", service).strip()
+
+    def remove(self) -> None:
+        """Take everything away, volumes too; what cannot be is told, not raised: something else may be."""
+        try:
+            self("--profile=observe", "down", "--volumes")
+        except (Failed, subprocess.TimeoutExpired) as error:
+            print(f"compose-test: the project {self._project} could not be removed: {error}", file=sys.stderr)
+
+    def show(self) -> None:
+        """Print the ends of the logs: what is removed next cannot be looked at."""
+        print(self("--profile=observe", "logs", "--tail=50", check=False), file=sys.stderr)
 
 
 def check_stack(stack: Stack) -> dict[str, float]:
@@ -110,15 +133,17 @@ def check_stack(stack: Stack) -> dict[str, float]:
     _hold(stack.metric("ironclip_redis_up") == 1, "the service uses Redis", stack("logs", "ironclip"))
     status, answer, _ = stack.ask("PUT", "/label-sets/kept", {"labels": ["octopus", "rocket"]})
     _hold(status == 201, "a label set is registered", answer)
-    published = stack("port", "redis", "6379", check=False)
-    _hold("127.0.0.1" not in published and "0.0.0.0" not in published, "Redis is not published", published)
+    bindings = "--format={{json .HostConfig.PortBindings}}"
+    published = _run("docker", "inspect", bindings, stack.container("redis")).strip()
+    _hold(published in ("{}", "null"), "Redis is not published", published)
 
     stack("kill", "redis")
+    _until(lambda: not _answered(stack) and stack.metric("ironclip_redis_up") == 0, 30, "Redis is missed")
     status, answer, _ = stack.ask("POST", "/classify?label_set=emoji&top_k=1", octopus)
     _hold(status == 200 and answer["predictions"][0]["label"] == "octopus", "without Redis it goes on", answer)
-    began = time.monotonic()
     stack("start", "redis")
-    _until(lambda: stack.metric("ironclip_redis_up") == 1, 60, "Redis is found again")
+    began = time.monotonic()
+    _until(lambda: stack.metric("ironclip_redis_up") == 1 and _answered(stack), 60, "Redis is found again")
     measured["seconds_until_redis_is_used_again"] = round(time.monotonic() - began, 1)
 
     measured["seconds_of_the_drain"] = round(_drained(stack), 2)
@@ -137,7 +162,7 @@ def check_prometheus(stack: Stack) -> None:
     api = f"http://127.0.0.1:{stack.prometheus_port}/api/v1"
 
     def asked(path: str) -> Any:
-        with urllib.request.urlopen(f"{api}/{path}", timeout=10) as answer:
+        with _OPENER.open(f"{api}/{path}", timeout=10) as answer:
             return json.load(answer)["data"]
 
     def healthy() -> bool:
@@ -154,7 +179,7 @@ def check_keys(folder: Path, variables: Mapping[str, str], image: str) -> None:
     shutil.copytree(ROOT / "docker", folder / "docker")
     shutil.copytree(ROOT / "k8s", folder / "k8s")  # what the other profiles mount
     model = folder / "docker" / "compose.yaml"
-    model.write_text(_COMMENTED.sub(r"\1\2", model.read_text(encoding="utf-8")), encoding="utf-8")
+    model.write_text(with_keys(model.read_text(encoding="utf-8")), encoding="utf-8")
     (key, entry), (_, other) = _new_key(image), _new_key(image)
     keys = folder / "keys"
     keys.mkdir()
@@ -172,8 +197,24 @@ def check_keys(folder: Path, variables: Mapping[str, str], image: str) -> None:
         replaced.chmod(0o644)
         replaced.replace(keys / "keys.toml")  # as editors do it: another file in the old one's place
         _until(lambda: stack.ask("GET", "/models", **bearer)[0] == 401, 10, "a key that is taken out is refused")
+    except BaseException:
+        stack.show()
+        raise
     finally:
-        stack("down", "--volumes", check=False)
+        stack.remove()
+
+
+def with_keys(text: str) -> str:
+    """compose.yaml with its lines about keys out of their comments."""
+    found, lines = _COMMENTED.subn(r"\1\2", text)
+    if lines != _KEY_LINES:
+        raise Failed(f"compose.yaml has {lines} lines about keys in comments, not {_KEY_LINES}")
+    return found
+
+
+def _answered(stack: Stack) -> bool:
+    """Whether the label set is told, which Redis alone knows."""
+    return stack.ask("GET", "/label-sets/kept")[0] == 200
 
 
 def _new_key(image: str) -> tuple[str, str]:
@@ -186,20 +227,40 @@ def _new_key(image: str) -> tuple[str, str]:
 
 
 def _drained(stack: Stack) -> float:
-    """Stop the service with a request in flight: it is answered, and the process ends with 0. Returns the seconds."""
-    texts = [f"an emoji of thing number {number}, drawn by hand" for number in range(1024)]
-    answers: list[int] = []
-    asking = threading.Thread(target=lambda: answers.append(stack.ask("POST", "/embed", {"texts": texts})[0]))
-    asking.start()
-    _until(lambda: stack.metric("ironclip_requests_in_flight") >= 2, 20, "the request is seen")
-    name, began = stack.service(), time.monotonic()
+    """Stop the service with requests in flight: they are answered, and the process ends with 0. Returns the seconds."""
+    answers: list[tuple[int, float]] = []
+
+    def ask(part: int) -> None:
+        texts = [f"an emoji of thing number {part}.{number}, drawn by hand" for number in range(1024)]
+        status = stack.ask("POST", "/embed", {"texts": texts})[0]
+        answers.append((status, time.monotonic()))
+
+    name, asking = stack.container("ironclip"), [threading.Thread(target=ask, args=(part,)) for part in range(4)]
+    for thread in asking:
+        thread.start()
+    _until(lambda: stack.metric("ironclip_requests_in_flight") >= 2, 20, "requests are seen")
+    began = time.monotonic()
     stack("stop", "ironclip")
     seconds = time.monotonic() - began
-    asking.join(30)
-    _hold(answers == [200], "a request in flight is answered", answers)
+    for thread in asking:
+        thread.join(30)
+    sent = _stop_seen(name, began)
+    _hold([status for status, _ in answers] == [200] * 4, "requests in flight are answered", answers)
+    _hold(max(at for _, at in answers) > sent, "one of them after the service was told to stop", (answers, sent))
     code = _run("docker", "inspect", "--format={{.State.ExitCode}}", name).strip()
     _hold(code == "0", "the process ends with 0", code)
     return seconds
+
+
+def _stop_seen(container: str, began: float) -> float:
+    """When the container was told to stop, by `time.monotonic`: as Docker has it in its events."""
+    offset = time.time() - time.monotonic()
+    since, until = f"--since={began + offset - 1:.3f}", f"--until={time.time():.3f}"
+    told = '--format={{.TimeNano}} {{.Action}} {{index .Actor.Attributes "signal"}}'
+    said = _run("docker", "events", since, until, f"--filter=container={container}", "--filter=event=kill", told)
+    if not said:
+        raise Failed(f"Docker has no event of a signal to {container}")
+    return int(said.split()[0]) / 1e9 - offset
 
 
 def _free_port() -> int:
@@ -230,6 +291,10 @@ def _compose() -> list[str]:
     return ["docker", "compose"] if done.returncode == 0 else ["docker-compose"]
 
 
+def _git(*arguments: str) -> str:
+    return _run("git", "-C", str(ROOT), *arguments).strip()
+
+
 def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
@@ -246,6 +311,8 @@ def main() -> int:
     parser.add_argument("--redis-image", default="redis:7.2-alpine", help="`docker compose pull redis` fetches it")
     parser.add_argument("--prometheus-image", default="", help="of the profile observe, which is left out without it")
     options = parser.parse_args()
+    # Whoever ends this wants its containers gone too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     variables = {"IMAGE": options.image, "REDIS_IMAGE": options.redis_image}
     if options.prometheus_image:
         variables["PROMETHEUS_IMAGE"] = options.prometheus_image
@@ -264,25 +331,31 @@ def main() -> int:
             measured = check_stack(stack)
             if options.prometheus_image:
                 check_prometheus(stack)
+        except BaseException:
+            stack.show()
+            raise
         finally:
-            stack("--profile=observe", "down", "--volumes", check=False)
+            stack.remove()
         with tempfile.TemporaryDirectory() as folder:
             check_keys(Path(folder), variables, options.image)
-    except (Failed, OSError, subprocess.TimeoutExpired) as error:
+    except (Failed, OSError, ValueError, http.client.HTTPException, subprocess.TimeoutExpired) as error:
         print(f"compose-test: {error}", file=sys.stderr)
         return 1
     label = '{{index .Config.Labels "org.opencontainers.image.revision"}}'
-    revision = _run("docker", "image", "inspect", f"--format={label}", options.image).strip()
+    changed = _git("status", "--porcelain", "--", "compose.yaml", "docker", "k8s", "ironclip", "service")
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    load = round(os.getloadavg()[0], 2)
-    about = {
+    results["compose"] = {
+        **versions,
         "image": options.image,
+        "image_commit": _run("docker", "image", "inspect", f"--format={label}", options.image).strip(),
         "redis_image": options.redis_image,
         "prometheus_image": options.prometheus_image,
-        "commit": revision,
-        "load_average": load,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "commit": _git("rev-parse", "HEAD"),
+        "modified": bool(changed),
+        **measured,
     }
-    results["compose"] = {**versions, **about, **measured}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"compose-test: all checks passed; {RESULTS.relative_to(ROOT)} has what was measured")
     return 0

@@ -41,10 +41,12 @@ def composed() -> str:
     if found is None:
         return "Not run yet: `make compose-test`.\n"
     images = [f"`{found[name]}`" for name in ("redis_image", "prometheus_image") if found[name]]
+    changes = " and changes" * found["modified"]
     return (
         f"Healthy {found['seconds_until_healthy']} s after `docker compose up`; Redis was killed, and used again "
-        f"{found['seconds_until_redis_is_used_again']} s after its start; with a request in flight the service was "
+        f"{found['seconds_until_redis_is_used_again']} s after it was started; with requests in flight the service was "
         f"gone {found['seconds_of_the_drain']} s after `docker compose stop`. Docker {found['engine']}, Compose "
-        f"{found['compose']}; images `{found['image']}` of commit {found['commit'][:12]}, {' and '.join(images)}; at a "
-        f"load of {found['load_average']}.\n"
+        f"{found['compose']}, {found['cores']} cores at a load of {found['load_average'][0]}; images "
+        f"`{found['image']}` of commit {found['image_commit'][:12]}, {' and '.join(images)}; compose.yaml of commit "
+        f"{found['commit'][:12]}{changes}.\n"
     )

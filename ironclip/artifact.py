@@ -126,6 +126,7 @@ def check_saveable(encoder: Encoder, *, dtype: torch.dtype = torch.float16) -> N
     """
     _check_kind(encoder)
     _state_on_disk(encoder, dtype)
+    golden_features(encoder, dtype)
 
 
 def _check_kind(encoder: Encoder) -> None:
@@ -230,7 +231,10 @@ def _state_on_disk(encoder: Encoder, dtype: torch.dtype) -> dict[str, torch.Tens
         keep = not tensor.is_floating_point() or name in ("logit_scale", "logit_bias")
         value = tensor.detach().cpu() if keep else tensor.detach().cpu().to(dtype)
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ArtifactError(f"The weight {name} is not finite as {dtype}; save with dtype=torch.float32.")
+            raise ArtifactError(
+                f"The weight {name} is not finite as {dtype}, in which artifacts are stored unless save_artifact is "
+                "given dtype=torch.float32; a weight this large is mostly one of an encoder that has diverged."
+            )
         state[name] = value.contiguous()
     return state
 

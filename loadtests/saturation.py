@@ -105,9 +105,14 @@ def measure_round(server: Running, requests: list[bytes], number: int, options: 
     }
 
 
-def verdict(cell: dict[str, Any]) -> dict[str, float]:
-    """One round against the aims: goodput at twice saturation over its peak, and the admitted p99 over the bound."""
-    twice = cell["levels"]["2x"]
+def verdict(cell: dict[str, Any], level: str = "2x") -> dict[str, float]:
+    """One round against the aims: goodput at twice saturation over its peak, and the admitted p99 over the bound.
+
+    Args:
+        cell: of the round.
+        level: callers who go away when they are refused (2x), or who come again (2x honour, 2x storm).
+    """
+    twice = cell["levels"][level]
     p99 = twice["admitted_p99_ms"]
     return {
         "goodput_share": round(twice["goodput_per_second"] / cell["peak_goodput_per_second"], 3),

@@ -140,7 +140,7 @@ class EmbeddedText(Closed):
 
 
 class EmbedResponse(Closed):
-    """The answer of `POST /embed`; every vector has length 1, but for rounding to `embed_dtype`."""
+    """The answer of `POST /embed`; vectors in float32 and float16 have length 1, but for rounding."""
 
     encoder: EncoderRef
     dim: int

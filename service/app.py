@@ -138,7 +138,8 @@ def _add_layers(app: FastAPI, service: Service, included: Sequence[APIRouter], t
     routes = [*app.routes, *(route for router in included for route in router.routes)]
     remembered = (classify.classify, embed.embed)
     known = {route.path: route for route in routes if isinstance(route, Route) and route.endpoint in remembered}
-    app.add_middleware(Remembering, routes=known, memory=service.memory)
+    forms = {path: embed.FORMS for path, route in known.items() if route.endpoint is embed.embed}
+    app.add_middleware(Remembering, routes=known, memory=service.memory, forms=forms)
     app.add_middleware(Holding)
     app.add_middleware(BodyGuard, max_bytes=settings.max_body_bytes, max_held_bytes=settings.max_held_bytes)
     app.add_middleware(Access, routes=routes, keys=service.keys, limiter=service.limiter)

@@ -15,6 +15,7 @@ from pathlib import Path
 from service.keys import ID_PATTERN, SCOPES, digest_of, new_secret, parse_keys, read_keys
 from service.settings import SettingsInvalid
 
+_NOBODY = re.compile(r"^\s*keys\s*=\s*\[\s*\]", re.MULTILINE)
 _ALPHABET = string.ascii_lowercase + string.digits
 
 
@@ -52,6 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(path: Path) -> int:
     keys = read_keys(path)
+    if not keys:
+        print("`keys = []`: nobody is let in.")
+        return 0
     rows = [("id", "tenant", "scopes", "points", "expires", "comment")]
     for key in keys.values():
         rate = "not limited"
@@ -127,6 +131,8 @@ def _append(path: Path, entry: str) -> None:
         SettingsInvalid: the file cannot be used as it is, has the id already, or cannot be written to.
     """
     text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if _NOBODY.search(text):
+        raise SettingsInvalid(f"{path} says `keys = []`, which lets nobody in: take that line out first")
     if text.strip():
         parse_keys(text + "\n" + entry)
     gap = "" if not text.strip() else "\n" if text.endswith("\n") else "\n\n"

@@ -80,7 +80,10 @@ _READS_OIP = tuple(status for status in _READS if status != 424)
 _ONE = ref("Classification")
 _CLASSIFIED = {"anyOf": [_ONE, {"type": "array", "items": {"anyOf": [_ONE, ref("Failed")]}}]}
 _ETAG = {"ETag": {"description": "The digest, in quotes.", "schema": {"type": "string"}}}
-_CACHED = {"Cache-Status": {"description": "RFC 9211.", "schema": {"type": "string"}}}
+_CACHED = {
+    "Cache-Status": {"description": "RFC 9211.", "schema": {"type": "string"}},
+    "X-Ironclip-Encoder": {"description": "The encoder that answered, `name@digest`.", "schema": {"type": "string"}},
+}
 _WHERE = {"Location": {"description": "With 202: where it stands.", "schema": {"type": "string"}}}
 _KNOWN = _header("If-None-Match", "ETags known.")
 _MATCH = [_header("If-Match", "Only if the set is in this version."), _header("If-None-Match", "`*`: only if new.")]

@@ -155,8 +155,9 @@ class EmbedOptions(Closed):
     )
     embed_dtype: EmbedDtype = Field(
         default="float32",
-        description="Type of the numbers. `int8`: each vector times what makes its largest number 127, so that cosines "
-        "stay; `binary`: the signs, eight to a byte, the first in the highest bit.",
+        description="Type of the numbers. `int8`: each vector times what makes its largest number, in magnitude, 127; "
+        "cosines stay but for rounding, lengths do not. `binary`: the signs as unsigned bytes, 1 for a number above 0, "
+        "the first in the highest bit, the last byte filled up with 0: `dim` / 8 of them, rounded up.",
     )
     defence: Defence | None = Field(
         default=None,

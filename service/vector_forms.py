@@ -17,9 +17,9 @@ DTYPES: tuple[str, ...] = get_args(EmbedDtype)
 def converted(vectors: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
     """Unit vectors with other numbers, little-endian.
 
-    `int8` scales each vector so that its largest number becomes 127 or -127, which leaves cosines as they are but for
-    rounding (the vectors are no longer of length 1). `binary` keeps the signs, eight to a byte, the first number in
-    the highest bit and a positive one as 1; Hamming distances order them.
+    `int8` scales each vector so that its largest number, in magnitude, becomes 127 or -127, which leaves cosines as
+    they are but for rounding; the vectors are no longer of length 1. `binary` keeps the signs: 1 for a number above 0,
+    eight to a byte, the first in the highest bit, the last byte filled up with 0; Hamming distances order them.
 
     Args:
         vectors: float32 [..., D].
@@ -43,8 +43,10 @@ def encoded(vector: NDArray[np.generic], encoding: str) -> list[float] | str:
     """A vector as JSON numbers, or as base64 of its bytes."""
     if encoding == "base64":
         return base64.b64encode(vector.tobytes()).decode("ascii")
+    if vector.dtype == np.float16:
+        return [float(str(number)) for number in vector]  # the shortest that reads back as the same
     if vector.dtype.kind == "f":
-        vector = vector.astype(np.float64).round(8 if vector.dtype.itemsize == 4 else 5)
+        vector = vector.astype(np.float64).round(8)
     numbers: list[float] = vector.tolist()
     return numbers
 

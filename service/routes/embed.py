@@ -37,7 +37,8 @@ TextOutcome = Floats | IronclipError
 
 
 _NO_DEFENCE = make_defence()
-_FORMS = (BYTES, NPY, JSON)
+# Media types of the answer, the usual one last.
+FORMS = (BYTES, NPY, JSON)
 
 
 @lru_cache(maxsize=64)
@@ -51,13 +52,16 @@ async def embed(request: Request) -> Response:
 
     Send JSON, a multipart form (`images` as files, `texts` repeated), or the bare image with the options as query
     parameters. An item that cannot be used has `{"error": problem}` in its place. A `defence` stands before the
-    pictures alone; texts are embedded as they are.
+    pictures alone; texts are embedded as they are. In float32 and float16 the dot product of two vectors is their
+    cosine. Those in int8 are not of length 1: take them in a wider type, and divide their product by their lengths.
+    Those in binary are compared by the bits in which they differ.
 
-    With `Accept: application/x-npy` the answer is a NumPy file of all vectors [N, dim], those of the images first, and
-    with `application/octet-stream` the same numbers alone; there, an item that cannot be used fails the request.
+    With `Accept: application/x-npy` the answer is a NumPy file of all vectors, one a row, those of the images first;
+    with `application/octet-stream` it is the same numbers alone. There, an item that cannot be used fails the request,
+    and nothing is said of warnings, preprocessing and defence; the encoder is in a header.
     """
     service, stages = service_of(request), stages_of(request)
-    form = media_type_for(request, _FORMS)
+    form = media_type_for(request, FORMS)
     deadline = Deadline.of(request)
     async with deadline.receiving():
         ask = await read_ask(request, EmbedRequest, EmbedOptions, service.image_limits, service.settings.max_images)
@@ -66,20 +70,24 @@ async def embed(request: Request) -> Response:
     served = service.encoder(options.encoder)
     check_texts(texts, service.settings.max_texts)
     defence = image_defence(request, served, options.defence, options.label_set)
+    known = [picture.error for picture in ask.pictures] if ask.single or form != JSON else []
+    if form != JSON:
+        known += _faults(texts, service.settings.max_text_chars).values()
 
     async def work() -> tuple[list[Item], list[TextOutcome]]:
-        if ask.single and ask.pictures[0].error is not None:
-            raise ask.pictures[0].error
+        _raise_first(known)
         async with meter_of(request).paid(points_of(ask.pictures, defence, texts)):
             images = embed_images(request, served, ask.pictures, stages, defence, options.label_set)
             vectors = embed_texts(request, served, texts, options.truncate, stages)
             found, read = await together([images, vectors])
-            if ask.single or form != JSON:
-                _raise_first(found, read)
-            return found, read
+            if ask.single:
+                _raise_first([found[0].error])
+        if form != JSON:  # a row cannot hold an error; and what it cost to find out is paid for
+            _raise_first([*(item.error for item in found), *read])
+        return found, read
 
     items, vectors = await deadline.within(work())
-    headers = {"Cache-Status": cache_status(items)}
+    headers = {"Cache-Status": cache_status(items), "Vary": "Accept"}
     if form == JSON:
         content = {
             "encoder": encoder_reference(served),
@@ -94,18 +102,30 @@ async def embed(request: Request) -> Response:
         with stages.time("serialise"):
             found = [*(item.vector for item in items), *vectors]
             rows = np.stack([vector for vector in found if isinstance(vector, np.ndarray)])
-            assert len(rows) == len(found)  # or they would be somebody else's
+            if len(rows) != len(found):
+                raise RuntimeError("an item has neither a vector nor an error, and rows would be somebody else's")
             answer = Response(packed(converted(rows, options.embed_dtype), form), headers=headers, media_type=form)
     if not texts:  # those are embedded each time
         remember(request, answer, options.encoder, served, ask.pictures, items, None, options.label_set)
     return answer
 
 
-def _raise_first(items: Sequence[Item], vectors: Sequence[TextOutcome]) -> None:
-    """Raise what is wrong with the first picture or text that something is wrong with."""
-    for outcome in (*(item.error for item in items), *vectors):
+def _raise_first(outcomes: Sequence[object]) -> None:
+    """Raise the first error among them."""
+    for outcome in outcomes:
         if isinstance(outcome, IronclipError):
             raise outcome
+
+
+def _faults(texts: Sequence[str], limit: int) -> dict[int, LabelError]:
+    """What is wrong with which of the texts, before their tokens are counted."""
+    found: dict[int, LabelError] = {}
+    for i, text in enumerate(texts):
+        try:
+            check_text(text, limit, f"/texts/{i}")
+        except LabelError as error:
+            found[i] = error
+    return found
 
 
 def _outcomes(
@@ -192,13 +212,7 @@ async def embed_texts(
     """Unit vectors of texts; one that cannot be used has its error in its place."""
     if not texts:
         return []
-    limit = service_of(request).settings.max_text_chars
-    errors: dict[int, LabelError] = {}
-    for i, text in enumerate(texts):
-        try:
-            check_text(text, limit, f"/texts/{i}")
-        except LabelError as error:
-            errors[i] = error
+    errors = _faults(texts, service_of(request).settings.max_text_chars)
     good = [text for i, text in enumerate(texts) if i not in errors]
     with stages.time("model"):
         found = await served.encode_texts(good, truncate=truncate) if good else []

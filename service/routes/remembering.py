@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -13,8 +14,8 @@ from ironclip.errors import IronclipError
 from service.answers import Item
 from service.decisions import Plan
 from service.forms import Picture, is_json, is_raw, media_type, off_loop
-from service.headers import every
 from service.images import bytes_digest
+from service.negotiation import media_type_for
 from service.problems import handle_error, handle_gone
 from service.rate_limits import Meter
 from service.remembered import Memory, Remembered, Terms, request_key
@@ -29,11 +30,19 @@ class Remembering:
         app: the layers below.
         routes: by path, those whose endpoints call `remember`.
         memory: of the answers.
+        forms: by path, the media types of routes whose answer has several.
     """
 
-    def __init__(self, app: ASGIApp, routes: Mapping[str, Route], memory: Memory) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        routes: Mapping[str, Route],
+        memory: Memory,
+        forms: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    ) -> None:
         self.app = app
         self.routes = routes
+        self.forms = forms
         self.memory = memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,8 +74,11 @@ class Remembering:
 
         Raises:
             ClientDisconnect: the body breaks off.
-            IronclipError: the body does not arrive in time or is too large, or there are no points left.
+            IronclipError: the answer has no form that is acceptable, the body does not arrive in time or is too large,
+                or there are no points left.
         """
+        forms = self.forms.get(request.scope["path"])
+        form = media_type_for(request, forms) if forms else ""
         async with Deadline.of(request).receiving():
             body = await _body(receive)
         scope, state = request.scope, request.scope["state"]
@@ -74,7 +86,7 @@ class Remembering:
         with stages_of(request).time("cache"):
             state["body_digest"] = digest = await off_loop(len(body), bytes_digest, body)
             tenant = meter.caller.tenant
-            asked = (scope["path"], kind, every(scope, b"accept"), digest)
+            asked = (scope["path"], kind, form, digest)
             state["remember_as"] = key = request_key(tenant, asked, scope["query_string"])
             found = await self.memory.find(key, tenant)
         if found is not None:

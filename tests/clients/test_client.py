@@ -136,9 +136,33 @@ def test_vectors_of_every_dtype(client: Client, samples: Path, monkeypatch: pyte
         assert vectors.dtype == found.text_vectors.dtype == dtype
         assert vectors.shape == (2, found.text_vectors.shape[1])
     np.testing.assert_array_equal(np.unpackbits(arrays["binary"], axis=1), arrays["float32"] > 0)
+    # As it is documented: int8 in a wider type, over the lengths; in binary, by the bits that differ.
+    cosine = float(arrays["float32"][0] @ arrays["float32"][1])
+    wide = arrays["int8"].astype(np.int32)
+    lengths = np.linalg.norm(wide, axis=1)
+    assert wide[0] @ wide[1] / (lengths[0] * lengths[1]) == pytest.approx(cosine, abs=0.02)
+    differing = int(np.unpackbits(arrays["binary"][0] ^ arrays["binary"][1]).sum())
+    assert differing == int(((arrays["float32"][0] > 0) != (arrays["float32"][1] > 0)).sum())
     monkeypatch.setattr(ironclip_client.vectors, "np", None)
     for name in dtypes:
         assert client.embed(**asked, embed_dtype=name).image_vectors == arrays[name].tolist()
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        ([300], "int8"),
+        (["a"], "float32"),
+        ([], "float32"),
+        ("", "float32"),
+        ("AAA=", "float32"),
+        ([1.0], "float8"),
+        (1, "int8"),
+    ],
+)
+def test_vectors_that_are_none_are_an_error_of_the_client(value: object, dtype: str) -> None:
+    with pytest.raises(UnexpectedAnswer):
+        ironclip_client.vectors.decode_vector(value, dtype)
 
 
 def test_vectors_are_lists_without_numpy(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

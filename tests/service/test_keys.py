@@ -337,6 +337,18 @@ def test_what_a_keys_file_must_not_hold(entries: list[dict[str, object]], fault:
     assert "hunter2" not in caught.value.detail
 
 
+def test_a_file_that_lets_nobody_in_says_so(tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text("keys = []\n", encoding="utf-8")
+    status, said, _ = run("check", str(path))
+    assert status == 0
+    assert "nobody is let in" in said
+    status, shown, fault = run("new", "--tenant", "acme", "--append", str(path))
+    assert status == 2
+    assert "take that line out first" in fault
+    assert "ick_" not in shown
+
+
 def test_settings_that_would_leave_a_door_open_end_the_program(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     write_keys(path, {"a": make_key("key1", "acme", "infer")})

@@ -182,6 +182,15 @@ def test_what_requests_cost(locked: Locked) -> None:
         image = as_base64(picture(4))
         assert cost(client.post("/embed", json={"images": [image, "?"], "texts": ["a", "b", "c", "d"]})) == 2
         assert cost(client.post("/v1/embeddings", json={"input": ["a"] * 8})) == 2
+        # A file of vectors cannot hold an error: refused before any work, or what it took to find out is paid for.
+        npy = {"accept": "application/x-npy"}
+        fresh = [as_base64(picture(seed)) for seed in (40, 41)]
+        assert cost(client.post("/embed", json={"images": fresh, "texts": [" "]}, headers=npy), 422) == 0
+        assert cost(client.post("/embed", json={"images": [*fresh, "?"]}, headers=npy), 422) == 0
+        long = "many words " * 60
+        assert (
+            cost(client.post("/embed", json={"images": fresh, "texts": ["a", "b", "c", long]}, headers=npy), 422) == 3
+        )
         # Refused before any work, and after it was paid for.
         assert cost(client.post("/classify", json={"image": image}), 422) == 0
         assert cost(ask(client, 5, labels=["long " * 150, "b"], templates=["{}"]), 422) == 0

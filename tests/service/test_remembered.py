@@ -143,3 +143,14 @@ def test_another_form_of_the_answer_is_another_request(client: httpx.Client) -> 
         assert [answer.headers["content-type"] for answer in answers] == list(forms)
     assert all("hit" in answer.headers["cache-status"] for answer in answers)
     assert answers[1].content.endswith(answers[2].content)
+
+
+def test_what_accept_does_not_change_is_the_same_request(client: httpx.Client, tiny_service: ServiceProcess) -> None:
+    body = picture(7950)
+    for path in ("/embed", "/classify?labels=a&labels=b"):
+        for _ in range(2):
+            client.post(path, content=body, headers={"content-type": "image/png", "accept": "application/json"})
+        before = metric(tiny_service.url, REMEMBERED)
+        for accept in ("*/*", "application/json;q=0.9, text/html", ""):
+            client.post(path, content=body, headers={"content-type": "image/png", "accept": accept})
+        assert metric(tiny_service.url, REMEMBERED) == before + 3

@@ -70,7 +70,9 @@ def parser() -> argparse.ArgumentParser:
     embed.add_argument("--images", nargs="+", default=[], metavar="IMAGE")
     embed.add_argument("--texts", nargs="+", default=[], metavar="TEXT")
     embed.add_argument("--encoder")
-    embed.add_argument("--embed-dtype", choices=["float32", "float16", "int8", "binary"], help="of the numbers")
+    embed.add_argument(
+        "--embed-dtype", choices=["float32", "float16", "int8", "binary"], help="of the numbers; float32"
+    )
     embed.add_argument("--truncate", action="store_true", default=None, help="cut texts that are too long")
 
     probe = command("probe", _probe, "How easily is the decision about a picture fooled?")

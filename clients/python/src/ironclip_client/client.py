@@ -162,7 +162,7 @@ class Client:
     def embed(
         self, *, images: Iterable[ImageSource] = (), texts: Iterable[str] = (), **options: Unpack[EmbedOptions]
     ) -> Embeddings:
-        """Vectors of length 1 of pictures and texts; their dot product is the cosine.
+        """Vectors of pictures and texts: of length 1, their dot product is the cosine, but for some `embed_dtype`.
 
         Args:
             images: as for `classify`.

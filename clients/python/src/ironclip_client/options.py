@@ -79,8 +79,8 @@ class EmbedOptions(CallOptions, total=False):
         label_set: for a defence whose vector depends on the labels.
         truncate: cut texts that are too long instead of refusing them.
         encoding_format: on the wire; `base64`, which is exact and small, if not given.
-        embed_dtype: of the numbers; `float16` and `int8` keep cosines but for rounding, `binary` keeps the signs, eight
-            to a byte. `float32` if not given.
+        embed_dtype: of the numbers; `float32` if not given. `int8` keeps cosines but for rounding, not the length 1,
+            and `binary` the signs alone, eight to a byte: see Embeddings.
     """
 
     encoder: str

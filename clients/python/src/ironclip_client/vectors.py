@@ -25,7 +25,7 @@ Vector = Any
 
 @dataclass(frozen=True)
 class Embedding:
-    """A vector of length 1 (but for rounding), and what was done to its picture that a viewer may not expect."""
+    """A vector (of length 1 in float32 and float16), and what was done to its picture that may not be expected."""
 
     vector: Vector
     warnings: tuple[str, ...] = ()
@@ -43,7 +43,11 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Vectors of pictures and of texts, each in the order of what was sent; their dot product is the cosine."""
+    """Vectors of pictures and of texts, each in the order of what was sent.
+
+    In float32 and float16 their dot product is the cosine. In `int8` they are not of length 1, and products overflow:
+    take them in a wider type and divide by the lengths. In `binary` they are packed bits: count those that differ.
+    """
 
     encoder: EncoderRef
     dim: int
@@ -101,16 +105,16 @@ def decode_vector(value: object, dtype: str = "float32") -> Vector:
         UnexpectedAnswer: neither, or of a dtype that is not known here.
     """
     letter = _letter(dtype)
-    if isinstance(value, list):
-        return np.array(value, dtype=letter) if np is not None else value
-    if not isinstance(value, str):
+    if not value or not isinstance(value, (list, str)):
         raise UnexpectedAnswer("The answer has no vector where one belongs; is this an Ironclip service?")
     try:
-        data = base64.b64decode(value, validate=True)
-        numbers = struct.unpack(f"<{len(data) // struct.calcsize(letter)}{letter}", data)
-    except (ValueError, struct.error):
-        raise UnexpectedAnswer(f"A vector of the answer is not base64 of {dtype} numbers.") from None
-    return np.array(numbers, dtype=letter) if np is not None else list(numbers)
+        numbers: Any = value
+        if isinstance(value, str):
+            data = base64.b64decode(value, validate=True)
+            numbers = struct.unpack(f"<{len(data) // struct.calcsize(letter)}{letter}", data)
+        return np.array(numbers, dtype=letter) if np is not None else list(numbers)
+    except (ValueError, TypeError, OverflowError, struct.error):
+        raise UnexpectedAnswer(f"A vector of the answer does not consist of {dtype} numbers.") from None
 
 
 def _letter(dtype: str) -> str:
