@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -62,6 +63,16 @@ def _reason(error: BaseException) -> str:
     return "connection refused" if isinstance(cause, ConnectionRefusedError) else type(error).__name__
 
 
+def _forget_late_lookups(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Report what nobody caught, but for a name that could not be looked up.
+
+    Where the name server takes longer to say so than a ping may take, nobody waits for it any more: the ping has told
+    that there was no answer, and each of those behind it would be one more error in the log.
+    """
+    if not isinstance(context.get("exception"), socket.gaierror):
+        loop.default_exception_handler(context)
+
+
 class RedisLink:
     """One replica's connection pool to Redis.
 
@@ -93,6 +104,7 @@ class RedisLink:
     async def start(self) -> None:
         """Try to reach Redis once; if it is not there, go on and keep trying in the background."""
         telemetry.REDIS_UP.set(0)
+        asyncio.get_running_loop().set_exception_handler(_forget_late_lookups)
         if await self._ping():
             self._log.info("redis answers", address=self._address)
         else:

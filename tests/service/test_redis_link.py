@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
@@ -73,6 +75,17 @@ async def test_a_redis_that_lets_nobody_in_is_told_apart(capsys: pytest.CaptureF
     finally:
         await found.close()
         server.close()
+
+
+async def test_only_a_name_looked_up_too_late_is_forgotten(link: RedisLink, caplog: pytest.LogCaptureFixture) -> None:
+    """An error that nobody waited for is logged, unless a name server said too late that it knows no such name."""
+    for error in (socket.gaierror(-3, "Temporary failure in name resolution"), ValueError("of something else")):
+        lost = asyncio.get_running_loop().create_future()
+        lost.set_exception(error)
+        del lost
+        gc.collect()
+    assert "of something else" in caplog.text
+    assert "name resolution" not in caplog.text
 
 
 async def test_the_circuit_stays_open_while_redis_is_slow_and_closes_after(link: RedisLink, line: Proxy) -> None:
