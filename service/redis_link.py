@@ -30,6 +30,8 @@ _FIRST_PING, _LAST_PING = 0.25, 5.0
 _SOON = 30.0
 # How long it may take to connect, with the first ping on the way.
 _CONNECT_SECONDS = 1.0
+# After so many seconds in which nobody asked Redis anything it is pinged, so that one that is gone shows.
+_QUIET = 5.0
 # Calls under way at once; what comes on top waits for its turn, for as long as it would wait for an answer.
 _CALLS = 32
 
@@ -99,6 +101,8 @@ class RedisLink:
         self._closed_at = float("-inf")
         self._pause = _FIRST_PING  # before the next ping
         self._pinger: asyncio.Task[None] | None = None
+        self._heard = float("-inf")  # when Redis last answered anything
+        self._looker: asyncio.Task[None] | None = None
         self._log = telemetry.get_logger()
 
     async def start(self) -> None:
@@ -110,13 +114,15 @@ class RedisLink:
         else:
             self._log.warning("redis unreachable, serving without it", address=self._address, reason=self._why)
             self._trip()
+        self._looker = asyncio.create_task(self._look_when_quiet())
 
     async def close(self) -> None:
         """Stop pinging and close the connections."""
-        if self._pinger is not None:
-            self._pinger.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._pinger
+        for task in (self._pinger, self._looker):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
         with contextlib.suppress(RedisError, OSError):
             await self._redis.aclose()
 
@@ -161,6 +167,7 @@ class RedisLink:
         return result
 
     def _answered(self, seconds: float) -> None:
+        self._heard = time.monotonic()
         # Calls that may take longer would hide that all the others come to nothing.
         if seconds <= self.timeout:
             self._failures = 0
@@ -180,6 +187,19 @@ class RedisLink:
         self._pause = min(2 * self._pause, _LAST_PING) if soon else _FIRST_PING
         if self._pinger is None or self._pinger.done():
             self._pinger = asyncio.create_task(self._ping_until_up())
+
+    async def _look_when_quiet(self) -> None:
+        while True:
+            await asyncio.sleep(_QUIET)
+            if self._open or time.monotonic() - self._heard < _QUIET:
+                continue
+            try:
+                await asyncio.wait_for(self._redis.ping(), _CONNECT_SECONDS)
+                self._heard = time.monotonic()
+            except (RedisError, OSError, asyncio.TimeoutError, RuntimeError) as error:
+                if not self._open:
+                    self._log.warning("redis is gone, serving without it", address=self._address, reason=_reason(error))
+                    self._trip()
 
     async def _ping_until_up(self) -> None:
         while True:
@@ -201,6 +221,7 @@ class RedisLink:
         except (RedisError, OSError, asyncio.TimeoutError, RuntimeError) as error:
             self._why = _reason(error)
             return False
-        self._open, self._failures, self._closed_at = False, 0, time.monotonic()
+        self._open, self._failures, self._heard = False, 0, time.monotonic()
+        self._closed_at = self._heard
         telemetry.REDIS_UP.set(1)
         return True

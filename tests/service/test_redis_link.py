@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
+from prometheus_client import REGISTRY
 
 from service.redis_link import RedisLink, RedisUnavailable
 from tests.service.conftest import RedisServer
@@ -86,6 +87,23 @@ async def test_only_a_name_looked_up_too_late_is_forgotten(link: RedisLink, capl
         gc.collect()
     assert "of something else" in caplog.text
     assert "name resolution" not in caplog.text
+
+
+async def test_a_redis_that_nobody_asks_is_missed_all_the_same(line: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the metric would say that it is there until somebody comes."""
+    monkeypatch.setattr("service.redis_link._QUIET", 0.1)
+    found = RedisLink(f"redis://127.0.0.1:{line.port}/0", 0.1)
+    await found.start()
+    try:
+        await until(lambda: found.available)
+        assert REGISTRY.get_sample_value("ironclip_redis_up") == 1
+        line.delay = 5  # longer than a ping may take
+        await until(lambda: not found.available)
+        assert REGISTRY.get_sample_value("ironclip_redis_up") == 0
+        line.delay = 0
+        await until(lambda: found.available)
+    finally:
+        await found.close()
 
 
 async def test_the_circuit_stays_open_while_redis_is_slow_and_closes_after(link: RedisLink, line: Proxy) -> None:
