@@ -81,10 +81,11 @@ class Stack:
             raise Failed(f"docker compose {' '.join(arguments)}: status {done.returncode}\n{done.stdout}")
         return done.stdout
 
-    def up(self, *services: str) -> float:
+    def up(self, *services: str, profile: str = "") -> float:
         """Start what is not there, all or these; returns the seconds until all of it is healthy."""
         began = time.monotonic()
-        self("up", "--detach", "--no-build", "--pull=never", "--wait", *services)
+        chosen = [f"--profile={profile}"] if profile else []
+        self(*chosen, "up", "--detach", "--no-build", "--pull=never", "--wait", *services)
         return time.monotonic() - began
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, Mapping[str, str]]:
@@ -157,7 +158,7 @@ def check_stack(stack: Stack) -> dict[str, float]:
 
 def check_prometheus(stack: Stack) -> None:
     """Of the profile `observe`: it asks the service, and every alert of ours is one that it can compute."""
-    stack("--profile=observe", "up", "--detach", "--no-build", "--pull=never", "--wait", "prometheus")
+    stack.up("prometheus", profile="observe")
     api = f"http://127.0.0.1:{stack.prometheus_port}/api/v1"
 
     def asked(path: str) -> Any:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 EmbedDtype = Literal["float32", "float16", "int8", "binary"]
 NPY, BYTES = "application/x-npy", "application/octet-stream"
-DTYPES: tuple[str, ...] = get_args(EmbedDtype)
 
 
 def converted(vectors: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
@@ -23,7 +22,7 @@ def converted(vectors: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
 
     Args:
         vectors: float32 [..., D].
-        dtype: one of DTYPES.
+        dtype: an EmbedDtype.
 
     Returns:
         [..., D] of this dtype; for `binary` uint8 [..., ceil(D / 8)].
