@@ -27,8 +27,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docker" / "results.json"
+from results import RESULTS, ROOT, git, read_results, write_results
+
 _SAMPLES = ROOT / "ironclip" / "demo" / "samples"
 _COMMENTED = re.compile(
     r"^( +)# (- type: bind|  (?:source|target|read_only|bind): .*|IRONCLIP_(?:KEYS_FILE|REDIS_MAC_KEY): .*)$",
@@ -300,10 +300,6 @@ def _compose() -> list[str]:
     return ["docker", "compose"] if done.returncode == 0 else ["docker-compose"]
 
 
-def _git(*arguments: str) -> str:
-    return _run("git", "-C", str(ROOT), *arguments).strip()
-
-
 def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
@@ -351,8 +347,8 @@ def main() -> int:
         print(f"compose-test: {error}", file=sys.stderr)
         return 1
     label = '{{index .Config.Labels "org.opencontainers.image.revision"}}'
-    changed = _git("status", "--porcelain", "--", "compose.yaml", "docker", "k8s", "ironclip", "service")
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    changed = git("status", "--porcelain", "--", "compose.yaml", "docker", "k8s", "ironclip", "service")
+    results = read_results()
     results["compose"] = {
         **versions,
         "image": options.image,
@@ -361,11 +357,11 @@ def main() -> int:
         "prometheus_image": options.prometheus_image,
         "cores": len(os.sched_getaffinity(0)),
         "load_average": [round(load, 2) for load in os.getloadavg()],
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": git("rev-parse", "HEAD"),
         "modified": bool(changed),
         **measured,
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_results(results)
     print(f"compose-test: all checks passed; {RESULTS.relative_to(ROOT)} has what was measured")
     return 0
 

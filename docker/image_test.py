@@ -13,7 +13,6 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 import urllib.request
@@ -23,9 +22,8 @@ from typing import Any
 
 from engine import Engine, EngineError, find_engine
 from image_service import HARDENED, TMP, USER, VOLUMES, Service, check_drain, check_running, check_volumes
+from results import RESULTS, ROOT, git, read_results, write_results
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docker" / "results.json"
 # Runs in the container: everything that its user could write to, outside what is meant for that.
 _WRITABLE = """
 import os, stat
@@ -54,13 +52,13 @@ def main() -> int:
         engine = find_engine(arguments.store)
         variant = arguments.variant if arguments.variant != "auto" else _reachable_variant()
         base = engine.base_image(arguments.base_image)
-        results: dict[str, Any] = _read_results()
+        results: dict[str, Any] = read_results()
         if arguments.only != "training":
             results["service"] = test_service(engine, base, variant, arguments.starts)
-            _write_results(results)
+            write_results(results)
         if arguments.only != "service":
             results["training"] = test_training(engine, base, variant)
-            _write_results(results)
+            write_results(results)
     except (EngineError, AssertionError) as error:
         print(f"image-test: {error or 'a check failed'}", file=sys.stderr)
         if not isinstance(error, EngineError):
@@ -120,7 +118,7 @@ def test_training(engine: Engine, base: str, variant: str) -> dict[str, Any]:
         artifact = folder / "runs" / "demo-tecoa" / "artifact"
         assert (artifact / "ironclip.json").is_file(), sorted(folder.rglob("*"))
         assert (artifact / "ironclip.json").stat().st_uid == USER
-        assert _git("rev-parse", "HEAD") in (artifact / "ironclip.json").read_text(encoding="utf-8")
+        assert git("rev-parse", "HEAD") in (artifact / "ironclip.json").read_text(encoding="utf-8")
     finally:
         shutil.rmtree(folder)
     measured = {"seconds_of_two_training_steps": round(trained, 1)}
@@ -130,7 +128,7 @@ def test_training(engine: Engine, base: str, variant: str) -> dict[str, Any]:
 def build(engine: Engine, name: str, tag: str, base: str, variant: str) -> None:
     """Build one image."""
     print(f"==> building {tag} on {base}", flush=True)
-    commit = _git("rev-parse", "HEAD")
+    commit = git("rev-parse", "HEAD")
     arguments = {"BASE_IMAGE": base, "VARIANT": variant, "REVISION": commit}
     engine.build(f"docker/{name}.Dockerfile", tag, arguments, ROOT, timeout=3600)
 
@@ -181,7 +179,7 @@ def describe(engine: Engine, tag: str, base: str, variant: str) -> dict[str, Any
     (image,) = json.loads(engine.run("image", "inspect", tag))
     folders = "/opt/torch /opt/venv /app"
     sizes = engine.run("run", "--rm", *engine.run_options(), "--entrypoint=/bin/sh", tag, "-c", f"du -sm {folders}")
-    commit = _git("status", "--porcelain", "--", "ironclip", "service", "training", "docker")
+    commit = git("status", "--porcelain", "--", "ironclip", "service", "training", "docker")
     return {
         "variant": variant,
         "base": base,
@@ -191,7 +189,7 @@ def describe(engine: Engine, tag: str, base: str, variant: str) -> dict[str, Any
         "cores": len(os.sched_getaffinity(0)),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "system": f"{platform.system()} {platform.machine()}",
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": git("rev-parse", "HEAD"),
         "modified": bool(commit),
     }
 
@@ -215,19 +213,6 @@ def _reachable_variant() -> str:
         pass
     print("the index of CPU builds cannot be reached: the image with CUDA instead, run on the CPU", flush=True)
     return "cuda"
-
-
-def _read_results() -> dict[str, Any]:
-    return dict(json.loads(RESULTS.read_text(encoding="utf-8"))) if RESULTS.is_file() else {}
-
-
-def _write_results(results: dict[str, Any]) -> None:
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 if __name__ == "__main__":
