@@ -221,12 +221,11 @@ def test_the_span_tree_of_a_request(traced: ServiceProcess, collector: Collector
     assert abs(root.end_time_unix_nano / 1e9 - time.time()) < 60
 
 
-def test_one_span_of_a_batch_for_all_its_requests(traced: ServiceProcess, collector: Collector) -> None:
-    """Requests that come together share a batch: its span is linked to each of them, and theirs to it."""
-    ask(traced.url, 20)  # the labels are known from here on
+def six_at_once(traced: ServiceProcess, collector: Collector, seed: int) -> dict[bytes, set[bytes]]:
+    """Six requests sent together: by the batch that their forward is linked to, their root spans."""
     traces = [secrets.token_hex(16) for _ in range(6)]
     with ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda i: ask(traced.url, 21 + i, traces[i]), range(6)))
+        answers = list(pool.map(lambda i: ask(traced.url, seed + i, traces[i]), range(6)))
     assert {answer.status_code for answer in answers} == {200}
     linked: dict[bytes, set[bytes]] = {}
     for trace_id in traces:
@@ -235,17 +234,31 @@ def test_one_span_of_a_batch_for_all_its_requests(traced: ServiceProcess, collec
         (forward,) = [span for span in spans if span.name == "forward"]
         (link,) = forward.links
         linked.setdefault(link.span_id, set()).add(root.span_id)
-    batches = {
-        span.span_id: span
-        for span in collector.wait(lambda spans: linked.keys() <= {s.span_id for s in spans if s.name == "batch"})
-        if span.name == "batch"
-    }
-    for identity, requests in linked.items():
-        batch = batches[identity]
-        assert {link.span_id for link in batch.links} == requests
-        assert not batch.parent_span_id
-        assert attributes(batch)["ironclip.items"] == len(requests)
-    assert len(linked) < 6, "no two of six requests at once shared a batch"
+    return linked
+
+
+def test_one_span_of_a_batch_for_all_its_requests(traced: ServiceProcess, collector: Collector) -> None:
+    """Requests that come together share a batch: its span is linked to each of them, and theirs to it."""
+    ask(traced.url, 20)  # the labels are known from here on
+    shared = False
+    for turn in range(20):  # the forward is so short that all six of a turn may miss each other
+        linked = six_at_once(traced, collector, 1000 + 6 * turn)
+        batches = {
+            span.span_id: span
+            for span in collector.wait(
+                lambda spans, linked=linked: linked.keys() <= {s.span_id for s in spans if s.name == "batch"}
+            )
+            if span.name == "batch"
+        }
+        for identity, requests in linked.items():
+            batch = batches[identity]
+            assert {link.span_id for link in batch.links} == requests
+            assert not batch.parent_span_id
+            assert attributes(batch)["ironclip.items"] == len(requests)
+        shared = len(linked) < 6
+        if shared:
+            break
+    assert shared, "no two of six requests at once shared a batch, twenty times"
 
 
 def test_whoever_says_not_to_be_recorded_is_not(traced: ServiceProcess, collector: Collector) -> None:
