@@ -23,6 +23,7 @@ from ironclip import artifact
 from ironclip.encoder import Encoder
 from ironclip.errors import ArtifactError, ChecksumMismatch, OptionError, UnknownEncoder
 from ironclip.translation import first_line, offline_where_unreachable, translated
+from ironclip.unfilled import Unfilled
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 # Names of the encoders inside the package -> their folders.
@@ -183,14 +184,16 @@ def _load(source: _Source, cache_dir: str | None) -> Encoder:
     with translated(source.spec, local=source.folder is not None), unreachable:
         model_cfg = _model_cfg(source, cache_dir)
         model_cfg["quick_gelu"] = source.quick_gelu or bool(model_cfg.get("quick_gelu", False))
-        # require_pretrained: without it a hub name whose weights are missing comes back with random ones.
-        model = open_clip.create_model(
-            source.name,
-            pretrained=source.tag,
-            require_pretrained=True,
-            cache_dir=cache_dir,
-            quick_gelu=model_cfg["quick_gelu"],
-        )
+        # require_pretrained: without it a hub name whose weights are missing comes back with random ones. What it loads
+        # it loads strictly.
+        with Unfilled():
+            model = open_clip.create_model(
+                source.name,
+                pretrained=source.tag,
+                require_pretrained=True,
+                cache_dir=cache_dir,
+                quick_gelu=model_cfg["quick_gelu"],
+            )
         tokenizer = open_clip.get_tokenizer(source.name, cache_dir=cache_dir)
         if source.hub is not None:
             meta = _hub_meta(source.hub, cache_dir)

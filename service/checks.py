@@ -21,7 +21,8 @@ from ironclip.defences import make_defence
 from ironclip.precision import exact_float32
 from ironclip.preprocessing import to_float
 from service.dtype import wait_for
-from service.runtime import ServedEncoder, warm_sizes
+from service.runtime import ServedEncoder
+from service.warming import batch_sizes
 
 # Least cosine of a picture's features with those of float32, and with its own in another batch.
 _ALIKE = 0.999
@@ -223,9 +224,9 @@ async def _determinism(report: Report, served: ServedEncoder) -> None:
 
 
 async def _batch_sizes(report: Report, served: ServedEncoder) -> None:
-    """How long a batch of each warmed size takes, from pixels on the host to features on the host."""
+    """How long a batch of each of some sizes takes, from pixels on the host to features on the host."""
     times: dict[str, dict[str, float]] = {}
-    for size in warm_sizes(served.max_batch):
+    for size in batch_sizes(served.max_batch):
         pictures = _pictures(served, size)
         took = [await _timed(_encoded(served, pictures)) for _ in range(3)]
         times[str(size)] = {

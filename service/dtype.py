@@ -30,6 +30,8 @@ _TRIED = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float
 MIN_COSINE = 0.999
 # A dtype that drifts must be worth it.
 MIN_SPEEDUP = 1.1
+# Who is so many times as fast as the next needs no further round.
+_CLEAR = 1.5
 # Batches that speeds are taken at. A GPU runs 8 pictures of a small tower faster than Python launches the kernels: all
 # dtypes would look alike.
 _BATCH_SIZES = {"cpu": (1, 8), "cuda": (1, 64)}
@@ -40,7 +42,7 @@ _SEED = 20
 class Trial:
     """One candidate: its speed by batch size (images/s, best of the rounds), drift, and why it was not taken.
 
-    One that was not tried has neither speed nor drift.
+    One that was not tried has neither speed nor drift, and one that had no other to be compared with no speed.
     """
 
     dtype: str
@@ -85,31 +87,30 @@ def choose_dtype(encoder: Encoder, requested: str = "auto", *, seconds: float = 
     Args:
         encoder: in float32, on its device.
         requested: 'auto' measures; another of DTYPES is taken as given, its drift still reported.
-        seconds: budget of the timing; at least two rounds are run however slow the machine is.
+        seconds: budget of the timing; at least two rounds are run however slow the machine is, and no more where one
+            is clearly the fastest.
 
     Raises:
         OptionError: no such dtype, or none for this device or tower.
     """
     if requested != "auto" and requested not in DTYPES:
         raise OptionError(f"dtype is one of auto, {', '.join(DTYPES)}; not {requested!r}.")
-    if requested == "auto":
-        tried = _TRIED.get(encoder.device.type, _TRIED["cuda"])
-        names = [name for name in tried if not encoder.upcasts(getattr(torch, name))]
-    else:
-        names = list(dict.fromkeys(["float32", requested]))
+    tried = _TRIED.get(encoder.device.type, _TRIED["cuda"]) if requested == "auto" else (requested,)
+    names = [name for name in tried if requested != "auto" or not encoder.upcasts(getattr(torch, name))]
     candidates = {name: encoder.served(getattr(torch, name)) for name in names}
-    pictures = drift_pictures(encoder)
-    cosines = {name: _least_cosine(encoder, candidate, pictures) for name, candidate in candidates.items()}
-    timed = candidates if requested == "auto" else {requested: candidates[requested]}
+    pictures = drift_pictures(encoder) if any(one is not encoder for one in candidates.values()) else None
+    cosines = _least_cosines(encoder, candidates, pictures)
     sizes = _BATCH_SIZES.get(encoder.device.type, _BATCH_SIZES["cpu"])
-    speeds = _time(timed, pictures, sizes, seconds if len(timed) > 1 else 0)
-    trials = [_judge(name, speeds, cosines[name], requested) for name in timed]
+    speeds: dict[str, dict[int, float]] = {name: {} for name in names}
+    if pictures is not None and len(candidates) > 1:
+        speeds = _time(candidates, pictures, sizes, seconds)
+    trials = [_judge(name, speeds, cosines[name], requested) for name in names]
     chosen = requested
     if requested == "auto":
         lacking = "this CPU has no arithmetic for it: products would be made in float32"
         trials += [Trial(name, rejected=lacking) for name in tried if name not in names]
         sound = [trial for trial in trials if trial.rejected is None]
-        chosen = max(sound, key=lambda trial: trial.images_per_second[sizes[-1]]).dtype
+        chosen = max(sound, key=lambda trial: trial.images_per_second.get(sizes[-1], 0.0)).dtype
     return candidates[chosen], DtypeReport(requested, chosen, torch.get_num_threads(), trials=trials)
 
 
@@ -138,9 +139,16 @@ def drift_pictures(encoder: Encoder) -> Tensor:
 
 
 @torch.inference_mode()
-def _least_cosine(reference: Encoder, candidate: Encoder, pictures: Tensor) -> float:
-    cosine = cosine_similarity(reference.encode_image(pictures), candidate.encode_image(pictures))
-    return float(cosine.min()) if bool(cosine.isfinite().all()) else float("nan")
+def _least_cosines(reference: Encoder, candidates: dict[str, Encoder], pictures: Tensor | None) -> dict[str, float]:
+    """Of each candidate; the reference itself has no drift, and without pictures there are no others."""
+    cosines = dict.fromkeys(candidates, 1.0)
+    if pictures is not None:
+        exact = reference.encode_image(pictures)
+        for name, candidate in candidates.items():
+            if candidate is not reference:
+                cosine = cosine_similarity(exact, candidate.encode_image(pictures))
+                cosines[name] = float(cosine.min()) if bool(cosine.isfinite().all()) else float("nan")
+    return cosines
 
 
 @torch.inference_mode()
@@ -154,12 +162,18 @@ def _time(
         for size in sizes:
             encoder.encode_image(pictures[:size])
     began, rounds = time.perf_counter(), 0
-    while rounds < 2 or (time.perf_counter() - began < seconds and rounds < 50):
+    while rounds < 2 or (time.perf_counter() - began < seconds and rounds < 50 and not _clear(best, sizes[-1])):
         for name, encoder in candidates.items():
             for size in sizes:
                 best[name][size] = min(best[name][size], _once(encoder, pictures[:size]))
         rounds += 1
     return {name: {size: size / times for size, times in sizes.items()} for name, sizes in best.items()}
+
+
+def _clear(best: dict[str, dict[int, float]], size: int) -> bool:
+    """Whether the fastest needs no further round."""
+    quickest, second = sorted(times[size] for times in best.values())[:2]
+    return second > _CLEAR * quickest
 
 
 def _once(encoder: Encoder, pictures: Tensor) -> float:

@@ -13,6 +13,7 @@ from ironclip.loading import load_encoder
 from service import telemetry
 from service.dtype import MIN_COSINE
 from service.errors import InternalError
+from service.heap import trim_heap
 from service.plans import check_head
 from service.probe_places import Places
 from service.runtime import ServedEncoder, is_out_of_memory
@@ -76,7 +77,7 @@ class Loader:
         return Loaded(encoder, domain)
 
     def warm(self, version: Version, loaded: Loaded) -> ServedEncoder:
-        """The encoder in the dtype it is served in, verified in that too, every batch size warmed, its workers running.
+        """The encoder in the dtype it is served in, verified in that too, warm, its workers running.
 
         Raises:
             GoldenMismatch: the served dtype drifts too far.
@@ -104,6 +105,7 @@ class Loader:
         if golden is not None and served.dtype != "float32":
             check_golden(served.encoder, golden, MIN_COSINE)
         served.start()
+        trim_heap()
         return served
 
 

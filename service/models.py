@@ -18,6 +18,7 @@ from service import telemetry
 from service.catalogue import Catalogue
 from service.decisions import domain_digest
 from service.errors import EncoderBusy, EncoderInUse, RequestInvalid, VersionLost
+from service.heap import trim_heap
 from service.model_loading import Loaded, Loader, as_problem
 from service.problems import problem
 from service.runtime import ServedEncoder
@@ -338,6 +339,7 @@ class Models(Catalogue):
         served.retired = True
         self._forget(served)
         served.release()
+        await asyncio.to_thread(trim_heap)
         self._log.info("encoder stopped", encoder=version.name, digest=version.digest)
 
     def _tidy(self, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -11,18 +12,26 @@ from ironclip.probe import Rows, rows_for
 
 # A piece alone takes at most this share of the quantum: on a busy machine it takes longer.
 _SHARE = 0.6
+# Forwards that a forward and a backward to the pixels take at least (the weights take no gradients).
+_FORWARDS = 2.0
 
 
-def measured_rows(encoder: Encoder, quantum: float) -> tuple[Rows, float]:
+def measured_rows(encoder: Encoder, quantum: float, forward: Callable[[int], float]) -> tuple[Rows, float]:
     """The largest batches whose forward and backward stay well within the quantum (else one row), and their seconds.
 
     Args:
         encoder: that gradients are taken of.
         quantum: seconds.
+        forward: seconds that a forward of so many pictures takes at least, so that what cannot fit is not run.
     """
     best = rows_for(encoder.device)
-    for size in [size for size in (32, 16, 8, 4, 2, 1) if size <= max(best.gradient, best.views)]:
-        seconds = min(_timed(encoder, size) for _ in range(3))
+    sizes = [size for size in (32, 16, 8, 4, 2, 1) if size <= max(best.gradient, best.views)]
+    for size in sizes:
+        if size > 1 and _FORWARDS * forward(size) > _SHARE * quantum:
+            continue
+        seconds = _timed(encoder, size)
+        if seconds > _SHARE * quantum:  # the first also sets things up
+            seconds = min(seconds, _timed(encoder, size))
         if seconds <= _SHARE * quantum or size == 1:
             break
     return Rows(min(best.gradient, size), min(best.forward, size), min(best.views, size)), seconds

@@ -10,11 +10,8 @@ import asyncio
 import itertools
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +36,7 @@ from service.problems import problem
 from service.supervisor import Watched
 from service.tokenizing import Tokenizing
 from service.tower import ImageJob, ImageTower
+from service.warming import batch_sizes, warm
 
 # (tower, items, seconds, seconds that the oldest item waited)
 BatchObserver = Callable[[str, int, float, float], None]
@@ -47,9 +45,8 @@ TOWERS = ("image", "text")
 # banks (whose callers wait for a label set once).
 _TOKENS_AHEAD = 8
 _PROMPTS_AHEAD = 32
-# Texts in the largest batch that is measured at start, and seconds after which one measurement of a size is enough.
+# Texts in the largest batch that is measured at start.
 _WARM_TEXTS = 8
-_LONG = 0.25
 _PLAIN = make_defence()
 _SWITCH_SECONDS = 0.0005
 _SERIALS = itertools.count(1)
@@ -112,7 +109,7 @@ class ServedEncoder:
         self.max_batch = max_batch
         self.defence = defence or make_defence()
         self._observe = observe
-        forwards, self.forward_report = choose_forward(self.encoder, forward, sizes=warm_sizes(max_batch))
+        forwards, self.forward_report = choose_forward(self.encoder, forward, sizes=batch_sizes(max_batch))
         self.tower = ImageTower(
             self.encoder,
             max_batch,
@@ -202,12 +199,12 @@ class ServedEncoder:
             self.prober.step()
 
     def start(self) -> None:
-        """Warm up batches of every power of two and of the largest size, and start the workers; blocks until done."""
-        tokens = self.encoder.tokenize(["warm"])
-        for size in warm_sizes(self.max_batch):
-            _measure(self.images, size, partial(self.tower.run, self._blanks(size)))
-        for size in warm_sizes(min(self.max_batch, _WARM_TEXTS)):
-            _measure(self.texts, size, partial(self._run_texts, list(tokens.expand(size, -1))))
+        """Warm both towers up, and start the workers; blocks until done."""
+        (text,) = self.encoder.tokenize(["warm"])
+        on_cpu = self.encoder.device.type == "cpu"
+        warm(self.images.pace, self.max_batch, lambda size: self.tower.run(self._blanks(size)), on_cpu=on_cpu)
+        most = min(self.max_batch, _WARM_TEXTS)
+        warm(self.texts.pace, most, lambda size: self._run_texts([text] * size), on_cpu=on_cpu)
         if self._places is not None:
             self._prepare_probes(self._places)
         if self.tower.forwards is not None:
@@ -222,7 +219,8 @@ class ServedEncoder:
     def _prepare_probes(self, places: Places) -> None:
         """Find how much of a probe fits into the quantum, which is fixed from here on."""
         quantum = self._quantum or 1.5 * self.images.pace.seconds(self.max_batch)
-        rows, seconds = measured_rows(self.attacked, quantum)
+        # What is served is as fast as what is attacked, or faster.
+        rows, seconds = measured_rows(self.attacked, quantum, self.images.pace.seconds)
         self.prober = Prober(rows, places=places, wake=self.images.nudge, describe=problem)
         self.probe_report = {
             "quantum_ms": round(1000 * quantum, 2),
@@ -323,22 +321,6 @@ class ServedEncoder:
         if observe is None:
             return None
         return lambda items, seconds, waited: observe(tower, items, seconds, waited)
-
-
-def warm_sizes(most: int) -> list[int]:
-    """The powers of two, and the largest batch itself."""
-    return sorted({1 << power for power in range(most.bit_length())} | {most})
-
-
-def _measure(batcher: Batcher[Any, Any], size: int, run: Callable[[], Any]) -> None:
-    """Run a batch of this size, and tell its batcher how long it takes; the first of a size also sets things up."""
-    for _ in range(2):
-        began = time.perf_counter()
-        run()
-        seconds = time.perf_counter() - began
-        batcher.pace.measured(size, seconds)
-        if seconds > _LONG:
-            return
 
 
 def is_out_of_memory(error: Exception) -> bool:

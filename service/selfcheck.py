@@ -113,8 +113,9 @@ def in_words(report: Report) -> str:
     for trial in dtype["trials"]:
         speeds = ", ".join(f"{speed:g} images/s in {size}s" for size, speed in trial["images_per_second"].items())
         verdict = trial["rejected"] or ("chosen" if trial["dtype"] == dtype["chosen"] else "slower")
-        measured = f"{speeds}; least cosine {trial['min_cosine']}: " if speeds else ""
-        lines.append(f"{trial['dtype']:12} {measured}{verdict}")
+        drift = "" if trial["min_cosine"] is None else f"least cosine {trial['min_cosine']}"
+        measured = "; ".join(filter(None, (speeds, drift)))
+        lines.append(f"{trial['dtype']:12} {measured}{': ' if measured else ''}{verdict}")
     for size, times in forward["milliseconds"].items():
         lines.append(f"{'forward':12} batch of {size}: plain {times['plain']:g} ms, tried {times['tried']:g} ms")
     for size, times in found["batches"].items():

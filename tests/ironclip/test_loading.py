@@ -12,6 +12,7 @@ import pytest
 import torch
 from open_clip.pretrained import get_pretrained_cfg
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ironclip.artifact import CONFIG_FILE, META_FILE, WEIGHTS_FILE, add_golden, read_meta, save_artifact, update_meta
 from ironclip.encoder import Encoder
@@ -409,3 +410,28 @@ def test_golden_features_are_added_to_an_artifact_without(folder: Path) -> None:
     path.unlink()
     with pytest.raises(ArtifactError, match="golden"):
         add_golden(folder, encoder)
+
+
+class Fills(TorchDispatchMode):
+    """Counts how often a tensor is filled with random numbers."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten.uniform_, torch.ops.aten.normal_)
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_that_are_read_are_not_drawn_first(tiny_artifact: Path) -> None:
+    """Drawing takes as long as reading; what is not drawn is there all the same."""
+    with Fills() as fills:
+        like = make_tiny_encoder()
+    assert fills.count > 20
+    with Fills() as fills:
+        encoder = load_encoder(str(tiny_artifact))
+    assert fills.count == 0
+    for name, weight in like.model.state_dict().items():
+        torch.testing.assert_close(encoder.model.state_dict()[name], weight, rtol=1e-3, atol=1e-4)  # float16 on disk
+    with Fills() as fills:
+        torch.nn.Linear(4, 4)
+    assert fills.count  # afterwards they are drawn again

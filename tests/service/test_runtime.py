@@ -140,9 +140,10 @@ def test_auto_dtype_is_measured_and_reported(tiny_encoder: Encoder) -> None:
     assert {trial["dtype"] for trial in content["trials"]} == {"float32", "bfloat16"}
     assert content["chosen"] in ("float32", "bfloat16")
     assert encoder.dtype == getattr(torch, report.chosen)
-    tried = [trial for trial in content["trials"] if trial["images_per_second"]]
-    assert all(trial["images_per_second"]["8"] > 0 for trial in tried)
+    tried = [trial for trial in content["trials"] if trial["min_cosine"] is not None]
     assert report.chosen in {trial["dtype"] for trial in tried}
+    # One that has no other to be compared with needs no timing.
+    assert all(trial["images_per_second"].get("8", 0) > 0 for trial in tried) == (len(tried) > 1)
     assert encoder.digest == tiny_encoder.digest
 
 
