@@ -18,6 +18,7 @@ from service.cache import ArrayCache
 from service.decisions import Classifiers, Plan
 from service.decoder import ImageDecoder
 from service.errors import RequestInvalid, WorkerLost
+from service.heap import keep_from_collector
 from service.idempotency import Claims
 from service.image_addresses import read_rule
 from service.image_urls import ImageUrls
@@ -313,6 +314,7 @@ class Service:
         if self.settings.default_name not in self.models.names:
             self._fail(self.settings.default_name, self._no_default())
         elif self.state == "loading":
+            keep_from_collector()
             self.state = "ready"
             self._log.info("ready", encoders=self.models.names, default=self.settings.default_name)
 

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import subprocess
 import sys
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
+
+from ironclip.artifact import save_artifact
+from service.app import create_app
+from service.core import Service
+from service.settings import Settings
+from tests.conftest import make_tiny_encoder
 
 _PROGRAM = """
 from service.heap import trim_heap
@@ -28,3 +40,30 @@ print(full - resident())
 def test_freed_memory_is_given_back() -> None:
     found = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=60, check=True)
     assert int(found.stdout) > 150_000_000
+
+
+def test_an_encoder_that_was_left_out_of_collections_goes_all_the_same(tiny_artifact: Path, tmp_path: Path) -> None:
+    """What was there at start is left out of the collector's passes, and still freed when it is unloaded."""
+    other = save_artifact(make_tiny_encoder(seed=3), tmp_path / "other", {"name": "other"})
+    settings = Settings(encoders={"tiny": str(tiny_artifact)}, state_dir=tmp_path / "state", model_specs=[str(other)])
+    app = create_app(settings)
+    gc.collect()
+    gc.disable()
+    try:
+        with TestClient(app) as client:
+            wait(lambda: client.get("/readyz").status_code == 200)
+            assert gc.get_freeze_count() > 10_000
+            service: Service = app.state.service
+            weight = weakref.ref(next(service.encoder("tiny").encoder.parameters()))
+            assert client.put("/models/tiny", json={"spec": str(other)}).status_code == 202
+            wait(lambda: weight() is None)
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def wait(until: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < end
+        time.sleep(0.02)
