@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,4 +187,25 @@ def starts(folder: Path | None = None) -> str:
         rows.append([name, *numbers, f"{one['processes']:.0f}"])
     titles = ["server", "start to first answer", "idle", "after load", "processes"]
     said = f"{found['dtype']}; memory is that of all processes, shared pages counted once."
-    return f"{table(titles, rows)}\n{said} {_made_by(found, 'bench_start')}\n"
+    return f"{table(titles, rows)}\n{said} {_start_aims(found.get('rounds', ()))}{_made_by(found, 'bench_start')}\n"
+
+
+def _start_aims(rounds: Sequence[dict[str, Any]]) -> str:
+    """Start and memory against the best peer of the same round; fastapi is none: it is the least of a server."""
+    parts = []
+    for what, key in (("start", "ready_seconds"), ("memory after load", "loaded_mib")):
+        shares, names = [], []
+        for one in rounds:
+            rivals = {
+                name: found[key] for name, found in one.items() if name in PEERS and PEERS[name].extra and key in found
+            }
+            if rivals and key in one.get("ironclip", {}):
+                names.append(min(rivals, key=lambda name, of=rivals: of[name]))  # type: ignore[misc]
+                shares.append(one["ironclip"][key] / rivals[names[-1]])
+        if shares:
+            share = statistics.median(shares)
+            span = f"{min(shares):.2f} to {max(shares):.2f} over rounds"
+            parts.append(
+                f"{what} {share:.2f} of the best peer's ({', '.join(sorted(set(names)))}; {span}; {_met(share <= 1)})"
+            )
+    return f"Aims, less than the peers': {'; '.join(parts)}. " if parts else ""

@@ -89,6 +89,22 @@ def test_ours_is_compared_with_the_best_of_the_same_round() -> None:
     assert Report(result(**cells)).verdicts("bfloat16") == []
 
 
+def test_start_and_memory_are_held_against_the_best_of_the_same_round(tmp_path: Path) -> None:
+    def one(seconds: float, mib: float) -> dict[str, float]:
+        return {"ready_seconds": seconds, "idle_mib": 1.0, "loaded_mib": mib, "processes": 1}
+
+    rounds: list[dict[str, Any]] = [
+        {"ironclip": one(9, 1500), "infinity": one(12, 1480), "bentoml": one(10, 1900), "fastapi": one(7, 1400)},
+        {"ironclip": one(20, 1500), "infinity": one(18, 1600), "bentoml": {"failed": "it is ill"}},
+        {"ironclip": one(9, 1500), "infinity": one(10, 1450), "bentoml": one(18, 1400)},
+    ]
+    found = {**result(), "dtype": "float32", "summary": rounds[0], "rounds": rounds}
+    (tmp_path / "bench_start.json").write_text(json.dumps(found))
+    text = docs().starts(tmp_path)
+    assert "start 0.90 of the best peer's (bentoml, infinity; 0.90 to 1.11 over rounds; met)" in text
+    assert "memory after load 1.01 of the best peer's (bentoml, infinity; 0.94 to 1.07 over rounds; missed)" in text
+
+
 def test_misses_absences_and_failures_are_told(tmp_path: Path) -> None:
     cells = {
         "faults_float32_ironclip": faults(well=True),
