@@ -56,7 +56,7 @@ def peers(folder: Path | None = None) -> str:
             continue
         parts.append(f"{dtype}, deadline of goodput {1000 * deadline:.0f} ms:\n\n{table(SPEED_TITLES, rows)}")
         said = [
-            f"{one.median:.2f} of {one.what} ({one.least:.2f} to {one.most:.2f} over rounds; aim {one.aim:g}: "
+            f"{one.median:.2f} of {one.what} ({one.least:.2f} to {one.most:.2f} over {one.over}; aim {one.aim:g}: "
             f"{_met(one.met)})"
             for one in report.verdicts(dtype)
         ]

@@ -1,9 +1,9 @@
 """`python -m loadtests.peers setup | check | run | plot`: us beside the peers, in one interleaved run.
 
 `setup` makes an environment for each peer. `check` starts each and compares its features with open_clip's. `run`
-measures, round by round and one server at a time, and keeps each finished part: the same command goes on where it was
-stopped, and `--budget-seconds` stops it before a limit. `plot` draws what is there. A peer that cannot be installed or
-started is in the result with the reason.
+measures, round by round and one server at a time, then the throughput of all of them in turns, and keeps each finished
+part: the same command goes on where it was stopped, and `--budget-seconds` stops it before a limit. `plot` draws what
+is there. A peer that cannot be installed or started is in the result with the reason.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from loadtests.report import RESULTS, describe_run
 if TYPE_CHECKING:
     from loadtests.peers.measure import Bench, Options
 
-FAULTS = "faults"
+FAULTS, TURNS, ALL = "faults", "turns", "all"
 LEAST_PICTURES = 256
 
 
@@ -37,15 +37,18 @@ def keys(names: Sequence[str], dtypes: Sequence[str], rounds: int) -> list[str]:
         for dtype in dtypes:
             turned = [*names[shift:], *names[:shift]]
             found += [f"{number}/{dtype}/{name}" for name in turned if dtype in PEERS[name].dtypes]
-    return found
+    return found + [f"{TURNS}/{dtype}/{ALL}" for dtype in dtypes]
 
 
-def measure(bench: Bench, key: str) -> dict[str, Any]:
-    """One cell; what goes wrong with a peer is its result."""
+def measure(bench: Bench, key: str, names: Sequence[str]) -> dict[str, Any]:
+    """One cell; what goes wrong with a peer is its result. ``names`` are those that are asked in turns."""
     from loadtests.peers.measure import TROUBLE
     from loadtests.processes import published
 
     part, dtype, name = key.split("/")
+    if part == TURNS:
+        there = [PEERS[one] for one in names if dtype in PEERS[one].dtypes and absent(PEERS[one]) is None]
+        return bench.turns(there, dtype)
     peer = PEERS[name]
     reason = absent(peer)
     if reason is not None:
@@ -61,7 +64,7 @@ def show(key: str, cell: dict[str, Any]) -> None:
     """Print one cell in a line or a few."""
     if "failed" in cell:
         print(f"{key}: failed, {cell['failed']}", flush=True)
-    elif key.startswith(FAULTS):
+    elif key.startswith((FAULTS, TURNS)):
         print(f"{key}: {cell}", flush=True)
     else:
         print(
@@ -103,7 +106,7 @@ def run(options: argparse.Namespace, argv: Sequence[str] | None) -> int:
     bench = Bench(chosen) if missing else None
     for key in within(missing, options.budget_seconds):
         assert bench is not None
-        cell = measure(bench, key)
+        cell = measure(bench, key, options.peers)
         cells.put(key, cell)
         show(key, cell)
     left = sum(key not in cells.items() for key in missing)

@@ -8,7 +8,7 @@ import functools
 import io
 import operator
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,11 +25,15 @@ from loadtests.client import Refused, Reply, ask, closed_loop, cycle
 from loadtests.open_loop import Plan
 from loadtests.peers.registry import Peer, Start, Vector
 from loadtests.pictures import half_repeated, make_pictures, truncate
-from loadtests.processes import NotStarted, Running, free_port, running
+from loadtests.processes import NotStarted, Running, free_port, published, running
 
 # Cosine with open_clip's own features in float32 that every answer must have.
 LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.999}
 CONCURRENCY = (1, 8, 32)
+# How often each server is asked where all are there at once, and the pause after each: who is not told that its callers
+# are gone finishes what they asked for.
+TURNS = 10
+_PAUSE = 2.0
 # Open-loop rates as shares of the floor, which is the same for all; nobody keeps up with the last.
 LOADS = {"0.5x floor": 0.5, "0.8x floor": 0.8, "2x floor": 2.0}
 _PATIENCE = 10.0
@@ -181,6 +185,41 @@ class Bench:
             result["processes"] = len(server.tree.alive())
         return result
 
+    def turns(self, peers: Sequence[Peer], dtype: str) -> dict[str, Any]:
+        """Throughput of 32 clients, all servers started at once and asked in turns: the machine's drift hits all alike.
+
+        Those who wait for their turn may still use the cores: how much the others used at most is in the result.
+        """
+        clients, seconds = CONCURRENCY[-1], self.options.seconds
+        failed: dict[str, str] = {}
+        with contextlib.ExitStack() as stack:
+            servers: dict[str, Running] = {}
+            for peer in peers:
+                try:
+                    servers[peer.name] = stack.enter_context(self.started(peer, dtype))
+                except TROUBLE as error:
+                    failed[peer.name] = published(f"{type(error).__name__}: {error}")
+            following = {
+                peer.name: cycle([peer.request(picture) for picture in self.pictures])
+                for peer in peers
+                if peer.name in servers
+            }
+            spent = {name: server.tree.counter() for name, server in servers.items()}
+            rates: dict[str, list[float]] = {name: [] for name in servers}
+            others = 0.0
+            for turn in range(TURNS):
+                shift = turn % len(servers)
+                for name in [*servers][shift:] + [*servers][:shift]:
+                    began, used = time.monotonic(), _sum(spent, name)
+                    looped = closed_loop(
+                        servers[name].port, following[name], clients, seconds, spent[name], patient=True
+                    )
+                    load = asyncio.run(asyncio.wait_for(looped, seconds + _HUNG_SECONDS))
+                    others = max(others, (_sum(spent, name) - used) / (time.monotonic() - began))
+                    rates[name].append(round(load.rate, 2))
+                    time.sleep(_PAUSE)
+        return {"clients": clients, "images_per_second": rates, "most_cores_of_others": round(others, 3), "out": failed}
+
     def _open(self, peer: Peer, server: Running, dtype: str, bare: Bare, asked: int) -> dict[str, Any]:
         """Goodput within the deadline at rates that are shares of the floor; callers hang up after ten seconds."""
         deadline, seconds = self.options.deadlines[dtype], self.options.seconds
@@ -278,6 +317,11 @@ def _with_deadline(peer: Peer, request: bytes, deadline: float) -> bytes:
         return request
     head, _, rest = request.partition(b"\r\n")
     return b"%s\r\nX-Request-Timeout-Ms: %d\r\n%s" % (head, round(1000 * deadline), rest)
+
+
+def _sum(spent: Mapping[str, Callable[[], float]], but: str) -> float:
+    """CPU seconds that all servers but one have used."""
+    return sum(seconds() for name, seconds in spent.items() if name != but)
 
 
 def _memory(server: Running) -> dict[str, int]:

@@ -15,13 +15,14 @@ OURS = "ironclip"
 
 @dataclass(frozen=True)
 class Verdict:
-    """A number held against its aim: the median over rounds, the least and the largest."""
+    """A number held against its aim: the median over rounds or turns, the least and the largest."""
 
     what: str
     aim: float
     median: float
     least: float
     most: float
+    over: str = "rounds"
 
     @property
     def met(self) -> bool:
@@ -64,6 +65,7 @@ class Report:
             if "failed" in cell:
                 where = f"{name} ({'absent' if cell.get('absent') else 'faults' if part == 'faults' else dtype})"
                 found.setdefault(where, cell["failed"])
+            found |= {f"{one} ({dtype}, in turns)": why for one, why in cell.get("out", {}).items()}
         return found
 
     def values(self, dtype: str, name: str, part: str, group: str, field: str) -> list[float]:
@@ -74,12 +76,35 @@ class Report:
         return statistics.median(self.values(dtype, name, "closed", clients, field))
 
     def verdicts(self, dtype: str) -> list[Verdict]:
-        """Ours against the best of the others in the same round, and against the floor; none without our own cells."""
+        """Ours against the best of the others, and against the floor; none without our own cells."""
         ours = self.rounds(dtype, OURS)
         if not ours:
             return []
+        shares = self.values(dtype, OURS, "closed", "32", "share_of_floor")
+        beside = self._in_turns(dtype) or self._in_rounds(dtype)
+        return [*([beside] if beside else []), _verdict("the floor at 32 clients", FLOOR_AIM, shares)]
+
+    def _in_turns(self, dtype: str) -> Verdict | None:
+        """Against the peer that ours stands worst beside, where all were there at once; None where they were not."""
+        rates = self.cells.get(f"turns/{dtype}/all", {}).get("images_per_second", {})
+        if OURS not in rates:
+            return None
+        found = [
+            _verdict(
+                f"the best peer ({name}) at 32 clients, all asked in turns",
+                AIMS[dtype],
+                [mine / theirs for mine, theirs in zip(rates[OURS], other, strict=True)],
+                "turns",
+            )
+            for name, other in rates.items()
+            if name != OURS
+        ]
+        return min(found, key=lambda verdict: verdict.median, default=None)
+
+    def _in_rounds(self, dtype: str) -> Verdict | None:
+        """Against the best of each round, in which one was asked after the other."""
         ratios = []
-        for number, cell in ours.items():
+        for number, cell in self.rounds(dtype, OURS).items():
             others = [
                 other["closed"]["32"]["images_per_second"]
                 for name in self.names(dtype)
@@ -87,9 +112,7 @@ class Report:
             ]
             if others:
                 ratios.append(cell["closed"]["32"]["images_per_second"] / max(others))
-        shares = self.values(dtype, OURS, "closed", "32", "share_of_floor")
-        found = [_verdict("the floor at 32 clients", FLOOR_AIM, shares)]
-        return [_verdict("the best peer at 32 clients", AIMS[dtype], ratios), *found] if ratios else found
+        return _verdict("the best peer at 32 clients", AIMS[dtype], ratios) if ratios else None
 
     def speed_rows(self, dtype: str) -> list[list[str]]:
         """A row a server: throughput, latency, goodput, cost; medians over rounds."""
@@ -161,5 +184,5 @@ def _recovery(seconds: Sequence[float | None]) -> str:
     return f"{statistics.median(found):.1f} s"
 
 
-def _verdict(what: str, aim: float, values: Sequence[float]) -> Verdict:
-    return Verdict(what, aim, statistics.median(values), min(values), max(values))
+def _verdict(what: str, aim: float, values: Sequence[float], over: str = "rounds") -> Verdict:
+    return Verdict(what, aim, statistics.median(values), min(values), max(values), over)

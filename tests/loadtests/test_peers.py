@@ -70,7 +70,7 @@ def result(**cells: dict[str, Any]) -> dict[str, Any]:
 
 def test_every_server_is_measured_in_every_round_and_nobody_always_comes_first() -> None:
     keys = peers.keys(list(PEERS), ["float32", "bfloat16"], rounds=3)
-    assert len(keys) == len(set(keys)) == 6 + 3 * (6 + 5)
+    assert len(keys) == len(set(keys)) == 6 + 3 * (6 + 5) + 2
     assert "1/bfloat16/infinity" not in keys  # it cannot be given bfloat16 on a CPU
     assert [key for key in keys if key.startswith("faults")] == [f"faults/float32/{name}" for name in PEERS]
     firsts = {next(key for key in keys if key.startswith(f"{number}/float32")) for number in (1, 2, 3)}
@@ -103,6 +103,26 @@ def test_start_and_memory_are_held_against_the_best_of_the_same_round(tmp_path: 
     text = docs().starts(tmp_path)
     assert "start 0.90 of the best peer's (bentoml, infinity; 0.90 to 1.11 over rounds; met)" in text
     assert "memory after load 1.01 of the best peer's (bentoml, infinity; 0.94 to 1.07 over rounds; missed)" in text
+
+
+def test_ours_is_compared_with_each_peer_of_the_same_turn() -> None:
+    """Where all were asked in turns, the peer counts that ours stands worst beside, not the luckiest of each turn."""
+    turns = {"ironclip": [20.0, 10.0, 30.0], "infinity": [18.0, 11.0, 30.0], "mosec": [25.0, 8.0, 25.0]}
+    cells = {
+        **{"1_float32_ironclip": speed(20, 0.96), "1_float32_infinity": speed(40)},
+        "turns_float32_all": {"clients": 32, "images_per_second": turns, "out": {"bentoml": "it is ill"}},
+    }
+    report = Report(result(**cells))
+    best, _ = report.verdicts("float32")
+    assert (best.median, best.least, best.most, best.over) == (
+        1.0,
+        pytest.approx(10 / 11),
+        pytest.approx(20 / 18),
+        "turns",
+    )
+    assert "infinity" in best.what
+    assert report.failures() == {"bentoml (float32, in turns)": "it is ill"}
+    assert report.names("float32") == ["ironclip", "infinity"]
 
 
 def test_misses_absences_and_failures_are_told(tmp_path: Path) -> None:
