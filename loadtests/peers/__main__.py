@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from loadtests.cells import Cells, OtherPlan, within
 from loadtests.peers.environments import absent, set_up_all, version_of
 from loadtests.peers.registry import PEERS
+from loadtests.peers.report import OURS
 from loadtests.pictures import parse_size
 from loadtests.report import RESULTS, describe_run
 
@@ -47,7 +48,9 @@ def measure(bench: Bench, key: str, names: Sequence[str]) -> dict[str, Any]:
 
     part, dtype, name = key.split("/")
     if part == TURNS:
-        there = [PEERS[one] for one in names if dtype in PEERS[one].dtypes and absent(PEERS[one]) is None]
+        # The control, which has no environment of its own, is no peer.
+        peers = [PEERS[one] for one in names if one == OURS or PEERS[one].extra]
+        there = [peer for peer in peers if dtype in peer.dtypes and absent(peer) is None]
         return bench.turns(there, dtype)
     peer = PEERS[name]
     reason = absent(peer)

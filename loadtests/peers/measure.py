@@ -7,8 +7,10 @@ import contextlib
 import functools
 import io
 import operator
+import os
+import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +34,7 @@ LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.999}
 CONCURRENCY = (1, 8, 32)
 # How often each server is asked where all are there at once, and the pause after each: who is not told that its callers
 # are gone finishes what they asked for.
-TURNS = 10
+TURNS = 8
 _PAUSE = 2.0
 # Open-loop rates as shares of the floor, which is the same for all; nobody keeps up with the last.
 LOADS = {"0.5x floor": 0.5, "0.8x floor": 0.8, "2x floor": 2.0}
@@ -188,7 +190,7 @@ class Bench:
     def turns(self, peers: Sequence[Peer], dtype: str) -> dict[str, Any]:
         """Throughput of 32 clients, all servers started at once and asked in turns: the machine's drift hits all alike.
 
-        Those who wait for their turn may still use the cores: how much the others used at most is in the result.
+        Those who wait for their turn are stopped meanwhile: some use the cores without being asked.
         """
         clients, seconds = CONCURRENCY[-1], self.options.seconds
         failed: dict[str, str] = {}
@@ -204,21 +206,17 @@ class Bench:
                 for peer in peers
                 if peer.name in servers
             }
-            spent = {name: server.tree.counter() for name, server in servers.items()}
             rates: dict[str, list[float]] = {name: [] for name in servers}
-            others = 0.0
             for turn in range(TURNS):
-                shift = turn % len(servers)
+                shift = turn % max(1, len(servers))
                 for name in [*servers][shift:] + [*servers][:shift]:
-                    began, used = time.monotonic(), _sum(spent, name)
-                    looped = closed_loop(
-                        servers[name].port, following[name], clients, seconds, spent[name], patient=True
-                    )
-                    load = asyncio.run(asyncio.wait_for(looped, seconds + _HUNG_SECONDS))
-                    others = max(others, (_sum(spent, name) - used) / (time.monotonic() - began))
-                    rates[name].append(round(load.rate, 2))
-                    time.sleep(_PAUSE)
-        return {"clients": clients, "images_per_second": rates, "most_cores_of_others": round(others, 3), "out": failed}
+                    with _paused(server for other, server in servers.items() if other != name):
+                        spent = servers[name].tree.counter()
+                        looped = closed_loop(servers[name].port, following[name], clients, seconds, spent, patient=True)
+                        load = asyncio.run(asyncio.wait_for(looped, seconds + _HUNG_SECONDS))
+                        rates[name].append(round(load.rate, 2))
+                        time.sleep(_PAUSE)
+        return {"clients": clients, "images_per_second": rates, "out": failed}
 
     def _open(self, peer: Peer, server: Running, dtype: str, bare: Bare, asked: int) -> dict[str, Any]:
         """Goodput within the deadline at rates that are shares of the floor; callers hang up after ten seconds."""
@@ -319,9 +317,21 @@ def _with_deadline(peer: Peer, request: bytes, deadline: float) -> bytes:
     return b"%s\r\nX-Request-Timeout-Ms: %d\r\n%s" % (head, round(1000 * deadline), rest)
 
 
-def _sum(spent: Mapping[str, Callable[[], float]], but: str) -> float:
-    """CPU seconds that all servers but one have used."""
-    return sum(seconds() for name, seconds in spent.items() if name != but)
+@contextlib.contextmanager
+def _paused(servers: Iterable[Running]) -> Iterator[None]:
+    """Servers whose processes are not run meanwhile."""
+    processes = [process for server in servers for process in server.tree.alive()]
+    try:
+        _tell(processes, signal.SIGSTOP)
+        yield
+    finally:
+        _tell(processes, signal.SIGCONT)
+
+
+def _tell(processes: Iterable[int], sign: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, sign)
 
 
 def _memory(server: Running) -> dict[str, int]:
