@@ -86,7 +86,8 @@ def _how(report: Report, found: dict[str, Any]) -> str:
         "is that of all processes, shared pages counted once. A client that is refused comes again when Retry-After "
         "says. Goodput is answers within the deadline of requests that come by a Poisson process; ironclip is told the "
         "deadline, the others have no header for it; callers hang up after 10 s. Well again: until one request alone "
-        f"meets the deadline after the overload. {notes}. {_made_by(found, 'peers')}\n"
+        "meets the deadline after the overload. In turns: all were started, and one was asked while the others were "
+        f"stopped (SIGSTOP), since some use the cores without being asked. {notes}. {_made_by(found, 'peers')}\n"
     )
 
 

@@ -22,8 +22,8 @@ def trim_heap() -> None:
 def keep_from_collector() -> None:
     """Leave all that there is now out of the collector's passes, in which nothing is answered.
 
-    With torch and open_clip imported a full pass takes a quarter of a second, and comes once in some thousand fresh
-    pictures. What is left out is freed all the same when nobody refers to it; only what refers to itself would stay.
+    With torch and open_clip imported a full pass takes a quarter of a second. What is left out is freed all the same
+    when nobody refers to it; only what refers to itself would stay.
     """
     gc.freeze()
 
