@@ -86,8 +86,7 @@ def _how(report: Report, found: dict[str, Any]) -> str:
         "is that of all processes, shared pages counted once. A client that is refused comes again when Retry-After "
         "says. Goodput is answers within the deadline of requests that come by a Poisson process; ironclip is told the "
         "deadline, the others have no header for it; callers hang up after 10 s. Well again: until one request alone "
-        "meets the deadline after the overload. In turns: all were started, and one was asked while the others were "
-        f"stopped (SIGSTOP), since some use the cores without being asked. {notes}. {_made_by(found, 'peers')}\n"
+        f"meets the deadline after the overload. {notes}. {_made_by(found, 'peers')}\n"
     )
 
 
@@ -195,18 +194,21 @@ def _start_aims(rounds: Sequence[dict[str, Any]]) -> str:
     """Start and memory against the best peer of the same round; fastapi is none: it is the least of a server."""
     parts = []
     for what, key in (("start", "ready_seconds"), ("memory after load", "loaded_mib")):
-        shares, names = [], []
+        shares, names = [], set()
         for one in rounds:
-            rivals = {
-                name: found[key] for name, found in one.items() if name in PEERS and PEERS[name].extra and key in found
-            }
+            rivals = [
+                (found[key], name)
+                for name, found in one.items()
+                if name in PEERS and PEERS[name].rival and key in found
+            ]
             if rivals and key in one.get("ironclip", {}):
-                names.append(min(rivals, key=lambda name, of=rivals: of[name]))  # type: ignore[misc]
-                shares.append(one["ironclip"][key] / rivals[names[-1]])
+                best, name = min(rivals)
+                names.add(name)
+                shares.append(one["ironclip"][key] / best)
         if shares:
             share = statistics.median(shares)
             span = f"{min(shares):.2f} to {max(shares):.2f} over rounds"
             parts.append(
-                f"{what} {share:.2f} of the best peer's ({', '.join(sorted(set(names)))}; {span}; {_met(share <= 1)})"
+                f"{what} {share:.2f} of the best peer's ({', '.join(sorted(names))}; {span}; {_met(share <= 1)})"
             )
     return f"Aims, less than the peers': {'; '.join(parts)}. " if parts else ""

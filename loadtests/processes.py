@@ -71,9 +71,13 @@ class Tree:
 
     def kill(self) -> None:
         """End all of them at once."""
+        self.send(signal.SIGKILL)
+
+    def send(self, what: signal.Signals) -> None:
+        """Send all of them a signal; one that has ended meanwhile is passed over."""
         for pid in self.alive():
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, what)
 
     def _members(self) -> dict[int, _Stat]:
         every = {int(path.name): stat for path in Path("/proc").glob("[0-9]*") if (stat := _stat(int(path.name)))}

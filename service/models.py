@@ -339,8 +339,8 @@ class Models(Catalogue):
         served.retired = True
         self._forget(served)
         served.release()
-        await asyncio.to_thread(trim_heap)
         self._log.info("encoder stopped", encoder=version.name, digest=version.digest)
+        await asyncio.to_thread(trim_heap)
 
     def _tidy(self, name: str) -> None:
         """Forget a name of which nothing is left, and the metrics of one of which nothing runs."""

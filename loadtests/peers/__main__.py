@@ -48,8 +48,7 @@ def measure(bench: Bench, key: str, names: Sequence[str]) -> dict[str, Any]:
 
     part, dtype, name = key.split("/")
     if part == TURNS:
-        # The control, which has no environment of its own, is no peer.
-        peers = [PEERS[one] for one in names if one == OURS or PEERS[one].extra]
+        peers = [PEERS[one] for one in names if one == OURS or PEERS[one].rival]
         there = [peer for peer in peers if dtype in peer.dtypes and absent(peer) is None]
         return bench.turns(there, dtype)
     peer = PEERS[name]

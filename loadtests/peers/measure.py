@@ -7,7 +7,6 @@ import contextlib
 import functools
 import io
 import operator
-import os
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -320,18 +319,14 @@ def _with_deadline(peer: Peer, request: bytes, deadline: float) -> bytes:
 @contextlib.contextmanager
 def _paused(servers: Iterable[Running]) -> Iterator[None]:
     """Servers whose processes are not run meanwhile."""
-    processes = [process for server in servers for process in server.tree.alive()]
+    trees = [server.tree for server in servers]
     try:
-        _tell(processes, signal.SIGSTOP)
+        for tree in trees:
+            tree.send(signal.SIGSTOP)
         yield
     finally:
-        _tell(processes, signal.SIGCONT)
-
-
-def _tell(processes: Iterable[int], sign: signal.Signals) -> None:
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, sign)
+        for tree in trees:
+            tree.send(signal.SIGCONT)
 
 
 def _memory(server: Running) -> dict[str, int]:

@@ -77,6 +77,11 @@ class Peer:
     note: str = ""
 
     @property
+    def rival(self) -> bool:
+        """Whether it is a server that others make; ours and the control run in this environment."""
+        return bool(self.extra)
+
+    @property
     def python(self) -> Path:
         """The interpreter that it runs under."""
         return VENVS / self.name / "bin" / "python" if self.extra else Path(sys.executable)

@@ -91,7 +91,7 @@ class Report:
             return None
         found = [
             _verdict(
-                f"the best peer ({name}) at 32 clients, all asked in turns",
+                f"the best peer ({name}) at 32 clients, all started and asked in turns, the others stopped (SIGSTOP)",
                 AIMS[dtype],
                 [mine / theirs for mine, theirs in zip(rates[OURS], other, strict=True)],
                 "turns",

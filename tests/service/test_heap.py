@@ -6,9 +6,7 @@ import gc
 import platform
 import subprocess
 import sys
-import time
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from service.app import create_app
 from service.core import Service
 from service.settings import Settings
 from tests.conftest import make_tiny_encoder
+from tests.service.conftest import until
 
 _PROGRAM = """
 from service.heap import trim_heap
@@ -51,19 +50,12 @@ def test_an_encoder_that_was_left_out_of_collections_goes_all_the_same(tiny_arti
     gc.disable()
     try:
         with TestClient(app) as client:
-            wait(lambda: client.get("/readyz").status_code == 200)
+            until(lambda: client.get("/readyz").status_code == 200, 30)
             assert gc.get_freeze_count() > 10_000
             service: Service = app.state.service
             weight = weakref.ref(next(service.encoder("tiny").encoder.parameters()))
             assert client.put("/models/tiny", json={"spec": str(other)}).status_code == 202
-            wait(lambda: weight() is None)
+            until(lambda: weight() is None, 30)
     finally:
         gc.enable()
         gc.unfreeze()
-
-
-def wait(until: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not until():
-        assert time.monotonic() < end
-        time.sleep(0.02)
