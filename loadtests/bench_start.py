@@ -1,6 +1,8 @@
-"""How soon a server is ready and what memory it takes, ours and the peers': `python -m loadtests.bench_start`.
+"""How soon a server is ready, what memory and disk it takes, ours and the peers': `python -m loadtests.bench_start`.
 
 Each is started in turns, several rounds: seconds until its first answer, memory then and after a load of eight clients.
+All run in environments of their own (`python -m loadtests.peers setup`), with what each asks for and no more: what that
+adds to Python and torch, which are the same for all, is what an image of it has beside them.
 Ours is there twice: as it is by default, and without probes, which the peers do not have either and which keep a copy
 of the weights in float32 where something else is served. Writes JSON to loadtests/results/.
 """
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtests.client import Refused, ask, closed_loop, cycle
-from loadtests.peers.environments import absent, version_of
+from loadtests.peers.environments import absent, installed_mib, version_of
 from loadtests.peers.registry import PEERS, Start
 from loadtests.pictures import make_pictures
 from loadtests.processes import NotStarted, free_port, published, running
@@ -102,13 +104,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             found[row] = measure(name, settings, pictures, options)
             print(f"round {number}, {row}: {found[row]}", flush=True)
         rounds.append(found)
+    there = [name for name in options.peers if absent(PEERS[name]) is None]
     write_result(
         options.name,
         {
             **about,
             "model": f"{options.model}, random weights",
             "dtype": options.dtype,
-            "versions": {name: version_of(PEERS[name]) for name in options.peers if absent(PEERS[name]) is None},
+            "versions": {name: version_of(PEERS[name]) for name in there},
+            "installed_mib": {name: round(mib, 1) for name in there if (mib := installed_mib(PEERS[name])) is not None},
             "summary": summarise(rounds),
             "rounds": rounds,
         },

@@ -108,6 +108,8 @@ def measure_round(server: Running, requests: list[bytes], number: int, options: 
 def verdict(cell: dict[str, Any], level: str = "2x") -> dict[str, float]:
     """One round against the aims: goodput at twice saturation over its peak, and the admitted p99 over the bound.
 
+    `tries_share` is goodput that counts from the try that was let in.
+
     Args:
         cell: of the round.
         level: callers who go away when they are refused (2x), or who come again (2x honour, 2x storm).
@@ -116,6 +118,7 @@ def verdict(cell: dict[str, Any], level: str = "2x") -> dict[str, float]:
     p99 = twice["admitted_p99_ms"]
     return {
         "goodput_share": round(twice["goodput_per_second"] / cell["peak_goodput_per_second"], 3),
+        "tries_share": round(twice["good_tries_per_second"] / cell["peak_goodput_per_second"], 3),
         "p99_over_bound": round(p99 / cell["bound_ms"], 3) if p99 is not None else float("inf"),
     }
 
@@ -198,7 +201,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--deadline-ms", type=float, default=0.0, help="of goodput; 0: the bound of what is let in")
     parser.add_argument("--send-deadline", action="store_true", help="send it as X-Request-Timeout-Ms, too")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each level; the first fifth is not counted")
-    parser.add_argument("--search-seconds", type=float, default=10.0, help="of each rate of the search")
+    parser.add_argument("--search-seconds", type=float, default=20.0, help="of each rate of the search")
     parser.add_argument("--steps", type=int, default=4, help="bisections of the search")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget-seconds", type=float, default=0.0, help="begin no round that would end later; 0: all")

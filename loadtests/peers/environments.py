@@ -1,16 +1,20 @@
-"""An environment of its own for each peer, over one shared torch; and the model in the form that transformers reads."""
+"""An environment of its own for each server, over one shared torch, and the model in the form that infinity reads."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
-import sysconfig
+import tempfile
 import venv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
-from loadtests.peers.registry import MODELS, PEERS, VENVS, Peer
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from loadtests.peers.registry import COMPLETE, MODELS, PEERS, VENVS, Peer
 from loadtests.processes import ROOT
 
 if sys.version_info >= (3, 11):
@@ -20,13 +24,14 @@ else:
 
 _LAST_LINES = 1500
 _SECONDS = 1800
+_WORTH_A_LOOK = 1 << 20  # bytes of a library
 
 
 def requirements(extra: str) -> list[str]:
-    """What an extra of pyproject.toml asks for."""
+    """What an extra of pyproject.toml asks for; one that is not a peer's is beside what all of the project needs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     found: list[str] = project["optional-dependencies"][extra]
-    return found
+    return found if extra.startswith("peer-") else [*project["dependencies"], *found]
 
 
 def absent(peer: Peer) -> str | None:
@@ -50,30 +55,84 @@ def version_of(peer: Peer) -> str:
 
 def set_up(peer: Peer, arguments: Sequence[str], *, fresh: bool) -> str | None:
     """Make a peer's environment; returns why that failed, which is kept for the report, or None."""
-    if not peer.extra:
-        return None
     folder, reason = VENVS / peer.name, VENVS / f"{peer.name}.absent"
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
-    if (folder / ".complete").exists():
+    if (folder / COMPLETE).exists():
         return None
     reason.unlink(missing_ok=True)
     venv.create(folder, with_pip=True, clear=True)
-    # Behind its own packages on the path come those of this environment, torch above all: pip takes what fits from
-    # there and leaves it as it is.
-    site = next(folder.glob("lib/python*/site-packages"))
-    (site / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    command = [str(peer.python), "-m", "pip", "install", "--quiet", *arguments, *requirements(peer.extra)]
+    # Behind its own packages on the path comes torch: pip takes it from there and leaves it as it is.
+    (_site(folder) / "shared.pth").write_text(f"{shared_torch()}\n", encoding="utf-8")
+    command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *arguments, *requirements(peer.extra)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
         fault = f"pip ended with status {done.returncode}: {done.stderr[-_LAST_LINES:]}" if done.returncode else None
     except subprocess.TimeoutExpired:
         fault = f"pip did not end within {_SECONDS} seconds"
     if fault is None:
-        (folder / ".complete").touch()
+        (folder / COMPLETE).touch()
     else:
         reason.write_text(fault, encoding="utf-8")
     return fault
+
+
+def _site(folder: Path) -> Path:
+    return next(folder.glob("lib/python*/site-packages"))
+
+
+def shared_torch() -> Path:
+    """A folder with torch, torchvision and what these need, as links to this environment's."""
+    shared = VENVS / ".torch"
+    shutil.rmtree(shared, ignore_errors=True)
+    shared.mkdir(parents=True)
+    for one in with_dependencies(["torch", "torchvision"]):
+        for name in {file.parts[0] for file in one.files or ()} - {"..", "__pycache__"}:
+            if not (shared / name).exists():
+                (shared / name).symlink_to(str(one.locate_file(name)))
+    return shared
+
+
+def with_dependencies(names: Iterable[str]) -> list[Distribution]:
+    """The distributions of these names in this environment, and of all that they need."""
+    found: dict[str, Distribution] = {}
+    waiting = [(name, "") for name in names]
+    seen: set[tuple[str, str]] = set()
+    while waiting:
+        name, extra = waiting.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        found[name] = found.get(name) or distribution(name)
+        for one in map(Requirement, found[name].requires or ()):
+            if one.marker is None or one.marker.evaluate({"extra": extra}):
+                waiting += [(canonicalize_name(one.name), wanted) for wanted in ("", *one.extras)]
+    return list(found.values())
+
+
+def installed_mib(peer: Peer) -> float | None:
+    """What an image of it has beside Python, torch and what torch needs; None where it has no environment of its own.
+
+    Packages without compiled files and without what they carry for debuggers, which our images leave out too, and for
+    ours its code. Of the model there is nothing in it.
+    """
+    if peer.home is None:
+        return None
+    own = [path for path in _site(peer.home).iterdir() if path.name.split("-")[0] not in ("pip", "setuptools")]
+    code = [] if peer.distribution else [ROOT / "ironclip", ROOT / "service"]
+    return sum(_size(file) for path in (*own, *code) for file in (path, *path.rglob("*"))) / 2**20
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file of its own that an image would have; without `strip` what is for debuggers counts too."""
+    if not path.is_file() or path.suffix == ".pyc":
+        return 0
+    size = path.stat().st_size
+    if size < _WORTH_A_LOOK or path.suffix != ".so" or shutil.which("strip") is None:
+        return size
+    with tempfile.NamedTemporaryFile() as stripped:
+        subprocess.run(["strip", "--strip-debug", "-o", stripped.name, str(path)], check=True)
+        return Path(stripped.name).stat().st_size
 
 
 def export_model(model: str) -> Path:

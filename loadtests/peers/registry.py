@@ -19,6 +19,7 @@ from loadtests.processes import ROOT, ironclip
 FOLDER = Path(__file__).parent
 VENVS = FOLDER / ".venvs"
 MODELS = FOLDER / ".models"
+COMPLETE = ".complete"  # in an environment that is
 BOTH = ("float32", "bfloat16")
 # So small that a cycle through the fresh pictures never meets one that is still there; those that come again and again
 # are.
@@ -61,9 +62,11 @@ class Peer:
         request: a picture as a complete HTTP request.
         vector: an answer's body as a float32 vector.
         ready: path that answers 200 when it can be used.
+        extra: of pyproject.toml, with what its own environment needs.
         dtypes: that it can be given.
-        extra: of pyproject.toml, with what its own environment needs; empty where it runs in this one.
         note: what a reader of the table has to know.
+        rival: whether it is a server that others make; ours and the control are none, and run in this environment until
+            theirs are set up.
     """
 
     name: str
@@ -72,19 +75,21 @@ class Peer:
     request: Callable[[bytes], bytes]
     vector: Callable[[bytes], Vector]
     ready: str
+    extra: str
     dtypes: tuple[str, ...] = BOTH
-    extra: str = ""
     note: str = ""
+    rival: bool = True
 
     @property
-    def rival(self) -> bool:
-        """Whether it is a server that others make; ours and the control run in this environment."""
-        return bool(self.extra)
+    def home(self) -> Path | None:
+        """The environment of its own; None for one that runs in this one."""
+        own = VENVS / self.name
+        return own if self.rival or (own / COMPLETE).exists() else None
 
     @property
     def python(self) -> Path:
         """The interpreter that it runs under."""
-        return VENVS / self.name / "bin" / "python" if self.extra else Path(sys.executable)
+        return self.home / "bin" / "python" if self.home else Path(sys.executable)
 
     def environment(self, start: Start) -> dict[str, str]:
         """The environment that it is started in: the same threads for all, nothing fetched, nothing reported home."""
@@ -144,7 +149,9 @@ PEERS: dict[str, Peer] = {
         request=lambda picture: post("/embed?encoding_format=base64", picture, "image/jpeg"),
         vector=lambda body: _decoded(json.loads(body)["images"][0]["embedding"]),
         ready="/readyz",
+        extra="serve",
         note="the picture as the body",
+        rival=False,
     ),
     "infinity": Peer(
         name="infinity",
@@ -200,6 +207,8 @@ PEERS: dict[str, Peer] = {
         request=lambda picture: _as_json("/embed", {"image": _text(picture)}),
         vector=lambda body: _decoded(json.loads(body)["vector"]),
         ready="/health",
+        extra="peer-fastapi",
         note="the control: a thread a request, no batching",
+        rival=False,
     ),
 }

@@ -162,9 +162,11 @@ def test_the_generator_is_a_process_of_its_own_and_says_why_it_failed() -> None:
 def test_a_summary_counts_what_came_in_time_and_what_was_refused() -> None:
     plan = Plan(0, [], rate=1, seconds=10)
     outcomes = [
-        Outcome(0.5, status=200, latency=9.0, answer_seconds=9.0, tries=1),  # due while warming up
+        Outcome(0.5, status=200, latency=1.0, answer_seconds=1.0, tries=1),  # due and answered while warming up
+        Outcome(1.9, status=200, latency=0.2, answer_seconds=0.2, tries=1),  # due then, and answered later
         *[Outcome(2.0 + i, status=200, latency=0.1 * (i + 1), answer_seconds=0.1, tries=1) for i in range(5)],
         Outcome(8, status=429, limit="queue-ms", retry_after=2.0, tries=1),
+        # Answered when no more requests come: latency, not throughput.
         Outcome(9, status=200, latency=2.5, answer_seconds=0.4, limit="queue-ms", retry_after=2.0, tries=2),
         Outcome(9.5, status=-1, latency=30.0, tries=1),
     ]
@@ -172,7 +174,8 @@ def test_a_summary_counts_what_came_in_time_and_what_was_refused() -> None:
     assert found["requests"] == 8
     assert found["offered_per_second"] == 1.0
     assert found["answered_per_second"] == pytest.approx(6 / 8)
-    assert found["goodput_per_second"] == pytest.approx(3 / 8, abs=1e-3)
+    assert found["goodput_per_second"] == pytest.approx(4 / 8, abs=1e-3)
+    assert found["good_tries_per_second"] == pytest.approx(6 / 8, abs=1e-3)
     assert found["statuses"] == {"-1": 1, "200": 6, "429": 1}
     assert found["limits"] == {"queue-ms": 2}
     assert (found["refused"], found["refused_with_retry_after"]) == (2, 2)
@@ -200,11 +203,11 @@ def test_the_verdict_is_goodput_over_its_peak_and_p99_over_its_bound() -> None:
     cell = {
         "peak_goodput_per_second": 50.0,
         "bound_ms": 2000.0,
-        "levels": {"2x": {"goodput_per_second": 46.0, "admitted_p99_ms": 1500.0}},
+        "levels": {"2x": {"goodput_per_second": 46.0, "good_tries_per_second": 48.0, "admitted_p99_ms": 1500.0}},
     }
-    assert verdict(cell) == {"goodput_share": 0.92, "p99_over_bound": 0.75}
-    cell["levels"] = {"2x": {"goodput_per_second": 0.0, "admitted_p99_ms": None}}
-    assert verdict(cell) == {"goodput_share": 0.0, "p99_over_bound": math.inf}
+    assert verdict(cell) == {"goodput_share": 0.92, "tries_share": 0.96, "p99_over_bound": 0.75}
+    cell["levels"] = {"2x": {"goodput_per_second": 0.0, "good_tries_per_second": 0.0, "admitted_p99_ms": None}}
+    assert verdict(cell) == {"goodput_share": 0.0, "tries_share": 0.0, "p99_over_bound": math.inf}
 
 
 @pytest.mark.slow
