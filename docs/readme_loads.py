@@ -10,7 +10,7 @@ from typing import Any
 
 from loadtests.peers.registry import PEERS
 from loadtests.peers.report import FAULT_TITLES, OURS, SPEED_TITLES, Report
-from loadtests.saturation import SUSTAINED, verdict
+from loadtests.saturation import LEVELS, SUSTAINED, turns_of, verdict
 from training.markdown import table
 
 ROOT = Path(__file__).parent.parent
@@ -96,9 +96,10 @@ def saturation(folder: Path | None = None) -> str:
     cells = [cell for cell in (found or {}).get("cells", {}).values() if "failed" not in cell]
     if found is None or not cells:
         return "Not measured yet: `python -m loadtests.saturation`.\n"
-    rows = []
-    for level in cells[0]["levels"]:
-        each = [cell["levels"][level] for cell in cells]
+    rows, turns = [], turns_of(cells)
+    levels = [level for level, _, _ in LEVELS if level in turns[0]]
+    for level in levels:
+        each = [turn[level] for turn in turns]
 
         def middle(field: str, each: list[dict[str, Any]] = each) -> float:
             return statistics.median(one[field] or 0 for one in each)
@@ -133,8 +134,8 @@ def saturation(folder: Path | None = None) -> str:
         "with Retry-After",
     ]
     said = []
-    for level in [level for level in cells[0]["levels"] if level.startswith("2x")]:
-        verdicts = [verdict(cell, level) for cell in cells]
+    for level in [level for level in levels if level.startswith("2x")]:
+        verdicts = [verdict(turn, level) for turn in turns]
         share = statistics.median(one["goodput_share"] for one in verdicts)
         bound = statistics.median(one["p99_over_bound"] for one in verdicts)
         again = level.removeprefix("2x").strip()
@@ -142,20 +143,20 @@ def saturation(folder: Path | None = None) -> str:
         by_try = f", {tries:.0%} by the last try" if again else ""
         goodput = f"{share:.0%} ({_met(share >= GOODPUT_AIM)}{by_try})"
         said.append(f"{again or 'callers who go away'} {goodput} and {bound:.0%} ({_met(bound <= 1)})")
-    once = [cell["levels"]["1x"] for cell in cells]
-    answered = statistics.median(one["goodput_per_second"] / one["offered_per_second"] for one in once)
+    answered = statistics.median(turn["1x"]["good"] / turn["1x"]["requests"] for turn in turns)
     limit = statistics.median(cell["bound_ms"] for cell in cells)
     plan = found["plan"]
+    medians = "One turn" if len(turns) == 1 else f"Medians of {len(turns)} turns in {len(cells)} rounds"
     return (
         f"{table([*titles, 'came again, answered'], rows)}\n"
         f"Saturation is the highest rate of which {SUSTAINED:.0%} are answered within the deadline: "
-        f"{statistics.median(cell['saturation_per_second'] for cell in cells):.1f} a second in the short looks of the "
-        f"search; of the longer level at that rate {answered:.0%} were. At twice that, goodput over its peak (aim "
+        f"{statistics.median(cell['saturation_per_second'] for cell in cells):.1f} a second in the looks of the "
+        f"search; of the level at that rate {answered:.0%} were. At twice that, goodput over the most of its turn (aim "
         f"{GOODPUT_AIM:.0%}), and the p99 of what was let in over its bound of {limit:.0f} ms (`IRONCLIP_MAX_QUEUE_MS` "
         f"and a full batch's own time; aim 100%): {'; '.join(said)}. Those who `honour` Retry-After come again when it "
         "says, up to three tries in all, and a `storm` after 0.1 s; goodput counts from the first try, for which "
         "whoever waits as long as is asked is mostly late, and beside it from the last. "
-        f"{'One round' if len(cells) == 1 else f'Medians of {len(cells)} rounds'}, {plan['model']}, random weights. "
+        f"{medians}, {plan['model']}, random weights. "
         f"{_made_by(found, 'saturation')}\n"
     )
 

@@ -20,6 +20,7 @@ from ironclip.errors import IronclipError
 from service import fleet, keys_command, probe_command, selfcheck, telemetry
 from service.connections import HTTP
 from service.environment import let_idle_threads_sleep, traces_wanted
+from service.heap import share_heaps
 from service.metrics_port import MetricsPort
 from service.settings import CONFIG_VARIABLE, Settings, SettingsInvalid, load_settings
 from service.settings_table import settings_markdown
@@ -69,6 +70,7 @@ def serve(settings: Settings) -> int:
     # As process 1 of a container it would not hear the signal by default, not before uvicorn listens for it.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
     let_idle_threads_sleep()
+    share_heaps()
     from service.app import create_app
     from service.errors import WorkerLost
 

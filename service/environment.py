@@ -46,6 +46,11 @@ def let_idle_threads_sleep() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def heaps_are_limited() -> bool:
+    """Whether the environment tells glibc how many heaps to have."""
+    return "MALLOC_ARENA_MAX" in os.environ or "glibc.malloc.arena_max" in os.environ.get("GLIBC_TUNABLES", "")
+
+
 def process_environment(device: str, **settings: object) -> dict[str, str]:
     """This process's environment for a service process of its own on one device, with other settings.
 

@@ -1,4 +1,4 @@
-"""What is left behind by loading: freed memory goes back to the system, and what stays is not looked through again."""
+"""glibc's heaps and Python's collector: threads share heaps, what loading frees goes back, what stays is left alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,23 @@ import gc
 from collections.abc import Callable
 from functools import cache
 
+from service.environment import heaps_are_limited
+
+# By malloc.h.
+_M_ARENA_MAX = -8
+_HEAPS = 2
+
+
+def share_heaps() -> None:
+    """Have all threads share two heaps; call before they are started. `MALLOC_ARENA_MAX` in the environment wins.
+
+    glibc gives each thread one of its own, up to eight a core, and each keeps what its thread needed once: after a load
+    30 MiB less are resident with two. Few threads of ours allocate at the same time, and what is large is torch's.
+    """
+    set_option = _glibc("mallopt", ctypes.c_int, ctypes.c_int)
+    if set_option is not None and not heaps_are_limited():
+        set_option(_M_ARENA_MAX, _HEAPS)
+
 
 def trim_heap() -> None:
     """Give back what has been freed, in some tens of milliseconds; does nothing where there is no glibc.
@@ -14,7 +31,7 @@ def trim_heap() -> None:
     Loading an encoder and warming it up take hundreds of MiB that serving it does not. glibc would keep them: what it
     gives back by itself is the top of each heap only, and something small is always above.
     """
-    trim = _malloc_trim()
+    trim = _glibc("malloc_trim", ctypes.c_size_t)
     if trim is not None:
         trim(0)
 
@@ -29,11 +46,12 @@ def keep_from_collector() -> None:
 
 
 @cache
-def _malloc_trim() -> Callable[[int], int] | None:
+def _glibc(name: str, *arguments: type) -> Callable[..., int] | None:
     try:
-        found = ctypes.CDLL(None).malloc_trim
+        found = getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):  # another C library; a system that has none to open
         return None
-    found.argtypes = [ctypes.c_size_t]
+    found.argtypes = arguments
     found.restype = ctypes.c_int
-    return found
+    function: Callable[..., int] = found
+    return function

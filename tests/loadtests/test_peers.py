@@ -170,8 +170,9 @@ def test_the_other_reports_hold_their_numbers_against_the_aims(tmp_path: Path) -
         **{"limits": {"queue-ms": 10}, "came_again": 4, "came_again_and_answered": 3},
     }
     patient = {**level, "goodput_per_second": 9.0, "good_tries_per_second": 33.0, "admitted_p99_ms": 2100.0}
-    cell = {"saturation_per_second": 30.0, "peak_goodput_per_second": 36.0, "bound_ms": 2000.0}
-    cell["levels"] = {"1x": {**level, "offered_per_second": 30.0}, "2x": level, "2x honour": patient}  # type: ignore[assignment]
+    once = {**level, "offered_per_second": 30.0, "goodput_per_second": 36.0, "good": 90, "requests": 100}
+    turn = {"1x": once, "2x": level, "2x honour": patient}
+    cell = {"saturation_per_second": 30.0, "bound_ms": 2000.0, "turns": [turn]}
     content = {**about, "plan": {"model": "ViT-B-32"}, "cells": {"round 1": cell, "round 2": {"failed": "x"}}}
     (tmp_path / "saturation.json").write_text(json.dumps(content))
     row = {
@@ -188,7 +189,7 @@ def test_the_other_reports_hold_their_numbers_against_the_aims(tmp_path: Path) -
     (tmp_path / "bench_start.json").write_text(json.dumps({**about, **started, "summary": rows}))
     module = docs()
     said = module.saturation(tmp_path)
-    assert "of the longer level at that rate 90% were" in said
+    assert "of the level at that rate 90% were" in said
     assert "(aim 90%)" in said
     assert "bound of 2000 ms" in said
     # Those who come again too, not those alone who go away.
@@ -196,7 +197,7 @@ def test_the_other_reports_hold_their_numbers_against_the_aims(tmp_path: Path) -
         "callers who go away 75% (missed) and 95% (met); honour 25% (missed, 92% by the last try) and 105% (missed)"
         in said
     )
-    assert "One round" in said
+    assert "One turn" in said
     assert "| 10, by queue-ms | 9 of 10 | 3 of 4 |" in module.saturation(tmp_path)
     hits = module.hits(tmp_path)
     assert "800 a second, 90% of FastAPI's (met), 40% of bare ASGI's 2000 (missed; by CPU time 60%)" in hits

@@ -1,8 +1,9 @@
-"""Memory that was freed is the system's again, not the C library's."""
+"""Threads share heaps, and memory that was freed is the system's again, not the C library's."""
 
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import subprocess
 import sys
@@ -35,7 +36,46 @@ print(full - resident())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no such call")
+_THREADS = """
+import ctypes, sys, threading
+from service.heap import share_heaps
+
+if sys.argv[1] == "shared":
+    share_heaps()
+libc, all_there = ctypes.CDLL(None), threading.Barrier(8)
+libc.malloc.restype = ctypes.c_void_p
+
+def work():
+    all_there.wait()
+    libc.malloc(ctypes.c_size_t(50_000))
+    all_there.wait()
+
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+libc.malloc_stats()
+"""
+
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no such call")
+
+
+@glibc
+@pytest.mark.parametrize(
+    ("how", "given", "heaps"), [("own", {}, 8), ("shared", {}, 2), ("shared", {"MALLOC_ARENA_MAX": "4"}, 4)]
+)
+def test_threads_share_two_heaps_unless_the_environment_says_how_many(
+    how: str, given: dict[str, str], heaps: int
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name.upper()} | given
+    command = [sys.executable, "-c", _THREADS, how]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment)
+    there = found.stderr.count("Arena ")
+    assert there == heaps if how == "shared" else there >= heaps
+
+
+@glibc
 def test_freed_memory_is_given_back() -> None:
     found = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=60, check=True)
     assert int(found.stdout) > 150_000_000
