@@ -40,6 +40,8 @@ def composed() -> str:
     found = json.loads((ROOT / "docker" / "results.json").read_text(encoding="utf-8")).get("compose")
     if found is None:
         return "Not run yet: `make compose-test`.\n"
+    built = found["image_commit"]
+    built = built[:12] + " and changes" * built.endswith("-modified")
     images = [f"`{found[name]}`" for name in ("redis_image", "prometheus_image") if found[name]]
     changes = " and changes" * found["modified"]
     return (
@@ -47,6 +49,6 @@ def composed() -> str:
         f"{found['seconds_until_redis_is_used_again']} s after it was started; with requests in flight the service was "
         f"gone {found['seconds_of_the_drain']} s after `docker compose stop`. Docker {found['engine']}, Compose "
         f"{found['compose']}, {found['cores']} cores at a load of {found['load_average'][0]}; images "
-        f"`{found['image']}` of commit {found['image_commit'][:12]}, {' and '.join(images)}; compose.yaml of commit "
+        f"`{found['image']}` of commit {built}, {' and '.join(images)}; compose.yaml of commit "
         f"{found['commit'][:12]}{changes}.\n"
     )

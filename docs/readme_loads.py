@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,10 @@ def _made_by(found: dict[str, Any], name: str) -> str:
         f"`{found['command'].strip()}`; {machine['cpu']}, {machine['cores']} cores; "
         f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}{apart}; [all numbers](loadtests/results/{name}.json)."
     )
+
+
+def _milliseconds(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.0f} ms"
 
 
 def _met(met: bool) -> str:
@@ -102,7 +107,8 @@ def saturation(folder: Path | None = None) -> str:
         each = [turn[level] for turn in turns]
 
         def middle(field: str, each: list[dict[str, Any]] = each) -> float:
-            return statistics.median(one[field] or 0 for one in each)
+            there = [one[field] for one in each if one[field] is not None]
+            return statistics.median(there) if there else math.nan
 
         advised = sum(one["refused_with_retry_after"] for one in each)
         refused = sum(one["refused"] for one in each)
@@ -113,7 +119,7 @@ def saturation(folder: Path | None = None) -> str:
                 f"{middle('offered_per_second'):.1f}",
                 f"{middle('goodput_per_second'):.1f}",
                 f"{middle('good_tries_per_second'):.1f}",
-                *(f"{middle(field):.0f} ms" for field in ("p50_ms", "p95_ms", "p99_ms", "admitted_p99_ms")),
+                *(_milliseconds(middle(field)) for field in ("p50_ms", "p95_ms", "p99_ms", "admitted_p99_ms")),
                 f"{refused}{', by ' + ' and '.join(limits) if limits else ''}",
                 f"{advised} of {refused}" if refused else "-",
                 f"{sum(o['came_again_and_answered'] for o in each)} of {sum(o['came_again'] for o in each)}"
@@ -140,18 +146,24 @@ def saturation(folder: Path | None = None) -> str:
         bound = statistics.median(one["p99_over_bound"] for one in verdicts)
         again = level.removeprefix("2x").strip()
         tries = statistics.median(one["tries_share"] for one in verdicts)
-        by_try = f", {tries:.0%} by the last try" if again else ""
-        goodput = f"{share:.0%} ({_met(share >= GOODPUT_AIM)}{by_try})"
+        by_try = f"; {tries:.0%} by the last try" if again else ""
+        shares = [one["goodput_share"] for one in verdicts]
+        of_round = statistics.median(one["share_of_most"] for one in verdicts)
+        goodput = (
+            f"{share:.0%} ({min(shares):.0%} to {max(shares):.0%}; {_met(share >= GOODPUT_AIM)}; {of_round:.0%} of the "
+            f"round's{by_try})"
+        )
         said.append(f"{again or 'callers who go away'} {goodput} and {bound:.0%} ({_met(bound <= 1)})")
     answered = statistics.median(turn["1x"]["good"] / turn["1x"]["requests"] for turn in turns)
     limit = statistics.median(cell["bound_ms"] for cell in cells)
     plan = found["plan"]
-    medians = "One turn" if len(turns) == 1 else f"Medians of {len(turns)} turns in {len(cells)} rounds"
+    medians = "One turn" if len(turns) == 1 else f"Medians (counts: sums) of {len(turns)} turns"
     return (
         f"{table([*titles, 'came again, answered'], rows)}\n"
         f"Saturation is the highest rate of which {SUSTAINED:.0%} are answered within the deadline: "
         f"{statistics.median(cell['saturation_per_second'] for cell in cells):.1f} a second in the looks of the "
-        f"search; of the level at that rate {answered:.0%} were. At twice that, goodput over the most of its turn (aim "
+        f"search; of the level at that rate {answered:.0%} were. At twice that, goodput over the most of the other "
+        "levels of its turn, and over the most of its whole round, which may have been the machine's best moment (aim "
         f"{GOODPUT_AIM:.0%}), and the p99 of what was let in over its bound of {limit:.0f} ms (`IRONCLIP_MAX_QUEUE_MS` "
         f"and a full batch's own time; aim 100%): {'; '.join(said)}. Those who `honour` Retry-After come again when it "
         "says, up to three tries in all, and a `storm` after 0.1 s; goodput counts from the first try, for which "
@@ -167,20 +179,20 @@ def hits(folder: Path | None = None) -> str:
     if found is None:
         return "Not measured yet: `python -m loadtests.bench_hits`.\n"
     parts = [
-        f"{name}: {one['service_per_second']:.0f} a second, {one['share_of_framework']:.0%} of FastAPI's "
-        f"({_met(one['share_of_framework'] >= HITS_AIM)}), {one['share']:.0%} of bare ASGI's "
-        f"{one['empty_per_second']:.0f} ({_met(one['share'] >= HITS_AIM)}; by CPU time {one['share_by_cpu_time']:.0%})"
+        f"{name}: {one['service_per_second']:.0f} of {one['empty_per_second']:.0f} a second, {one['share']:.0%} "
+        f"({_met(one['share'] >= HITS_AIM)}; by CPU time {one['share_by_cpu_time']:.0%}; "
+        f"{one['share_of_framework']:.0%} of FastAPI's {one['framework_per_second']:.0f})"
         for name, one in found["summary"].items()
     ]
     return (
         "Pictures that were seen before, against an empty route on the same server that receives and hashes the same "
-        "body, as a route of FastAPI, which the service is written in, and as bare ASGI, which has no routes, errors, "
-        f"metrics, logs or keys (aim {HITS_AIM:.0%}): {'; '.join(parts)}. {_made_by(found, 'bench_hits')}\n"
+        f"body, in bare ASGI (aim {HITS_AIM:.0%}); and against the same as a route of FastAPI, which the service is "
+        f"written in: {'; '.join(parts)}. {_made_by(found, 'bench_hits')}\n"
     )
 
 
 def starts(folder: Path | None = None) -> str:
-    """Start to ready, and memory, beside the peers."""
+    """Start to ready, memory and disk, beside the peers."""
     found = _result("bench_start", folder)
     if found is None:
         return "Not measured yet: `python -m loadtests.bench_start`.\n"
@@ -195,14 +207,15 @@ def starts(folder: Path | None = None) -> str:
     titles = ["server", "start to first answer", "idle", "after load", "processes", "on disk, beside Python and torch"]
     said = (
         f"{found['dtype']}; memory is that of all processes, shared pages counted once. On disk: what an image has of "
-        "it beside Python, torch and what torch needs, which are the same for all."
+        "it beside Python, torch and what torch needs, which are the same for all; without compiled files, for ours "
+        "without OpenTelemetry and with the demo encoders."
     )
     aims = _start_aims(found.get("rounds", ()), installed)
     return f"{table(titles, rows)}\n{said} {aims}{_made_by(found, 'bench_start')}\n"
 
 
 def _start_aims(rounds: Sequence[dict[str, Any]], installed: Mapping[str, float]) -> str:
-    """Start and memory against the best peer of the same round; fastapi is none: it is the least of a server."""
+    """Start, memory and disk against the best peer, of the same round; fastapi is none: it is the least of a server."""
     parts = []
     for what, key in (("start", "ready_seconds"), ("memory after load", "loaded_mib")):
         shares, names = [], set()
@@ -226,5 +239,5 @@ def _start_aims(rounds: Sequence[dict[str, Any]], installed: Mapping[str, float]
     if rivals and OURS in installed:
         least = min(rivals, key=lambda name: rivals[name])
         share = installed[OURS] / rivals[least]
-        parts.append(f"on disk {share:.1f} times the least ({least}; {_met(share <= 1)})")
+        parts.append(f"on disk {share:.2f} times the least ({least}; {_met(share <= 1)})")
     return f"Aims, less than the peers': {'; '.join(parts)}. " if parts else ""

@@ -97,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = describe_run("bench_start", argv)
     pictures = make_pictures((224, 224), 64, options.seed)
     rows = variants(options.peers, options.dtype)
+    there = [name for name in options.peers if absent(PEERS[name]) is None]
+    disk = {name: round(mib, 1) for name in there if (mib := installed_mib(PEERS[name])) is not None}
     rounds: list[dict[str, dict[str, Any]]] = []
     for number in range(1, options.rounds + 1):
         found = {}
@@ -104,7 +106,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             found[row] = measure(name, settings, pictures, options)
             print(f"round {number}, {row}: {found[row]}", flush=True)
         rounds.append(found)
-    there = [name for name in options.peers if absent(PEERS[name]) is None]
     write_result(
         options.name,
         {
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "model": f"{options.model}, random weights",
             "dtype": options.dtype,
             "versions": {name: version_of(PEERS[name]) for name in there},
-            "installed_mib": {name: round(mib, 1) for name in there if (mib := installed_mib(PEERS[name])) is not None},
+            "installed_mib": disk,
             "summary": summarise(rounds),
             "rounds": rounds,
         },

@@ -181,11 +181,13 @@ class ImageDecoder:
             hand_out = partial(future.set_result, work())
         except BaseException as error:
             hand_out = partial(future.set_exception, error)
-        seconds = time.perf_counter() - began
-        self._seconds += 0.05 * (seconds - self._seconds)
-        telemetry.DECODE_SECONDS.observe(seconds)
-        self._turn(begun=False)
-        hand_out()  # last: who has the picture finds the thread free
+        try:
+            seconds = time.perf_counter() - began
+            self._seconds += 0.05 * (seconds - self._seconds)
+            telemetry.DECODE_SECONDS.observe(seconds)
+            self._turn(begun=False)
+        finally:
+            hand_out()  # last: who has the picture finds the thread free
 
     def _turn(self, *, begun: bool) -> None:
         """This thread has taken a picture, or is done with it."""

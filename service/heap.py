@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable
 from functools import cache
 
+from ironclip.cpus import usable_cpus
 from service.environment import heaps_are_limited
 
 # By malloc.h.
@@ -15,14 +16,14 @@ _HEAPS = 2
 
 
 def share_heaps() -> None:
-    """Have all threads share two heaps; call before they are started. `MALLOC_ARENA_MAX` in the environment wins.
+    """Have threads share heaps, one a core, two at least; call before they are started.
 
-    glibc gives each thread one of its own, up to eight a core, and each keeps what its thread needed once: after a load
-    30 MiB less are resident with two. Few threads of ours allocate at the same time, and what is large is torch's.
+    glibc gives each thread one of its own, up to eight a core, and each keeps what its thread needed once.
+    `MALLOC_ARENA_MAX` or `GLIBC_TUNABLES` in the environment win.
     """
     set_option = _glibc("mallopt", ctypes.c_int, ctypes.c_int)
     if set_option is not None and not heaps_are_limited():
-        set_option(_M_ARENA_MAX, _HEAPS)
+        set_option(_M_ARENA_MAX, max(_HEAPS, usable_cpus()))
 
 
 def trim_heap() -> None:

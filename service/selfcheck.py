@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ironclip.errors import IronclipError
 from service.environment import let_idle_threads_sleep
+from service.heap import share_heaps
 from service.probe_places import Places
 from service.settings import Settings, SettingsInvalid, load_settings
 
@@ -35,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Check this machine, print what was found; returns 0 if all checks passed, 1 if not, 2 for bad settings."""
     overrides = {"device": arguments.device} if hasattr(arguments, "device") else {}
     let_idle_threads_sleep()
+    share_heaps()
     try:
         settings = load_settings(**overrides)
     except SettingsInvalid as error:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 FAULTS, TURNS, ALL = "faults", "turns", "all"
 LEAST_PICTURES = 256
+# How cells are made beyond the options; those that were made otherwise are not gone on with.
+_MEANT = {"goodput": "answered meanwhile", "environments": "one each"}
 
 
 def keys(names: Sequence[str], dtypes: Sequence[str], rounds: int) -> list[str]:
@@ -92,7 +94,7 @@ def run(options: argparse.Namespace, argv: Sequence[str] | None) -> int:
     from loadtests.peers.measure import Bench
 
     chosen = _measured(options)
-    plan = {**asdict(chosen), "size": list(chosen.size), "server_cpus": list(chosen.server_cpus)}
+    plan = {**asdict(chosen), "size": list(chosen.size), "server_cpus": list(chosen.server_cpus), **_MEANT}
     present = [name for name in options.peers if absent(PEERS[name]) is None]
     about = {
         **describe_run("peers", argv),

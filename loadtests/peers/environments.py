@@ -35,7 +35,9 @@ def requirements(extra: str) -> list[str]:
 
 
 def absent(peer: Peer) -> str | None:
-    """Why a peer cannot be started, or None."""
+    """Why a peer cannot be started, or None; who runs in this environment until theirs is there always can."""
+    if peer.home is None:
+        return None
     reason = VENVS / f"{peer.name}.absent"
     if reason.exists():
         return reason.read_text(encoding="utf-8")
@@ -58,7 +60,8 @@ def set_up(peer: Peer, arguments: Sequence[str], *, fresh: bool) -> str | None:
     folder, reason = VENVS / peer.name, VENVS / f"{peer.name}.absent"
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
-    if (folder / COMPLETE).exists():
+    wanted = "\n".join(requirements(peer.extra))
+    if (folder / COMPLETE).exists() and (folder / COMPLETE).read_text(encoding="utf-8") == wanted:
         return None
     reason.unlink(missing_ok=True)
     venv.create(folder, with_pip=True, clear=True)
@@ -71,7 +74,7 @@ def set_up(peer: Peer, arguments: Sequence[str], *, fresh: bool) -> str | None:
     except subprocess.TimeoutExpired:
         fault = f"pip did not end within {_SECONDS} seconds"
     if fault is None:
-        (folder / COMPLETE).touch()
+        (folder / COMPLETE).write_text(wanted, encoding="utf-8")
     else:
         reason.write_text(fault, encoding="utf-8")
     return fault
@@ -87,7 +90,9 @@ def shared_torch() -> Path:
     shutil.rmtree(shared, ignore_errors=True)
     shared.mkdir(parents=True)
     for one in with_dependencies(["torch", "torchvision"]):
-        for name in {file.parts[0] for file in one.files or ()} - {"..", "__pycache__"}:
+        if not one.files:
+            raise RuntimeError(f"{one.name} does not say what its files are; install it with pip")
+        for name in {file.parts[0] for file in one.files} - {"..", "__pycache__"}:
             if not (shared / name).exists():
                 (shared / name).symlink_to(str(one.locate_file(name)))
     return shared
@@ -113,8 +118,8 @@ def with_dependencies(names: Iterable[str]) -> list[Distribution]:
 def installed_mib(peer: Peer) -> float | None:
     """What an image of it has beside Python, torch and what torch needs; None where it has no environment of its own.
 
-    Packages without compiled files and without what they carry for debuggers, which our images leave out too, and for
-    ours its code. Of the model there is nothing in it.
+    Packages, without compiled files and without what they carry for debuggers, which our images leave out too; for ours
+    its code as well, and the demo encoders in it. No other weights are counted.
     """
     if peer.home is None:
         return None
@@ -131,8 +136,9 @@ def _size(path: Path) -> int:
     if size < _WORTH_A_LOOK or path.suffix != ".so" or shutil.which("strip") is None:
         return size
     with tempfile.NamedTemporaryFile() as stripped:
-        subprocess.run(["strip", "--strip-debug", "-o", stripped.name, str(path)], check=True)
-        return Path(stripped.name).stat().st_size
+        command = ["strip", "--strip-debug", "-o", stripped.name, str(path)]
+        done = subprocess.run(command, capture_output=True, check=False)
+        return size if done.returncode else Path(stripped.name).stat().st_size
 
 
 def export_model(model: str) -> Path:

@@ -205,10 +205,22 @@ def test_the_verdict_is_goodput_over_the_most_of_its_turn_and_p99_over_its_bound
 
     first = {"1x": level(50, 50, 900.0), "2x": level(46, 46, 1500.0), "2x honour": level(10, 48, 2400.0)}
     later = {"1x": level(20, 20, 900.0), "1.25x": level(25, 25, 900.0), "2x": level(20, 20, None)}
-    one, other = turns_of([{"bound_ms": 2000.0, "turns": [first]}, {"bound_ms": 1000.0, "turns": [later]}])
-    assert verdict(one) == {"goodput_share": 0.92, "tries_share": 0.92, "p99_over_bound": 0.75}
-    assert verdict(one, "2x honour") == {"goodput_share": 0.2, "tries_share": 0.96, "p99_over_bound": 1.2}
-    assert verdict(other) == {"goodput_share": 0.8, "tries_share": 0.8, "p99_over_bound": math.inf}
+    slow = {
+        "1x": level(10, 10, 900.0),
+        "2x": level(20, 20, 900.0),
+    }  # the machine was, at first: no share is 1 by itself
+    rounds = [
+        {"bound_ms": 2000.0, "search": [level(80, 80, 900.0)], "turns": [first]},
+        {"bound_ms": 1000.0, "search": [level(10, 10, 900.0)], "turns": [later, slow]},
+    ]
+    one, other, third = turns_of(rounds)
+    shares = {"goodput_share": 0.92, "share_of_most": 0.575, "tries_share": 0.92, "p99_over_bound": 0.75}
+    assert verdict(one) == shares
+    assert (verdict(one, "2x honour")["tries_share"], verdict(one, "2x honour")["p99_over_bound"]) == (0.96, 1.2)
+    assert verdict(other) == {**dict.fromkeys(shares, 0.8), "p99_over_bound": math.inf}
+    assert verdict(third)["goodput_share"] == 2.0
+    dead = {"1x": level(0, 0, None), "2x": level(0, 0, None)}
+    assert verdict(turns_of([{"bound_ms": 1.0, "search": [], "turns": [dead]}])[0])["share_of_most"] == 0
 
 
 @pytest.mark.slow
