@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from results import RESULTS, ROOT, git, read_results, write_results
+from results import RESULTS, ROOT, git, modified, read_results, write_results
 
 _SAMPLES = ROOT / "ironclip" / "demo" / "samples"
 _COMMENTED = re.compile(
@@ -347,7 +347,6 @@ def main() -> int:
         print(f"compose-test: {error}", file=sys.stderr)
         return 1
     label = '{{index .Config.Labels "org.opencontainers.image.revision"}}'
-    changed = git("status", "--porcelain", "--", "compose.yaml", "docker", "k8s", "ironclip", "service")
     results = read_results()
     results["compose"] = {
         **versions,
@@ -358,7 +357,7 @@ def main() -> int:
         "cores": len(os.sched_getaffinity(0)),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "commit": git("rev-parse", "HEAD"),
-        "modified": bool(changed),
+        "modified": modified("compose.yaml", "docker", "k8s", "ironclip", "service"),
         **measured,
     }
     write_results(results)

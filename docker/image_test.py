@@ -22,7 +22,7 @@ from typing import Any
 
 from engine import Engine, EngineError, find_engine
 from image_service import HARDENED, TMP, USER, VOLUMES, Service, check_drain, check_running, check_volumes
-from results import RESULTS, ROOT, git, read_results, write_results
+from results import RESULTS, ROOT, git, modified, read_results, write_results
 
 # Runs in the container: everything that its user could write to, outside what is meant for that.
 _WRITABLE = """
@@ -195,7 +195,7 @@ def describe(engine: Engine, tag: str, base: str, variant: str) -> dict[str, Any
 
 
 def _modified() -> bool:
-    return bool(git("status", "--porcelain", "--", "ironclip", "service", "training", "docker"))
+    return modified("ironclip", "service", "training", "docker")
 
 
 def _start_and_stop(engine: Engine, tag: str) -> float:

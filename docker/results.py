@@ -21,6 +21,11 @@ def write_results(results: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
+def modified(*paths: str) -> bool:
+    """Whether these are otherwise than in the last commit."""
+    return bool(git("status", "--porcelain", "--", *paths))
+
+
 def git(*arguments: str) -> str:
     """What git says of this repository; "unknown" where it says nothing."""
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)

@@ -101,8 +101,45 @@ def saturation(folder: Path | None = None) -> str:
     cells = [cell for cell in (found or {}).get("cells", {}).values() if "failed" not in cell]
     if found is None or not cells:
         return "Not measured yet: `python -m loadtests.saturation`.\n"
-    rows, turns = [], turns_of(cells)
+    turns = turns_of(cells)
     levels = [level for level, _, _ in LEVELS if level in turns[0]]
+    answered = statistics.median(turn["1x"]["good"] / turn["1x"]["requests"] for turn in turns)
+    limit = statistics.median(cell["bound_ms"] for cell in cells)
+    plan = found["plan"]
+    medians = "One turn" if len(turns) == 1 else f"Medians (counts: sums) of {len(turns)} turns"
+    return (
+        f"{table(_LEVEL_TITLES, _level_rows(turns, levels))}\n"
+        f"Saturation is the highest rate of which {SUSTAINED:.0%} are answered within the deadline: "
+        f"{statistics.median(cell['saturation_per_second'] for cell in cells):.1f} a second in the looks of the "
+        f"search; of the level at that rate {answered:.0%} were. At twice that, goodput over the most of the other "
+        "levels of its turn, and over the most of its whole round, which may have been the machine's best moment (aim "
+        f"{GOODPUT_AIM:.0%}), and the p99 of what was let in over its bound of {limit:.0f} ms (`IRONCLIP_MAX_QUEUE_MS` "
+        f"and a full batch's own time; aim 100%): {'; '.join(_level_verdicts(turns, levels))}. Those who `honour` "
+        "Retry-After come again when it says, up to three tries in all, and a `storm` after 0.1 s; goodput counts from "
+        "the first try, for which whoever waits as long as is asked is mostly late, and beside it from the last. "
+        f"{medians}, {plan['model']}, random weights. "
+        f"{_made_by(found, 'saturation')}\n"
+    )
+
+
+_LEVEL_TITLES = [
+    "load",
+    "offered/s",
+    "goodput/s",
+    "by the last try",
+    "p50",
+    "p95",
+    "p99",
+    "p99 of the last try",
+    "refused",
+    "with Retry-After",
+    "came again, answered",
+]
+
+
+def _level_rows(turns: Sequence[dict[str, Any]], levels: Sequence[str]) -> list[list[str]]:
+    """A row a level; medians over the turns, and sums of counts."""
+    rows = []
     for level in levels:
         each = [turn[level] for turn in turns]
 
@@ -127,18 +164,11 @@ def saturation(folder: Path | None = None) -> str:
                 else "-",
             ]
         )
-    titles = [
-        "load",
-        "offered/s",
-        "goodput/s",
-        "by the last try",
-        "p50",
-        "p95",
-        "p99",
-        "p99 of the last try",
-        "refused",
-        "with Retry-After",
-    ]
+    return rows
+
+
+def _level_verdicts(turns: Sequence[dict[str, Any]], levels: Sequence[str]) -> list[str]:
+    """What is said of each level at twice saturation."""
     said = []
     for level in [level for level in levels if level.startswith("2x")]:
         verdicts = [verdict(turn, level) for turn in turns]
@@ -154,23 +184,7 @@ def saturation(folder: Path | None = None) -> str:
             f"round's{by_try})"
         )
         said.append(f"{again or 'callers who go away'} {goodput} and {bound:.0%} ({_met(bound <= 1)})")
-    answered = statistics.median(turn["1x"]["good"] / turn["1x"]["requests"] for turn in turns)
-    limit = statistics.median(cell["bound_ms"] for cell in cells)
-    plan = found["plan"]
-    medians = "One turn" if len(turns) == 1 else f"Medians (counts: sums) of {len(turns)} turns"
-    return (
-        f"{table([*titles, 'came again, answered'], rows)}\n"
-        f"Saturation is the highest rate of which {SUSTAINED:.0%} are answered within the deadline: "
-        f"{statistics.median(cell['saturation_per_second'] for cell in cells):.1f} a second in the looks of the "
-        f"search; of the level at that rate {answered:.0%} were. At twice that, goodput over the most of the other "
-        "levels of its turn, and over the most of its whole round, which may have been the machine's best moment (aim "
-        f"{GOODPUT_AIM:.0%}), and the p99 of what was let in over its bound of {limit:.0f} ms (`IRONCLIP_MAX_QUEUE_MS` "
-        f"and a full batch's own time; aim 100%): {'; '.join(said)}. Those who `honour` Retry-After come again when it "
-        "says, up to three tries in all, and a `storm` after 0.1 s; goodput counts from the first try, for which "
-        "whoever waits as long as is asked is mostly late, and beside it from the last. "
-        f"{medians}, {plan['model']}, random weights. "
-        f"{_made_by(found, 'saturation')}\n"
-    )
+    return said
 
 
 def hits(folder: Path | None = None) -> str:

@@ -156,7 +156,7 @@ def show(name: str, cell: dict[str, Any]) -> None:
         return
     print(f"{name}: saturated at {cell['saturation_per_second']} a second (deadline {cell['deadline_ms']} ms)")
     for number, turn in enumerate(turns_of([cell]), 1):
-        for level in (level for level, _, _ in LEVELS):
+        for level, _, _ in LEVELS:
             found = turn[level]
             print(
                 f"  turn {number}, {level}: offered {found['offered_per_second']}, goodput "

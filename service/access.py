@@ -127,7 +127,7 @@ class Access:
             try:
                 self._admit(scope, self.keys)
             except IronclipError as error:
-                answer = handle_error(Request(scope), error)
+                answer = await handle_error(Request(scope), error)
         state["meter"] = meter = Meter(self.limiter, state["caller"])
         await answer(scope, receive, _with_limits(meter, send) if meter.limited else send)
 

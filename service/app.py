@@ -19,7 +19,7 @@ from service import openapi
 from service.access import ACCESS, Access, operation
 from service.core import Service
 from service.middleware import ENCODER_HEADER, Accounting, BodyGuard, HeadAsGet, Holding
-from service.problems import at_once, handle_error, handle_gone
+from service.problems import handle_error, handle_gone
 from service.routes import classify, embed, label_sets, models, oip, oip_infer, ops, playground, probe
 from service.routes import openai as openai_routes
 from service.routes.remembering import Remembering
@@ -118,8 +118,8 @@ def create_app(
     for router in included:
         app.include_router(router)
     for kind in (IronclipError, HTTPException, RequestValidationError, ValidationError):
-        app.add_exception_handler(kind, at_once(handle_error))
-    app.add_exception_handler(ClientDisconnect, at_once(handle_gone))
+        app.add_exception_handler(kind, handle_error)
+    app.add_exception_handler(ClientDisconnect, handle_gone)
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     _add_layers(app, service, included, traces)
     return app

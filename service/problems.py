@@ -8,7 +8,7 @@ caller sent beyond what the error's author put into its text.
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -140,8 +140,11 @@ def from_http(error: HTTPException) -> lib.IronclipError:
     return InternalError("Something went wrong in the service.")
 
 
-def handle_error(request: Request, error: Exception) -> Response:
-    """Exception handler for everything that has a place in the table (registered for each family)."""
+async def handle_error(request: Request, error: Exception) -> Response:
+    """Exception handler for everything that has a place in the table (registered for each family).
+
+    A coroutine, like the other: Starlette runs what is none in a thread, which a refusal would have to wait for.
+    """
     known = as_ironclip(error)
     response = error_response(known, request.url.path, getattr(request.state, "request_id", None))
     request.state.error_code = known.code
@@ -155,18 +158,9 @@ def handle_error(request: Request, error: Exception) -> Response:
     return response
 
 
-def handle_gone(request: Request, error: Exception) -> Response:
+async def handle_gone(request: Request, error: Exception) -> Response:
     """Exception handler for a caller who has gone: nobody reads this; 499 is what the log and the metrics call it."""
     return Response(status_code=499)
-
-
-def at_once(handler: Callable[[Request, Exception], Response]) -> Callable[[Request, Exception], Awaitable[Response]]:
-    """The same exception handler as a coroutine: others are run in a thread, which a refusal has to wait for."""
-
-    async def handle(request: Request, error: Exception) -> Response:
-        return handler(request, error)
-
-    return handle
 
 
 def as_ironclip(error: Exception) -> lib.IronclipError:

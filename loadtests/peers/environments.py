@@ -24,6 +24,7 @@ else:
 
 _LAST_LINES = 1500
 _SECONDS = 1800
+_SHARED = ".torch"  # beside the environments
 _WORTH_A_LOOK = 1 << 20  # bytes of a library
 
 
@@ -66,7 +67,7 @@ def set_up(peer: Peer, arguments: Sequence[str], *, fresh: bool) -> str | None:
     reason.unlink(missing_ok=True)
     venv.create(folder, with_pip=True, clear=True)
     # Behind its own packages on the path comes torch: pip takes it from there and leaves it as it is.
-    (_site(folder) / "shared.pth").write_text(f"{shared_torch()}\n", encoding="utf-8")
+    (_site(folder) / "shared.pth").write_text(f"{VENVS / _SHARED}\n", encoding="utf-8")
     command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *arguments, *requirements(peer.extra)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
@@ -86,7 +87,7 @@ def _site(folder: Path) -> Path:
 
 def shared_torch() -> Path:
     """A folder with torch, torchvision and what these need, as links to this environment's."""
-    shared = VENVS / ".torch"
+    shared = VENVS / _SHARED
     shutil.rmtree(shared, ignore_errors=True)
     shared.mkdir(parents=True)
     for one in with_dependencies(["torch", "torchvision"]):
@@ -156,6 +157,7 @@ def export_model(model: str) -> Path:
 
 def set_up_all(names: Sequence[str], model: str, arguments: Sequence[str], *, fresh: bool) -> int:
     """Set the named peers up, say how it went; returns the exit status, 0 although some may be absent."""
+    shared_torch()
     for name in names:
         fault = set_up(PEERS[name], arguments, fresh=fresh)
         print(f"{name}: {'absent, ' + fault if fault else version_of(PEERS[name])}", flush=True)

@@ -61,9 +61,9 @@ class Remembering:
         try:
             body, answer = await self._answered(request, receive, kind)
         except IronclipError as error:
-            answer = handle_error(request, error)
+            answer = await handle_error(request, error)
         except ClientDisconnect as error:
-            answer = handle_gone(request, error)
+            answer = await handle_gone(request, error)
         if answer is not None:
             await answer(scope, receive, send)
         else:

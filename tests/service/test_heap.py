@@ -66,7 +66,7 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C 
 @pytest.mark.parametrize(
     ("how", "given", "heaps"),
     [
-        ("own", {}, 9),
+        ("own", {}, min(9, 8 * (os.cpu_count() or 1))),
         ("shared", {}, min(9, max(2, usable_cpus()))),
         ("shared", {"MALLOC_ARENA_MAX": "4"}, 4),
         ("shared", {"GLIBC_TUNABLES": "glibc.malloc.arena_max=3"}, 3),
