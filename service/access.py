@@ -1,4 +1,4 @@
-"""Who may ask for what: one table, and a layer that refuses whatever is not in it.
+"""Who may ask for what: one table, and whatever is not in it is refused.
 
 With API keys every route is closed unless the table says otherwise: a route that somebody forgets to enter answers
 403. A caller without a key learns nothing, not even which paths exist. Without keys the service is open to everybody.
@@ -9,17 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.datastructures import Headers
 from starlette.routing import BaseRoute, Match, Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 
-from ironclip.errors import IronclipError
 from service.errors import KeyMissing, KeyUnknown, RouteNotFound, ScopeMissing
 from service.keys import ANYBODY, Caller, Keyring
 from service.keys import Scope as KeyScope
-from service.problems import handle_error
-from service.rate_limits import Limiter, Meter
 
 PUBLIC: tuple[KeyScope, ...] = ()
 _INFER: tuple[KeyScope, ...] = ("infer",)
@@ -103,48 +99,40 @@ class Access:
     """Let those through who may ask, and say who they are; before anything of the body is read.
 
     Args:
-        app: the layers below.
         routes: every route of the app.
         keys: the API keys; None: everybody may ask for everything.
-        limiter: the buckets that requests are paid from.
     """
 
-    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute], keys: Keyring | None, limiter: Limiter) -> None:
-        self.app = app
+    def __init__(self, routes: Sequence[BaseRoute], keys: Keyring | None) -> None:
         self.keys = keys
-        self.limiter = limiter
         self._routes = [route for route in routes if isinstance(route, Route)]
+        # Asking every route takes as long as checking a key ten times over: those without parameters are asked here.
+        self._plain: dict[tuple[str, str], str | None] = {}
+        for route in self._routes:
+            if "{" not in route.path:
+                for method in (route.methods or set()) - {"HEAD"}:  # a GET by the time it comes here
+                    self._plain[method, route.path] = self._matched(
+                        {"type": "http", "method": method, "path": route.path}
+                    )
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        state = scope["state"]
-        state["caller"] = ANYBODY if self.keys is None else _NOBODY
-        answer = self.app
-        if self.keys is not None:
-            try:
-                self._admit(scope, self.keys)
-            except IronclipError as error:
-                answer = await handle_error(Request(scope), error)
-        state["meter"] = meter = Meter(self.limiter, state["caller"])
-        await answer(scope, receive, _with_limits(meter, send) if meter.limited else send)
-
-    def _admit(self, scope: Scope, keys: Keyring) -> None:
-        """Find out who asks.
+    def admit(self, scope: Scope) -> None:
+        """Find out who asks, as `caller` in the request's state; it is set where the answer is no, too.
 
         Raises:
             AccessDenied: they may not.
             RouteNotFound: they have a key, and ask for what is not there.
         """
+        state = scope["state"]
+        if self.keys is None:
+            state["caller"] = ANYBODY
+            return
+        state["caller"] = _NOBODY
         asked = self._operation(scope)
         needed = ACCESS.get(asked) if asked is not None else None
         if needed == PUBLIC:
             return
-        caller = keys.caller(token_of(Headers(scope=scope)))
         # Known from here on, also where the answer is no: the log names the key.
-        scope["state"]["caller"] = caller
+        state["caller"] = caller = self.keys.caller(token_of(Headers(scope=scope)))
         if asked is None:
             raise RouteNotFound("There is nothing under this path; /docs lists what is here.")
         if needed is None:
@@ -157,7 +145,12 @@ class Access:
             )
 
     def _operation(self, scope: Scope) -> str | None:
-        """The route that will answer, found as the router finds it; None: there is none.
+        """The route that will answer; None: there is none."""
+        known = None if scope.get("root_path") else self._plain.get((scope["method"], scope["path"]))
+        return known if known is not None else self._matched(scope)
+
+    def _matched(self, scope: Scope) -> str | None:
+        """The route, found as the router finds it.
 
         Where a path is there under other methods it is one of those, which answers 405.
         """
@@ -169,16 +162,3 @@ class Access:
             if match is Match.PARTIAL and partial is None:
                 partial = operation(min((route.methods or set()) - {"HEAD"}, default=""), route.path)
         return partial
-
-
-def _with_limits(meter: Meter, send: Send) -> Send:
-    """Put the caller's limit and what is left of it on the answer."""
-
-    async def send_with_limits(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            for name, value in (await meter.headers()).items():
-                headers[name] = value
-        await send(message)
-
-    return send_with_limits

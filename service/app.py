@@ -1,4 +1,4 @@
-"""The ASGI app: routes, layers around them, and the service's life from loading to draining."""
+"""The ASGI app: routes, the front around them, and the service's life from loading to draining."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from ironclip import __version__
 from ironclip.errors import IronclipError
 from service import openapi
 from service.access import ACCESS, Access, operation
+from service.accounting import Accounts
+from service.bodies import Bodies
 from service.core import Service
-from service.middleware import ENCODER_HEADER, Accounting, BodyGuard, HeadAsGet, Holding
+from service.exchange import ENCODER_HEADER
+from service.front import Front
 from service.problems import handle_error, handle_gone
 from service.routes import classify, embed, label_sets, models, oip, oip_infer, ops, playground, probe
 from service.routes import openai as openai_routes
@@ -107,7 +110,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        # What is told of a request is told by our own layers, under names that are agreed on.
+        # What is told of a request is told by ourselves, under names that are agreed on.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.service = service
@@ -121,12 +124,12 @@ def create_app(
         app.add_exception_handler(kind, handle_error)
     app.add_exception_handler(ClientDisconnect, handle_gone)
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
-    _add_layers(app, service, included, traces)
+    _add_front(app, service, included, traces)
     return app
 
 
-def _add_layers(app: FastAPI, service: Service, included: Sequence[APIRouter], traces: Exporter | None) -> None:
-    """Put the layers around the routes, the innermost first."""
+def _add_front(app: FastAPI, service: Service, included: Sequence[APIRouter], traces: Exporter | None) -> None:
+    """Put the front around the routes, and around it what browsers on other origins need."""
     settings = service.settings
     ops_names = frozenset(
         getattr(route.endpoint, "__name__", "")
@@ -139,16 +142,14 @@ def _add_layers(app: FastAPI, service: Service, included: Sequence[APIRouter], t
     remembered = (classify.classify, embed.embed)
     known = {route.path: route for route in routes if isinstance(route, Route) and route.endpoint in remembered}
     forms = {path: embed.FORMS for path, route in known.items() if route.endpoint is embed.embed}
-    app.add_middleware(Remembering, routes=known, memory=service.memory, forms=forms)
-    app.add_middleware(Holding)
-    app.add_middleware(BodyGuard, max_bytes=settings.max_body_bytes, max_held_bytes=settings.max_held_bytes)
-    app.add_middleware(Access, routes=routes, keys=service.keys, limiter=service.limiter)
     app.add_middleware(
-        Accounting,
-        ops=ops_names,
+        Front,
+        access=Access(routes, service.keys),
+        limiter=service.limiter,
+        bodies=Bodies(settings.max_body_bytes, settings.max_held_bytes),
+        remembering=Remembering(known, service.memory, forms),
+        accounts=Accounts(ops_names, _AUDITED | _of_admins(), settings.slow_request_ms),
         draining=lambda: service.state == "draining",
-        audited=_AUDITED | _of_admins(),
-        slow_ms=settings.slow_request_ms,
         traces=traces,
     )
     if settings.cors_origins:
@@ -159,7 +160,6 @@ def _add_layers(app: FastAPI, service: Service, included: Sequence[APIRouter], t
             allow_headers=_CORS_ASKED,
             expose_headers=_CORS_ANSWERED,
         )
-    app.add_middleware(HeadAsGet)
 
 
 def _of_admins() -> frozenset[str]:

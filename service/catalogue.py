@@ -78,9 +78,9 @@ class Catalogue:
         return version.served
 
     def _chosen(self, name: str, request_id: str) -> Version:
-        named = self._named.get(name, Named())
-        version = named.choose(request_id)
-        if version is not None and version is named.canary and self._unfit(version):
+        named = self._named.get(name)
+        version = named.choose(request_id) if named is not None else None
+        if named is not None and version is not None and version is named.canary and self._unfit(version):
             version = named.stable
         if version is None:
             raise self._missing(name)

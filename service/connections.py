@@ -1,4 +1,4 @@
-"""What a connection may do before there is a request that the layers could refuse: uvicorn's protocol, with bounds.
+"""What a connection may do before there is a request that could be refused: uvicorn's protocol, with bounds.
 
 uvicorn's parser takes a head of any length, a piece at a time, joins a growing value by copying it, and waits for ever
 for the rest. Here bytes that come to nothing (the head, trailers, the extensions of chunks) are bounded, and so is the

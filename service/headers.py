@@ -1,4 +1,4 @@
-"""One header of a request, read from the connection's own list: each request passes layers that look for one."""
+"""One header of a request, read from the connection's own list: each request is asked for several."""
 
 from __future__ import annotations
 

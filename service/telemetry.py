@@ -170,6 +170,19 @@ def count_cache(cache: str, result: str, times: int = 1) -> None:
         _cache_series(cache, result).inc(times)
 
 
+@lru_cache(maxsize=1024)
+def _version_series(name: str, digest: str, status: int) -> Counter | None:
+    code = f"{status // 100}xx"
+    return BY_VERSION.labels(name, short(digest), code) if code in CODES else None
+
+
+def count_version(name: str, digest: str, status: int) -> None:
+    """Count a request by the version of an encoder that it was given."""
+    series = _version_series(name, digest, status)
+    if series is not None:
+        series.inc()
+
+
 def observe_batch(tower: str, items: int, seconds: float, waited: float) -> None:
     """Count one batch of the image or the text tower."""
     BATCH_SIZE.labels(tower).observe(items)
@@ -259,6 +272,7 @@ def forget_version(name: str, digest: str) -> None:
     """Publish nothing more of a version that has been unloaded."""
     for code in CODES:
         _remove(BY_VERSION, name, short(digest), code)
+    _version_series.cache_clear()  # or what is counted under the same digest later would count for nothing
 
 
 def _info(served: ServedEncoder) -> tuple[str, str, str, str]:
@@ -328,7 +342,7 @@ class Stages:
 
     def header(self) -> str:
         """The `Server-Timing` value, durations in milliseconds."""
-        return ", ".join(f"{stage};dur={1000 * seconds:.2f}" for stage, seconds in self.seconds.items())
+        return ", ".join([f"{stage};dur={1000 * seconds:.2f}" for stage, seconds in self.seconds.items()])
 
 
 class _Timed:
@@ -354,11 +368,7 @@ def configure_logging(level: str, log_format: str) -> None:
     Our own lines go there directly: the way through `logging` would cost as much as the rest of a cached answer.
     """
     console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
-    shared: list[structlog.typing.Processor] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        _add_trace,
-    ]
+    shared: list[structlog.typing.Processor] = [structlog.processors.add_log_level, _Clock(), _add_trace]
     # Not the renderer's own choice: with `rich` installed it prints every frame's locals, a caller's data among them.
     plain = structlog.dev.plain_traceback
     last: list[structlog.typing.Processor] = [structlog.dev.ConsoleRenderer(exception_formatter=plain), _redact]
@@ -387,6 +397,26 @@ def configure_logging(level: str, log_format: str) -> None:
     logging.getLogger("uvicorn.access").disabled = True
     for name in ("httpx", "httpcore", "urllib3", "PIL", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class _Clock:
+    """Put the time on a line, in UTC as RFC 3339 has it.
+
+    The front part of it is made once a second: every request has a line, and to take a date apart costs as much as to
+    write one.
+    """
+
+    def __init__(self) -> None:
+        self._front = (0, "")
+
+    def __call__(self, logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        second, rest = divmod(time.time_ns(), 1_000_000_000)
+        known, front = self._front  # read and put as one: lines are written in several threads
+        if known != second:
+            front = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+            self._front = (second, front)
+        event["timestamp"] = f"{front}.{rest // 1000:06d}Z"
+        return event
 
 
 def _add_trace(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

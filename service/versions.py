@@ -165,7 +165,8 @@ class Held:
     @property
     def versions(self) -> list[Version]:
         """Those in hand, in the order in which they were asked for."""
-        return list(dict.fromkeys(self._found.values()))
+        found = self._found
+        return list(found.values()) if len(found) < 2 else list(dict.fromkeys(found.values()))
 
     def find(self, name: str, pin: str) -> Version | None:
         """What the request was given for this name, or for this name and front of a digest."""
@@ -184,11 +185,10 @@ class Held:
     def release(self) -> None:
         """Let go of everything, and count the request."""
         self._open = False
-        code = f"{self.status // 100}xx"
         for version in self.versions:
             version.holders -= 1
-            if version.served is not None and code in telemetry.CODES:
-                telemetry.BY_VERSION.labels(version.name, telemetry.short(version.digest), code).inc()
+            if version.served is not None:
+                telemetry.count_version(version.name, version.digest, self.status)
 
 
 HELD: ContextVar[Held | None] = ContextVar("held", default=None)

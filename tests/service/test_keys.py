@@ -64,7 +64,7 @@ def test_every_route_is_in_the_table() -> None:
     assert not missing, "enter them into ACCESS (service/access.py), or nobody with an API key may use them"
     documented = create_app(Settings()).openapi()["paths"]
     known = {path for _, path in routes()}
-    assert set(documented) <= known, "routes that the layer of access does not see"
+    assert set(documented) <= known, "routes that access does not see"
 
 
 @pytest.mark.parametrize(("method", "path"), routes())
