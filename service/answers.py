@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ironclip.classifier import Classifier, NativeRule
 from ironclip.defences import Defence
+from ironclip.encoder import Encoder
 from ironclip.errors import ImageError, IronclipError
 from ironclip.preprocessing import WARNINGS
 from service import telemetry
@@ -175,7 +176,9 @@ class Answers:
         if done:
             features = torch.from_numpy(np.stack([item.features for item in done if item.features is not None]))
             work = partial(_vectors, served, defence, classifier, features)
-            inline = classifier is None and features.numel() <= _THREAD_NUMBERS
+            inline = (
+                classifier is None and features.numel() <= _THREAD_NUMBERS and not _waits_for_device(served.encoder)
+            )
             vectors = work() if inline else await asyncio.to_thread(work)
             for item, vector in zip(done, vectors, strict=True):
                 item.vector = vector
@@ -276,7 +279,8 @@ class Answers:
         if not items:
             return
         features = torch.from_numpy(np.stack([item.features for item in items if item.features is not None]))
-        if len(items) * (scores_of(plan) + plan.comparisons) > _THREAD_SCORES:
+        many = len(items) * (scores_of(plan) + plan.comparisons) > _THREAD_SCORES
+        if many or _waits_for_device(classifier.encoder):
             rows = await asyncio.to_thread(_judge, plan, classifier, features)
         else:
             rows = _judge(plan, classifier, features)
@@ -315,6 +319,11 @@ def _vectors(
             found = defence.vector(features, None, None, NativeRule(served.encoder))
     vectors: NDArray[np.float32] = found.cpu().numpy()
     return vectors
+
+
+def _waits_for_device(encoder: Encoder) -> bool:
+    """Whether arithmetic there waits for the batch that runs, and the event loop would wait with it: on a GPU."""
+    return encoder.device.type != "cpu"
 
 
 def _image_scope(served: ServedEncoder, tenant: str) -> bytes:

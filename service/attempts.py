@@ -35,6 +35,7 @@ class Attempts(Generic[Item, Result]):
         run: as `Batcher` has it.
         max_batch: items in one call at most, weighed by `cost`.
         out_of_memory: whether an exception says that the batch was too large for the device.
+        free_memory: gives back what is kept for batches like the one that was too large; called before it is halved.
         cost: how many plain items an item counts for.
     """
 
@@ -45,12 +46,14 @@ class Attempts(Generic[Item, Result]):
         max_batch: int,
         out_of_memory: Callable[[Exception], bool] | None,
         cost: Callable[[Item], int] = lambda item: 1,
+        free_memory: Callable[[], None] | None = None,
     ) -> None:
         self.name = name
         self.max_batch = max_batch
         self.fits = max_batch  # items that a batch may have
         self._run = run
         self._out_of_memory = out_of_memory or (lambda error: isinstance(error, MemoryError))
+        self._free_memory = free_memory or (lambda: None)
         self._cost = cost
         self._since_full = 0
 
@@ -60,20 +63,26 @@ class Attempts(Generic[Item, Result]):
             results = self._run(items)
         except Exception as error:
             memory = self._out_of_memory(error)
-            if memory:
-                _LOG.warning("no memory for a batch of %d of the %s model", len(items), self.name)
-            if len(items) == 1:
-                return [Failure(OutOfMemory(f"The {self.name} model has no memory for this.") if memory else error)]
-            middle = len(items) // 2
-            if memory:
-                half = sum(self._cost(item) for item in items) // 2
-                self.fits, self._since_full = min(self.fits, max(1, half)), 0
-            return self.run(items[:middle]) + self.run(items[middle:])
-        if len(results) != len(items):
-            # Results of unknown owners: nobody may be given one.
-            text = f"the {self.name} model returned {len(results)} results for {len(items)} items"
-            return [Failure(RuntimeError(text)) for _ in items]
-        return list(results)
+            if len(items) == 1 and not memory:
+                return [Failure(error)]
+        else:
+            if len(results) != len(items):
+                # Results of unknown owners: nobody may be given one.
+                text = f"the {self.name} model returned {len(results)} results for {len(items)} items"
+                return [Failure(RuntimeError(text)) for _ in items]
+            return list(results)
+        # Not while the exception is handled: it holds all that the failed batch had in hand, and the halves would have
+        # to find room beside it.
+        if memory:
+            _LOG.warning("no memory for a batch of %d of the %s model", len(items), self.name)
+            self._free_memory()
+        if len(items) == 1:
+            return [Failure(OutOfMemory(f"The {self.name} model has no memory for this."))]
+        if memory:
+            half = sum(self._cost(item) for item in items) // 2
+            self.fits, self._since_full = min(self.fits, max(1, half)), 0
+        middle = len(items) // 2
+        return self.run(items[:middle]) + self.run(items[middle:])
 
     def grow(self) -> None:
         """Try larger batches again some time after memory did not suffice for one; called after each batch."""

@@ -40,6 +40,7 @@ _GAP_SHARE = 20  # while items wait, a gap is made after so many times what the 
 _LOOK = 0.002  # seconds between looks whether what was expected has come
 _HANG = 10  # a batch that takes so many times what was estimated, and the limit at least, is not waited for
 _SUSPICIOUS = 3  # batches in a row of which nothing came but faults
+_GAP_HANG = 60.0  # the same, of a piece of other work, whose time is not known here
 _GRACE = 1.0  # seconds after a death for which items are still taken: the next worker is about to start
 
 
@@ -84,6 +85,7 @@ class Batcher(Generic[Item, Result]):
         cost: how many plain items an item counts for (a picture seen in N views: N); 1 for all by default.
         gaps: work for the worker's thread while no item waits, a piece at a time: see Gaps.
         out_of_memory: whether an exception says that the batch was too large for the device.
+        free_memory: gives back what the device keeps for batches like the one that was too large.
         supervised: somebody starts the worker again when it dies: what waits is kept for the next one, and what was
             in the batch is tried once more, each item alone.
     """
@@ -103,6 +105,7 @@ class Batcher(Generic[Item, Result]):
         cost: Callable[[Item], int] | None = None,
         gaps: Gaps | None = None,
         out_of_memory: Callable[[Exception], bool] | None = None,
+        free_memory: Callable[[], None] | None = None,
         supervised: bool = False,
     ) -> None:
         if max_batch < 1 or max_queue < 1 or idle_wait_ms < 0:
@@ -113,7 +116,7 @@ class Batcher(Generic[Item, Result]):
         self.pace = Pace()
         self.on_expired: Callable[[int], None] | None = None  # told how many items' deadlines had passed
         self._cost = cost or (lambda item: 1)
-        self._attempts: Attempts[Item, Result] = Attempts(name, run, max_batch, out_of_memory, self._cost)
+        self._attempts: Attempts[Item, Result] = Attempts(name, run, max_batch, out_of_memory, self._cost, free_memory)
         self._idle_wait = idle_wait_ms / 1000
         self._more_expected = more_expected or (lambda: True)
         self._gaps_yield = more_expected or (lambda: False)
@@ -159,11 +162,14 @@ class Batcher(Generic[Item, Result]):
     def replace(self) -> None:
         """Leave a worker that hangs alone, with the batch it has, and start another."""
         with self._changed:
+            self._turn += 1  # it is not heard any more
             lost, self._current = self._current, []
-            if self._stopping:
-                return
-            self._begin()
-        self._fail(lost, f"The {self.name} worker hung and has been replaced.")
+            stopping = self._stopping
+        # First: they need not wait to hear whether there is a thread left for the next worker.
+        self._fail(lost, f"The {self.name} worker {'is stopping' if stopping else 'hung and has been replaced'}.")
+        with self._changed:
+            if not self._stopping:
+                self._begin()
 
     @property
     def queued(self) -> int:
@@ -213,6 +219,11 @@ class Batcher(Generic[Item, Result]):
         """Whether the worker has not moved for ``limit`` seconds, and for far longer than its batch should take."""
         cost = sum(entry.cost for entry in self._current)
         return self.stalled_seconds > max(limit, _HANG * self.pace.seconds(cost))
+
+    @property
+    def stuck(self) -> bool:
+        """Whether it hangs, by the measure of a stop: nothing that comes of it is worth waiting for."""
+        return self.hangs(_GAP_HANG if self._in_gap else _HANG)
 
     @property
     def estimated_wait_seconds(self) -> float:
@@ -287,8 +298,12 @@ class Batcher(Generic[Item, Result]):
             self._changed.notify_all()
         self._fail(abandoned, "The service is stopping.")
         thread = self._thread
-        while thread is not None and thread.is_alive() and not self.hangs(_HANG):
+        while thread is not None and thread.is_alive() and not self.stuck:
             await asyncio.to_thread(thread.join, 1.0)
+        with self._changed:
+            self._turn += 1  # one that hangs is not heard any more
+            left, self._current = self._current + self._take_all(), []
+        self._fail(left, "The service is stopping.")
 
     def _admit(self, cost: int) -> None:
         """Let a request in, or raise; holds the lock."""

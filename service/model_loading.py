@@ -101,10 +101,16 @@ class Loader:
             observe=telemetry.observe_batch,
             domain=loaded.domain,
         )
-        golden = encoder.provenance.get("golden")
-        if golden is not None and served.dtype != "float32":
-            check_golden(served.encoder, golden, MIN_COSINE)
-        served.start()
+        try:
+            golden = encoder.provenance.get("golden")
+            if golden is not None and served.dtype != "float32":
+                check_golden(served.encoder, golden, MIN_COSINE)
+            served.start()
+        except BaseException:
+            # What holds itself together would keep the weights, and the room that what is served needs.
+            served.tokens.stop()
+            served.release()
+            raise
         trim_heap()
         return served
 

@@ -21,7 +21,7 @@ from service.errors import EncoderBusy, EncoderInUse, RequestInvalid, VersionLos
 from service.heap import trim_heap
 from service.model_loading import Loaded, Loader, as_problem
 from service.problems import problem
-from service.runtime import ServedEncoder
+from service.runtime import ServedEncoder, free_cached_memory
 from service.settings import Settings
 from service.supervisor import Supervisor
 from service.versions import Named, Source, Still, Version, always
@@ -201,6 +201,7 @@ class Models(Catalogue):
             except Exception as error:
                 fault, outcome = as_problem(error, version), "failed"
                 fault.__traceback__ = fault.__cause__ = fault.__context__ = None  # they hold the half of an encoder
+                await asyncio.to_thread(free_cached_memory)  # it may wait for the device
             named = self._named[version.name]
             named.coming = None
             if version.dropped:

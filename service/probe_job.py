@@ -246,8 +246,8 @@ class Job:
         self.emit("done", answer)
 
     def fail(self, error: IronclipError, form: dict[str, Any]) -> None:
-        """End it with an error, as a problem."""
-        self.error = error
+        """End it with an error, as a problem; the first stays, whatever else comes of it in an abandoned thread."""
+        self.error = self.error or error
         self.emit("failed", {"error": form})
 
     def release(self) -> None:

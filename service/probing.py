@@ -68,14 +68,15 @@ class Prober:
         self._active: list[Job] = []
         self._round = _Round()
         self._worked: list[Job] = []  # those that the current step is for
+        self._turn = 0  # of the worker's thread: one that was given up has an older one
         self._stopping = self._retiring = False
         self._log = telemetry.get_logger()
         places.add(self)
 
     @property
     def pending(self) -> bool:
-        """Whether any probe runs or waits."""
-        return bool(self._waiting or self._active)
+        """Whether any probe runs, begins or waits."""
+        return bool(self._waiting or self._beginning or self._active)  # in this order it goes from one to the next
 
     @property
     def urgent(self) -> bool:
@@ -153,19 +154,39 @@ class Prober:
 
     def abandon(self) -> None:
         """Fail what is under way: the thread that worked on it is gone, or hangs."""
-        jobs, self._active, self._round = self._active, [], _Round()
-        if self._beginning is not None:
-            jobs.append(self._beginning)
+        self._fail_all(self._taken_away(), "The worker of this probe was started again; ask again.")
+
+    def close(self) -> None:
+        """Fail what is left after `stop`, where the thread that should have ended it is gone, or hangs."""
+        jobs = self._taken_away()
+        with self._lock:
+            jobs += self._waiting
+            self._waiting.clear()
+        self._fail_all(jobs, "The service is stopping.")
+
+    def _taken_away(self) -> list[Job]:
+        """What is under way, which the thread that works on it has no longer a say in."""
+        with self._lock:
+            self._turn += 1
+            jobs, self._active, self._round = self._active, [], _Round()
+            if self._beginning is not None:
+                jobs.append(self._beginning)
+                self._beginning = None
+        return jobs
+
+    def _fail_all(self, jobs: list[Job], why: str) -> None:
         for job in jobs:
-            self._fail(job, NotReady("The worker of this probe was started again; ask again.", retry_after=1))
+            self._fail(job, NotReady(why, retry_after=1))
             job.release()
 
     def step(self) -> None:
         """Do one piece."""
-        self._worked = []
+        turn, self._worked = self._turn, []
         try:
             self._step()
         except Exception:
+            if turn != self._turn:
+                return  # what it had was given up meanwhile, and is no longer there
             # Whose fault it is cannot be told: all that share the round end, the worker goes on.
             self._log.exception("a round of probes failed")
             jobs, self._active, self._round = self._active, [], _Round()
@@ -255,16 +276,20 @@ class Prober:
 
     def _admit(self) -> None:
         with self._lock:
+            if not self._waiting:
+                return  # cancelled just now, and swept by another that came
+            turn = self._turn
             # Of whoever has the fewest under way, the first that came.
             job = min(self._waiting, key=lambda one: sum(other.tenant == one.tenant for other in self._active))
             self._beginning = job  # it counts all the time
             self._waiting.remove(job)
         self._work_for([job])
-        try:
-            if self._guarded(job, lambda: self._begin(job)) and job.error is None:  # else abandoned meanwhile
-                self._active.append(job)
-        finally:
-            self._beginning = None
+        begun = self._guarded(job, lambda: self._begin(job))
+        with self._lock:
+            if turn == self._turn:  # else it was abandoned meanwhile
+                if begun:
+                    self._active.append(job)
+                self._beginning = None
 
     def _begin(self, job: Job) -> bool:
         if job.cancelled:
@@ -277,13 +302,14 @@ class Prober:
         return not job.probe.done
 
     def _begin_round(self) -> None:
+        work = self._round  # as long as this is worked on it may be given up, and another begun
         owners: dict[int, Job] = {}
         asked: list[Ask] = []
 
         def ask(job: Job) -> bool:
             assert job.probe is not None
             asks = job.probe.asks()
-            self._round.takes.append((job, asks))
+            work.takes.append((job, asks))
             for _, one in asks:
                 owners[id(one)] = job
                 asked.append(one)
@@ -292,8 +318,8 @@ class Prober:
         for job in list(self._active):
             self._guarded(job, lambda job=job: ask(job))  # type: ignore[misc]
         for piece in pieces(asked, self.rows):
-            self._round.steps.append((_counted(piece), list(dict.fromkeys(owners[id(one)] for one in piece.asks))))
-        self._round.steps.extend((one.confirm(), [owners[id(one)]]) for one in asked)
+            work.steps.append((_counted(piece), list(dict.fromkeys(owners[id(one)] for one in piece.asks))))
+        work.steps.extend((one.confirm(), [owners[id(one)]]) for one in asked)
 
     def _take(self, job: Job, answered: list[tuple[Lane, Ask]]) -> bool:
         probe = job.probe
@@ -314,8 +340,7 @@ class Prober:
         self._end_active()
         with self._lock:
             waiting, self._waiting = list(self._waiting), deque()
-        for job in waiting:
-            self._fail(job, NotReady("The service is stopping."))
+        self._fail_all(list(waiting), "The service is stopping.")
 
     def _fail(self, job: Job, error: IronclipError) -> None:
         job.fail(error, self._describe(error))

@@ -130,6 +130,7 @@ class ServedEncoder:
             cost=lambda job: job.defence.cost,
             gaps=self,
             out_of_memory=is_out_of_memory,
+            free_memory=free_cached_memory,
             supervised=supervised,
         )
         self.prober: Prober | None = None
@@ -145,6 +146,7 @@ class ServedEncoder:
             idle_wait_ms=0,
             on_batch=self._observer("text"),
             out_of_memory=is_out_of_memory,
+            free_memory=free_cached_memory,
             supervised=supervised,
         )
         for tower, batcher in (("image", self.images), ("text", self.texts)):
@@ -232,10 +234,11 @@ class ServedEncoder:
     async def stop(self, drain: bool = True) -> None:
         """Stop the workers; with `drain`, after what waits has been run. Probes end with what they know."""
         self.tokens.stop()
-        if self.prober is not None and self.alive:
+        if self.prober is not None:
             self.prober.stop()
-            while self.prober.pending and self.images.alive:
+            while self.prober.pending and self.images.alive and not self.images.stuck:
                 await asyncio.sleep(0.01)
+            self.prober.close()
         await asyncio.gather(self.images.stop(drain), self.texts.stop(drain))
 
     def release(self) -> None:
@@ -326,12 +329,16 @@ class ServedEncoder:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an exception of torch, or of Python, says that there is not enough memory."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         return True
-    # As torch's allocators for the CPU say it, on Linux and elsewhere.
-    texts = ("can't allocate memory", "not enough memory")
+    # As torch's allocators for the CPU say it, on Linux and elsewhere, CUDA's own calls, and its libraries.
+    texts = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def free_cached_memory() -> None:
+    """Give back what torch keeps of a GPU's memory for tensors to come."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def use_threads(threads: int) -> int:

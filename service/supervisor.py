@@ -147,7 +147,10 @@ class Supervisor:
     async def _run(self) -> None:
         while True:
             for one in list(self._watched):
-                self._look(one)
+                try:
+                    self._look(one)
+                except Exception:  # whatever it is: the others are looked after, and this one is looked at again
+                    self._log.exception("a worker cannot be looked after", encoder=one.encoder, tower=one.tower)
             if self._decoder is not None and not self.given_up and self._decoder.hangs(self.hang_seconds):
                 self._log.error("decoder given up", reason="hung")
                 self._give_up(f"the decoder hangs: none of its threads has moved for {self.hang_seconds:g} s")
@@ -199,5 +202,8 @@ class Supervisor:
         one.due = now + _BACK_OFF[min(one.tries, len(_BACK_OFF) - 1)]
         one.batches = one.worker.batches
         one.before()
-        start()
+        try:
+            start()
+        except RuntimeError:  # the system has no thread left: it is tried again, and then given up
+            self._log.exception("worker not restarted", encoder=one.encoder, tower=one.tower)
         one.ailed(f"the {one.tower} worker {why}")

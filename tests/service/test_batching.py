@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ironclip.errors import ImageInvalid, NotReady, Overloaded
+from service import batching
+from service.attempts import Attempts
 from service.batching import Batcher
+from service.supervisor import Supervisor, Watched
 
 
 class Model:
@@ -471,3 +477,107 @@ def test_work_between_batches_waits_for_what_is_about_to_come() -> None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         beside.pending = False
+
+
+@pytest.mark.parametrize("fault", [MemoryError, ValueError])
+def test_what_a_failed_batch_had_in_hand_is_gone_before_its_halves_run(fault: type[Exception]) -> None:
+    """Else a half would have to find room beside it, and a batch that fits would seem too large."""
+    hands: list[weakref.ref[Any]] = []
+    beside: list[int] = []
+
+    def held() -> int:
+        return sum(hand() is not None for hand in hands)
+
+    def run(items: Sequence[int]) -> list[int]:
+        beside.append(held())
+        hand = torch.zeros(1)  # a local of the frame that raises
+        hands.append(weakref.ref(hand))
+        if len(items) > 1:
+            raise fault("too large")
+        return [int(hand.sum()) + item for item in items]
+
+    freed: list[int] = []
+    gc.disable()
+    try:
+        attempts = Attempts("test", run, 8, None, free_memory=lambda: freed.append(held()))
+        assert attempts.run(list(range(8))) == list(range(8))
+    finally:
+        gc.enable()
+    assert beside == [0] * 15
+    assert freed == ([0] * 7 if fault is MemoryError else [])
+
+
+def test_a_stop_answers_what_a_hanging_worker_had_and_kept_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "_HANG", 0.2)
+
+    async def scenario() -> None:
+        model = Model()
+        with running(model, max_batch=1) as batcher:
+            held = await hold(model, batcher, 6)
+            waiting = asyncio.create_task(batcher.submit(7))
+            await until(lambda: batcher.queued == 1)
+            await asyncio.wait_for(batcher.stop(drain=True), 10)
+            for task in (held, waiting):
+                with pytest.raises(NotReady):
+                    await asyncio.wait_for(task, 1)
+            model.gate.set()  # it comes back, and is not heard
+            await until(lambda: not batcher.alive)
+            assert model.batches == [[6]]
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_cannot_be_replaced_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        model = Model()
+        with running(model, supervised=True) as batcher:
+            held = await hold(model, batcher, 6)
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", no_thread)
+                with pytest.raises(RuntimeError):
+                    batcher.replace()
+            with pytest.raises(NotReady):
+                await asyncio.wait_for(held, 1)
+            model.gate.set()
+            await until(lambda: not batcher.alive)
+            batcher.start()
+            assert await batcher.submit(5) == 25
+
+    asyncio.run(scenario())
+
+
+def test_a_supervisor_outlives_a_system_without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        def dies(items: Sequence[int]) -> list[int]:
+            if 13 in items:
+                raise SystemExit
+            return list(items)
+
+        with running(dies, supervised=True) as batcher:
+            given_up: list[str] = []
+            supervisor = Supervisor(hang_seconds=60, restarts=5, on_given_up=given_up.append)
+
+            async def check() -> int:
+                return await batcher.submit(1)
+
+            supervisor.watch(Watched(batcher, "test", "image", check))
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", no_thread)
+                supervisor.start()
+                last = asyncio.create_task(batcher.submit(13))
+                await asyncio.sleep(0.6)
+            with pytest.raises(NotReady):  # it was tried once more, alone
+                await asyncio.wait_for(last, 10)
+            deadline = time.monotonic() + 10
+            while not batcher.alive:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.02)
+            assert await batcher.submit(4) == 4
+            assert not given_up
+            supervisor.stop()
+
+    asyncio.run(scenario())
+
+
+def no_thread(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from ironclip.classifier import Classifier
 from ironclip.encoder import Encoder
-from ironclip.errors import Overloaded
+from ironclip.errors import NotReady, Overloaded
 from ironclip.labels import LabelSet
 from ironclip.probe import Probe, ProbeOptions, Target, VectorTarget, rows_for
 from service.probe_job import Job
@@ -267,3 +268,44 @@ def test_what_is_remembered_of_ended_probes_is_bounded_by_bytes_and_pictures_are
         assert [ledger.knows(one.id, "") for one in jobs] == [False, True, True, True]  # the last came on top
 
     asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_thread_that_was_given_up_touches_nothing_of_the_next_ones(tiny: Encoder) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(["dog", "cat"]))
+
+    async def run() -> tuple[Job, Job]:
+        loop, worker = asyncio.get_running_loop(), prober()
+        begun, gate = threading.Event(), threading.Event()
+        second = job(Target(classifier), ProbeOptions(eps=(64.0,), seconds=600), loop, 6)
+        build = second.build
+
+        def slow() -> Probe:
+            begun.set()
+            assert gate.wait(30)
+            return build()
+
+        second.build = slow
+        other = threading.Thread(target=worker.step)  # of the next worker
+
+        def hangs() -> Probe:
+            worker.abandon()  # the supervisor, meanwhile
+            worker.submit(second)
+            other.start()
+            assert begun.wait(30)
+            raise RuntimeError("what a hung call says when it comes back")
+
+        first = Job(hangs, loop, seconds=600)
+        worker.submit(first)
+        worker.step()
+        assert (worker.running, worker.pending) == (1, True)  # it is being begun, and counts
+        gate.set()
+        other.join()
+        await settle()
+        while not second.ended:
+            worker.step()
+            await settle()
+        return first, second
+
+    first, second = asyncio.run(asyncio.wait_for(run(), 60))
+    assert (first.status, type(first.error)) == ("failed", NotReady)
+    assert (second.status, second.error) == ("done", None)

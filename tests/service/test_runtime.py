@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import threading
+import weakref
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +22,15 @@ from ironclip.labels import LabelSet
 from ironclip.loading import load_encoder
 from ironclip.preprocessing import to_float
 from ironclip.textbank import build_text_bank
+from service import batching
 from service import dtype as dtype_module
 from service.dtype import choose_dtype
-from service.runtime import ServedEncoder
+from service.model_loading import Loader
+from service.probe_job import Job
+from service.probe_places import Places
+from service.runtime import ServedEncoder, is_out_of_memory
+from service.settings import Settings
+from service.versions import Version
 
 NONE = make_defence()
 
@@ -209,3 +219,72 @@ def test_vit_b_32_is_served_in_the_faster_dtype() -> None:
         await served.stop()
 
     asyncio.run(scenario())
+
+
+def test_a_stop_comes_to_an_end_where_the_worker_hangs_and_a_probe_waits(
+    tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "_HANG", 0.2)
+
+    async def run() -> None:
+        served = ServedEncoder("tiny", tiny_encoder, dtype="float32", places=Places(4))
+        served.start()
+        assert served.prober is not None
+        gate = threading.Event()
+        served.images._attempts._run = lambda items: gate.wait(60) and []  # type: ignore[assignment,return-value]
+        lost = asyncio.create_task(served.encode_images(pictures(1), NONE))
+        await asyncio.sleep(0.1)
+        job = Job(lambda: pytest.fail("it is not begun"), asyncio.get_running_loop(), seconds=60)
+        served.prober.submit(job)
+        await asyncio.wait_for(served.stop(), 15)
+        await asyncio.wait_for(job.wait(), 1)
+        assert (job.status, type(job.error)) == ("failed", NotReady)
+        (outcome,) = await asyncio.wait_for(lost, 1)
+        assert isinstance(outcome, NotReady)
+        gate.set()
+
+    asyncio.run(run())
+
+
+def test_what_does_not_come_to_serve_leaves_no_weights_behind(
+    tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = Loader(Settings(encoders={"tiny": str(tiny_artifact)}, state_dir=tmp_path, dtype="float32"), lambda: False)
+    version = Version("tiny", str(tiny_artifact), str(tiny_artifact), "api", NONE)
+    loaded = loader.load(version)
+    weights = [weakref.ref(weight) for weight in loaded.encoder.parameters()]
+    assert len(weights) > 10
+
+    def start(self: ServedEncoder) -> None:
+        self.tower.run(self._blanks(1))
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ServedEncoder, "start", start)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            loader.warm(version, loaded)
+        del loaded
+        assert not any(weight() is not None for weight in weights)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            True,
+        ),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_is_said_where_there_is_no_memory(error: Exception, memory: bool) -> None:
+    assert is_out_of_memory(error) is memory
