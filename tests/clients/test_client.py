@@ -8,10 +8,11 @@ import io
 import itertools
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ironclip_client.many
 import ironclip_client.vectors
 import numpy as np
 import pytest
@@ -27,12 +28,18 @@ from ironclip_client import (
     LabelError,
     NotFound,
     NotReady,
+    TooLarge,
     UnexpectedAnswer,
     UsageError,
 )
+from ironclip_client.following import Following
+from ironclip_client.images import Encoded
+from ironclip_client.many import Shares
+from ironclip_client.sending import Config
 from PIL import Image
 
 from tests.clients.gateway import Fault, Gateway
+from tests.service.conftest import ServiceProcess
 
 LABELS = ["carrot", "rocket", "cat face"]
 JUNK = b"\x89PNG\r\n\x1a\n and no more"
@@ -305,6 +312,81 @@ def test_many_pictures_come_in_order_and_are_read_as_needed(client: Client, samp
     outcomes.close()  # type: ignore[attr-defined]
     with pytest.raises(InvalidRequest):
         list(client.classify_many([samples / "carrot.png"], ["same", "same"]))
+
+
+def test_many_large_pictures_go_in_requests_that_the_service_takes(
+    start_service: Callable[..., ServiceProcess], tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is allowed, and all that would go together are not: none is lost, and none that comes after them."""
+    service = start_service(encoders=f"tiny={tiny_artifact}", max_body_bytes=150_000, probes=0)
+    pictures = [noise(seed, 120) for seed in range(9)]
+    assert 40_000 < len(pictures[0]) < 60_000
+
+    async def asynchronously() -> list[Any]:
+        async with AsyncClient(service.url) as other:
+            return [outcome async for outcome in other.classify_many(pictures, LABELS)]
+
+    with Client(service.url) as client:
+        one = [scores(client.classify(picture, LABELS)) for picture in pictures]
+        for found in (list(client.classify_many(pictures, LABELS)), asyncio.run(asynchronously())):
+            assert [scores(outcome) for outcome in found] == one
+        # One that no request can hold keeps none of the others from its answer; cut beforehand, or where it is refused.
+        mixed = [pictures[0], noise(10, 260), pictures[1]]
+        for most in (100_000, 1 << 30):
+            monkeypatch.setattr(ironclip_client.many, "_MOST_BYTES", most)
+            first, large, last = client.classify_many(mixed, LABELS)
+            assert isinstance(large, TooLarge)
+            assert [scores(outcome) for outcome in (first, last) if isinstance(outcome, Classification)] == one[:2]
+
+
+def test_a_request_that_is_too_large_for_its_labels_is_not_the_pictures_fault() -> None:
+    shares: Shares[str] = Shares([Encoded(b"a", "image/png"), Encoded(b"b", "image/png")])
+    shares.next()
+    shares.refused(TooLarge("too many labels"))  # it cannot be told yet
+    assert shares.next() == [Encoded(b"a", "image/png")]
+    with pytest.raises(TooLarge, match="labels"):
+        shares.refused(TooLarge("too many labels"))
+
+
+def test_answers_that_do_not_fit_the_pictures_are_not_given_to_any() -> None:
+    shares: Shares[str] = Shares([Encoded(b"a", "image/png"), Encoded(b"b", "image/png")])
+    assert len(shares.next()) == 2
+    for answers in (["one"], ["one", "two", "three"]):
+        with pytest.raises(UnexpectedAnswer, match="2 pictures were sent"):
+            shares.answered(answers)
+
+
+def noise(seed: int, side: int) -> bytes:
+    """A PNG of about 3 bytes a pixel."""
+    values = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["path", "file"])
+def test_what_cannot_be_read_is_its_own_error(client: Client, samples: Path, kind: str) -> None:
+    closed = (samples / "carrot.png").open("rb")
+    closed.close()
+    bad: Any = "carrot\0.png" if kind == "path" else closed
+    with pytest.raises(UsageError):
+        client.classify(bad, LABELS)
+    first, second = client.classify_many([bad, samples / "carrot.png"], LABELS)
+    assert (isinstance(first, ImageError), isinstance(second, Classification)) == (True, True)
+
+
+def test_a_header_goes_once_however_it_is_written() -> None:
+    given = {"user-agent": "mine", "AUTHORIZATION": "Bearer x", "X-Mine": "1"}
+    headers = Config.read("http://h", "ick_a", 30, 0, given).headers
+    assert {name.lower(): value for name, value in headers.items()} == {
+        "accept": "application/json",
+        "authorization": "Bearer ick_a",
+        "user-agent": "mine",
+        "x-mine": "1",
+    }
+    assert len(headers) == 4
+    asked = Following(Config.read("http://h", None, 30, 0, None), 30, "a").request()["headers"]
+    assert asked.get_list("accept") == ["text/event-stream"]
 
 
 def test_the_asynchronous_client_answers_alike(client: Client, gateway: Gateway, samples: Path) -> None:

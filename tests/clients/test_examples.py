@@ -98,11 +98,23 @@ def test_the_command_tells_what_failed(demo: ServiceProcess, tmp_path: Path) -> 
     assert "no-such.png" in missing["error"]["detail"]
     assert junk["error"]["code"] == "image-unsupported"
 
+    name = os.fsdecode(b"no-\xff-such.png")  # a file's name need not be text
+    result = client(demo, "classify", name, sample, "--labels", "carrot", "x")
+    assert (result.returncode, len(result.stdout.splitlines())) == (1, 2)
+
     result = client(demo, "models", "no-such-model")
     assert result.returncode == 1
     assert json.loads(result.stderr)["error"]["code"] == "encoder-not-found"
 
-    for wrong in (["classify", sample], ["probe", sample, "--label-set", "emoji", "--option", "nonsense"], []):
+    probe = ["probe", sample, "--label-set", "emoji", "--option"]
+    for wrong in (
+        ["classify", sample],
+        [*probe, "nonsense"],
+        [*probe, 'labels=["a", "b"]'],
+        [*probe, "wait=false", "--follow"],
+        [*probe, "timeout=soon"],
+        [],
+    ):
         result = client(demo, *wrong)
         assert result.returncode == 2
         assert b"Traceback" not in result.stderr

@@ -203,6 +203,15 @@ def test_a_stream_of_something_else_is_told() -> None:
         list(EventParser().feed(b"data: <html>\n\n"))
 
 
+def test_whoever_takes_long_over_the_last_event_has_its_result() -> None:
+    following = Following(Config.read("http://h", "", 30, 0, None), 0.05, "a")
+    events = b"id: 1\nevent: cancelled\ndata: {}\n\n"
+    for event in following.feed(events):
+        assert event.ends
+        time.sleep(0.1)
+    assert following.ended
+
+
 def test_a_probe_that_fails_says_why_each_time_it_is_asked() -> None:
     error = {"code": "not-ready", "title": "t", "status": 503, "detail": "The worker is down."}
     following = Following(Config.read("http://h", "", 30, 0, None), 30, "a")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -137,7 +138,13 @@ def _embed(client: Client, asked: argparse.Namespace) -> int:
 
 
 def _probe(client: Client, asked: argparse.Namespace) -> int:
-    options: Any = {**_decision(asked), **dict(_pair(text) for text in asked.option)}
+    given = dict(_pair(text) for text in asked.option)
+    for name in ("image", "labels"):
+        if name in given:
+            raise UsageError(f"{name} has an argument of its own: leave it out of --option")
+    if given.get("wait") is not None and (asked.out is not None or asked.follow):
+        raise UsageError("--out and --follow wait for the probe: leave wait out of --option")
+    options: Any = {**_decision(asked), **given}
     if asked.cost:
         _show(client.probe_cost(asked.image, asked.labels, **options))
         return 0
@@ -204,6 +211,9 @@ def _fail(error: IronclipError) -> None:
 
 
 def _show(content: Mapping[str, Any]) -> None:
+    # The names of files need not be text, and not every terminal has all letters.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     print(json.dumps(content, ensure_ascii=False), flush=True)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 import httpx
 
 from ironclip_client import calls, many
-from ironclip_client.errors import IronclipError, NotReady, UsageError, not_now
+from ironclip_client.errors import IronclipError, NotReady, TooLarge, UsageError, not_now
 from ironclip_client.following import Following
 from ironclip_client.images import ImageSource
 from ironclip_client.options import CallOptions, ClassifyOptions, Defence, EmbedOptions, Labels, ProbeOptions, takes
@@ -128,10 +128,16 @@ class AsyncClient:
 
         async def ask(part: list[ImageSource]) -> list[Classification | IronclipError]:
             good, outcomes = await asyncio.to_thread(many.readable, part)
-            if not good:
-                return many.filled(outcomes, ())
-            found: Batch[Classification] = await self._prepared(calls.classify_several, good, labels, options)
-            return many.filled(outcomes, found)
+            shares: many.Shares[Classification] = many.Shares(good)
+            while pictures := shares.next():
+                try:
+                    found: Batch[Classification] = await self._prepared(
+                        calls.classify_several, pictures, labels, options
+                    )
+                    shares.answered(found)
+                except TooLarge as error:
+                    shares.refused(error)
+            return many.filled(outcomes, shares.found)
 
         many.checked(concurrency, "concurrency")
         return many.in_order_async(ask, many.parts(images, many.checked(batch, "batch")), concurrency)
@@ -165,7 +171,8 @@ class AsyncClient:
             return await self.probe_start(image, labels, **options)
         if calls.probe_seconds(options) <= calls.FITS_ONE_REQUEST:
             return await self._prepared(calls.probe, image, labels, options, self.timeout)
-        async with self.probe_stream(image, labels, **options) as stream:
+        # In a thread, as everywhere here: the picture may have to be read, and made a PNG of.
+        async with await asyncio.to_thread(self.probe_stream, image, labels, **options) as stream:
             return await stream.result()
 
     @takes(ProbeOptions)

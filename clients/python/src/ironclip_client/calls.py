@@ -13,6 +13,7 @@ from ironclip_client.errors import UsageError
 from ironclip_client.images import Encoded, ImageSource, read_image
 from ironclip_client.parsing import each, pick
 from ironclip_client.results import LabelSetSummary
+from ironclip_client.sending import checked_seconds
 from ironclip_client.wire import Call, Reply, image_call, images_call, plain, plain_call, segment, several
 
 Options = Mapping[str, Any]
@@ -116,9 +117,13 @@ def probe_start(
 
 
 def probe_timeout(options: Options, client_timeout: float) -> float:
-    """Seconds for a probe as a whole: what the caller says, else its own time and the client's on top."""
+    """Seconds for a probe as a whole: what the caller says, else its own time and the client's on top.
+
+    Raises:
+        UsageError: not a number of seconds.
+    """
     given = options.get("timeout")
-    return float(given) if given is not None else probe_seconds(options) + client_timeout
+    return checked_seconds(given) if given is not None else probe_seconds(options) + client_timeout
 
 
 def probe_seconds(options: Options) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 import httpx
 
 from ironclip_client import calls, many
-from ironclip_client.errors import IronclipError, NotReady, UsageError, not_now
+from ironclip_client.errors import IronclipError, NotReady, TooLarge, UsageError, not_now
 from ironclip_client.following import Following
 from ironclip_client.images import ImageSource
 from ironclip_client.options import CallOptions, ClassifyOptions, Defence, EmbedOptions, Labels, ProbeOptions, takes
@@ -140,11 +140,11 @@ class Client:
             images: as for `classify`; may be a generator without an end.
             labels: as for `classify`.
             concurrency: requests under way at a time.
-            batch: pictures in one request.
+            batch: pictures in one request; fewer where they are large.
             **options: see ClassifyOptions.
 
         Yields:
-            For each picture its Classification, or the ImageError that kept it from one.
+            For each picture its Classification, or the error (ImageError, TooLarge) that kept it from one.
 
         Raises:
             IronclipError: what concerns a whole request, when it is its turn.
@@ -152,8 +152,14 @@ class Client:
 
         def ask(part: list[ImageSource]) -> list[Classification | IronclipError]:
             good, outcomes = many.readable(part)
-            found = self._send(calls.classify_several(good, labels, options)) if good else ()
-            return many.filled(outcomes, found)
+            shares: many.Shares[Classification] = many.Shares(good)
+            while pictures := shares.next():
+                try:
+                    found = self._send(calls.classify_several(pictures, labels, options))
+                    shares.answered(found)
+                except TooLarge as error:
+                    shares.refused(error)
+            return many.filled(outcomes, shares.found)
 
         many.checked(concurrency, "concurrency")
         return many.in_order(ask, many.parts(images, many.checked(batch, "batch")), concurrency)

@@ -97,7 +97,7 @@ class Following:
         call = calls.probe_events(self.id, self._last)
         self._tries = self._tries or Tries(self._config, replace(call, timeout=self._seconds))
         asked = self._tries.request()
-        asked["headers"] = {**asked["headers"], **call.headers}
+        asked["headers"].update(call.headers)
         asked["timeout"] = httpx.Timeout(max(0.001, min(self.left, SILENCE_SECONDS)), connect=min(5.0, self.left))
         return asked
 
@@ -126,7 +126,8 @@ class Following:
             if self._error is not None:
                 raise self._error
             yield event
-        self.check()
+        if not self.ended:  # else whoever takes long over the last event would be told that the probe did
+            self.check()
 
     def check(self) -> None:
         """Raise DeadlineExceeded if the time is up."""

@@ -50,11 +50,17 @@ def read_image(source: ImageSource | Encoded) -> Encoded:
     if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
         raise UsageError("The service fetches no URLs: download the picture and send its bytes.")
     if isinstance(source, (str, os.PathLike)):
-        return _encoded(Path(source).read_bytes())
+        try:
+            return _encoded(Path(source).read_bytes())
+        except ValueError as error:  # a NUL in it
+            raise UsageError(f"This is no path of a picture: {error}.") from None
     if _is_pillow(source):
         return Encoded(_from_pillow(source), "image/png")
     if hasattr(source, "read"):
-        data = source.read()
+        try:
+            data = source.read()
+        except ValueError as error:  # it has been closed
+            raise UsageError(f"The picture's file cannot be read: {error}.") from None
         if not isinstance(data, (bytes, bytearray)):
             raise UsageError("Open the picture's file in binary mode, 'rb'.")
         return _encoded(bytes(data))

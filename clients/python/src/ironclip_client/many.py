@@ -7,13 +7,16 @@ import itertools
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Generic, TypeVar
 
-from ironclip_client.errors import ImageError, IronclipError, UsageError
+from ironclip_client.errors import ImageError, IronclipError, TooLarge, UnexpectedAnswer, UsageError
 from ironclip_client.images import Encoded, ImageSource, read_image
 
 T = TypeVar("T")
 R = TypeVar("R")
+# Of the pictures in one request: half of what a service takes in a body, if it is not set otherwise.
+_MOST_BYTES = 32 * 1024 * 1024
+_LARGE = 64 * 1024  # a smaller picture is hardly what makes a request too large
 
 
 def checked(value: int, name: str) -> int:
@@ -42,6 +45,54 @@ def readable(images: Iterable[ImageSource]) -> tuple[list[Encoded], list[ImageEr
             outcome.__cause__ = error
             outcomes.append(outcome)
     return good, outcomes
+
+
+class Shares(Generic[R]):
+    """Pictures in requests that are not too large: cut by their bytes, and in halves where that is not enough.
+
+    Ask with what `next` gives, until it gives nothing, and say by `answered` or `refused` what came of it.
+
+    Args:
+        pictures: all of them.
+
+    Attributes:
+        found: the answers so far, in the order of the pictures.
+    """
+
+    def __init__(self, pictures: list[Encoded]) -> None:
+        self.found: list[R | IronclipError] = []
+        cut: list[list[Encoded]] = []
+        size = 0
+        for picture in pictures:
+            if not cut or size + len(picture.data) > _MOST_BYTES:
+                cut.append([])
+                size = 0
+            cut[-1].append(picture)
+            size += len(picture.data)
+        self._left = cut[::-1]
+        self._asked: list[Encoded] = []
+
+    def next(self) -> list[Encoded]:
+        """The pictures of the next request; none when all are answered."""
+        self._asked = self._left.pop() if self._left else []
+        return self._asked
+
+    def answered(self, answers: Iterable[R | IronclipError]) -> None:
+        """The answers to the last request; raises UnexpectedAnswer if they are more or fewer than its pictures."""
+        found = list(answers)
+        if len(found) != len(self._asked):
+            raise UnexpectedAnswer(f"{len(self._asked)} pictures were sent, and {len(found)} answers came.")
+        self.found += found
+
+    def refused(self, error: TooLarge) -> None:
+        """The last request was too large; raises the error again where it is not for its pictures."""
+        middle = len(self._asked) // 2
+        if middle:
+            self._left += [self._asked[middle:], self._asked[:middle]]
+        elif len(self._asked[0].data) >= _LARGE and not error.errors:  # which would point to labels or options
+            self.found.append(error)
+        else:
+            raise error
 
 
 def filled(outcomes: list[ImageError | None], found: Iterable[T | IronclipError]) -> list[T | IronclipError]:

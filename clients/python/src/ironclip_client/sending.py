@@ -86,8 +86,10 @@ class Config:
         Raises:
             UsageError: one of them cannot be used.
         """
-        every = {"User-Agent": f"ironclip-client/{VERSION}", "Accept": "application/json", **(headers or {})}
-        authorised = any(name.lower() == "authorization" for name in every)
+        # Names of headers are the same in any case: what the caller says takes the place of what is usual.
+        every = httpx.Headers({"User-Agent": f"ironclip-client/{VERSION}", "Accept": "application/json"})
+        every.update(headers)
+        authorised = "Authorization" in every
         key = os.environ.get("IRONCLIP_API_KEY", "").strip() if api_key is None and not authorised else api_key
         if key:
             if not re.fullmatch(r"[\x21-\x7e]+", key):
@@ -96,7 +98,7 @@ class Config:
         policy = RetryPolicy(max_retries=retry) if isinstance(retry, int) else retry
         if policy.max_retries < 0:
             raise UsageError("retries is 0 or more.")
-        return cls(_checked_url(base_url), checked_seconds(timeout), policy, every)
+        return cls(_checked_url(base_url), checked_seconds(timeout), policy, dict(every))
 
 
 def limits() -> httpx.Limits:
@@ -149,11 +151,14 @@ class Tries:
         """The next try, as httpx takes it: its own timeout, and the time that the service is told of."""
         call, left = self._call, max(0.001, self.left)
         told = max(1, int(1000 * (left - min(_MARGIN_SECONDS, _MARGIN_SHARE * left))))
+        headers = httpx.Headers(self._config.headers)
+        headers["X-Request-Timeout-Ms"] = str(told)
+        headers.update(call.headers)
         return {
             "method": call.method,
             "url": self._config.base_url + call.path,
             "params": list(call.params) or None,
-            "headers": {**self._config.headers, "X-Request-Timeout-Ms": str(told), **call.headers},
+            "headers": headers,
             "content": call.content,
             "data": call.data,
             "files": call.files,
