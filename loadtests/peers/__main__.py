@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from loadtests.cells import Cells, OtherPlan, within
 from loadtests.peers.environments import absent, set_up_all, version_of
 from loadtests.peers.registry import PEERS
-from loadtests.peers.report import OURS
+from loadtests.peers.report import MEANT, OURS
 from loadtests.pictures import parse_size
 from loadtests.report import RESULTS, describe_run
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 FAULTS, TURNS, ALL = "faults", "turns", "all"
 LEAST_PICTURES = 256
-# How cells are made beyond the options; those that were made otherwise are not gone on with.
-_MEANT = {"goodput": "answered meanwhile", "environments": "one each"}
 
 
 def keys(names: Sequence[str], dtypes: Sequence[str], rounds: int) -> list[str]:
@@ -94,12 +92,14 @@ def run(options: argparse.Namespace, argv: Sequence[str] | None) -> int:
     from loadtests.peers.measure import Bench
 
     chosen = _measured(options)
-    plan = {**asdict(chosen), "size": list(chosen.size), "server_cpus": list(chosen.server_cpus), **_MEANT}
     present = [name for name in options.peers if absent(PEERS[name]) is None]
     about = {
         **describe_run("peers", argv),
         "versions": {name: version_of(PEERS[name]) for name in present},
     }
+    plan = {**asdict(chosen), "size": list(chosen.size), "server_cpus": list(chosen.server_cpus), **MEANT}
+    # Cells of another machine, or of other versions, are none of the same table.
+    plan |= {"cpu": about["machine"]["cpu"], "versions": about["versions"]}
     path = RESULTS / f"{options.name}.json"
     try:
         cells = Cells(path, plan, about, fresh=options.fresh)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import io
+import itertools
 import operator
 import signal
 import time
@@ -35,7 +36,7 @@ CONCURRENCY = (1, 8, 32)
 # are gone finishes what they asked for.
 TURNS = 8
 _PAUSE = 2.0
-# Open-loop rates as shares of the floor, which is the same for all; nobody keeps up with the last.
+# Open-loop rates as shares of one floor, so that they are the same for all; nobody keeps up with the last.
 LOADS = {"0.5x floor": 0.5, "0.8x floor": 0.8, "2x floor": 2.0}
 _PATIENCE = 10.0
 _CHECKED = 4
@@ -82,6 +83,7 @@ class Bench:
     def __init__(self, options: Options) -> None:
         self.options = options
         self._raws: dict[str, Raw] = {}
+        self._floors: dict[str, float] = {}
         # Sent in the order of a circle: whoever keeps answers has forgotten a picture when its turn comes again.
         self.pictures = make_pictures(options.size, options.pictures, options.seed)
         self.repeated = half_repeated(make_pictures(options.size, options.pictures, options.seed + 3), options.seed)
@@ -96,6 +98,19 @@ class Bench:
             torch.manual_seed(0)
             self._raws[dtype] = Raw(self.options.model, dtype, self.options.cores)
         return self._raws[dtype]
+
+    def _bare(self, dtype: str) -> Bare:
+        """Decoding and the tower as they are here and now, with nobody served."""
+        raw, third = self.raw(dtype), self.options.seconds / 3
+        return Bare(raw.tower(32, third), raw.tower(1, third / 2), raw.decode(self.pictures, third / 2))
+
+    def floor(self, dtype: str) -> float:
+        """Images a second that the cores can do, timed once, while no server is there: the rates are shares of it."""
+        if dtype not in self._floors:
+            raw = (self._bare(dtype) + self._bare(dtype)).to_json()
+            cores = self.options.cores
+            self._floors[dtype] = cores / (raw["decode_ms"] / 1000 + cores / _rate(raw))
+        return self._floors[dtype]
 
     def _features(self) -> Vector:
         raw = self.raw("float32")
@@ -148,22 +163,24 @@ class Bench:
     def speed(self, peer: Peer, dtype: str) -> dict[str, Any]:
         """Everything about a peer that has a time or a size."""
         seconds, cores = self.options.seconds, self.options.cores
-        raw, third = self.raw(dtype), self.options.seconds / 3
-
-        def bare() -> Bare:
-            return Bare(raw.tower(32, third), raw.tower(1, third / 2), raw.decode(self.pictures, third / 2))
-
+        floor = self.floor(dtype)
         with self.started(peer, dtype) as server:
+
+            def bare() -> Bare:
+                time.sleep(_PAUSE)  # a batch that is stopped half-way would look like a slow one to who times it
+                with _paused([server]):  # some use the cores without being asked
+                    return self._bare(dtype)
+
             result: dict[str, Any] = {"ready_seconds": round(server.ready_seconds, 2)}
             result["least_cosine"] = round(self.agreement(peer, server.port, dtype), 6)
             result["idle"] = _memory(server)
             spent = server.tree.counter()
-            asked = 0
+            asked = _CHECKED  # those before were asked for already
 
             def fresh() -> bytes:
                 nonlocal asked
                 asked += 1
-                return requests[asked % len(requests)]
+                return requests[(asked - 1) % len(requests)]
 
             requests = [peer.request(picture) for picture in self.pictures]
             repeated = cycle([peer.request(picture) for picture in self.repeated])
@@ -180,8 +197,9 @@ class Bench:
             result["closed"] = served
             together = functools.reduce(operator.add, bares)
             result["raw"] = together.to_json()
-            result["open"] = self._open(peer, server, dtype, together, asked + 1)
-            result["recovery_seconds"] = asyncio.run(self._recovery(peer, server.port, dtype))
+            result["rates_of"] = round(floor, 3)
+            result["open"], asked, last = self._open(peer, server, dtype, floor, asked)
+            result["recovery_seconds"] = asyncio.run(self._recovery(peer, server.port, dtype, asked, last))
             result["loaded"] = _memory(server)
             result["processes"] = len(server.tree.alive())
         return result
@@ -217,30 +235,43 @@ class Bench:
                         time.sleep(_PAUSE)
         return {"clients": clients, "images_per_second": rates, "out": failed}
 
-    def _open(self, peer: Peer, server: Running, dtype: str, bare: Bare, asked: int) -> dict[str, Any]:
-        """Goodput within the deadline at rates that are shares of the floor; callers hang up after ten seconds."""
+    def _open(
+        self, peer: Peer, server: Running, dtype: str, floor: float, asked: int
+    ) -> tuple[dict[str, Any], int, float]:
+        """Goodput within the deadline at rates that are shares of the floor; callers hang up after ten seconds.
+
+        Returns it, how many pictures have been asked for by then, and when the last of them was due (monotonic).
+        """
         deadline, seconds = self.options.deadlines[dtype], self.options.seconds
-        raw = bare.to_json()
-        floor = self.options.cores / (raw["decode_ms"] / 1000 + self.options.cores / _rate(raw))
+        last = 0.0
         requests = [_with_deadline(peer, peer.request(picture), deadline) for picture in self.pictures]
         found = {}
         for number, (name, share) in enumerate(LOADS.items()):
             seed = self.options.seed + number
             plan = Plan(server.port, requests, share * floor, seconds, seed, _PATIENCE, first=asked)
             outcomes = open_loop.run(plan)
+            # The last answer is there now; the last request was due so much earlier.
+            ended = max((one.due + one.latency for one in outcomes), default=0.0)
+            last = time.monotonic() - ended + max((one.due for one in outcomes), default=0.0)
             asked += len(outcomes)
             found[name] = open_loop.summarise(outcomes, plan, deadline, warm=seconds / 5)
-        return found
+        return found, asked, last
 
-    async def _recovery(self, peer: Peer, port: int, dtype: str) -> float | None:
-        """Seconds after an overload until one request alone is answered within the deadline again."""
+    async def _recovery(self, peer: Peer, port: int, dtype: str, asked: int, last: float) -> float | None:
+        """Seconds after an overload's last request until one alone is answered within the deadline again.
+
+        Each try is for another picture: whoever keeps answers is to make a new one.
+        """
         began = time.monotonic()
-        while time.monotonic() - began < _RECOVERY_SECONDS:
-            asked = time.monotonic()
+        for number in itertools.count(asked):
+            if time.monotonic() - began > _RECOVERY_SECONDS:
+                break
+            sent = time.monotonic()
+            picture = self.pictures[number % len(self.pictures)]
             with contextlib.suppress(OSError, asyncio.IncompleteReadError, TimeoutError, asyncio.TimeoutError):
-                reply = await ask(port, peer.request(self.pictures[0]), self.options.deadlines[dtype])
+                reply = await ask(port, peer.request(picture), self.options.deadlines[dtype])
                 if reply.status == 200:
-                    return round(asked - began, 2)
+                    return round(sent - last, 2)
             await asyncio.sleep(0.1)
         return None
 

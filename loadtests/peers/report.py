@@ -10,6 +10,13 @@ from typing import Any
 # Ours over the best peer's throughput at 32 clients, by dtype, and ours over the floor there.
 AIMS = {"float32": 1.0, "bfloat16": 1.3}
 FLOOR_AIM = 0.9
+# How cells are made beyond the options; those that were made otherwise are not gone on with.
+MEANT = {
+    "goodput": "answered meanwhile",
+    "environments": "one each",
+    "floor": "servers stopped, rates of one",
+    "pictures": "unseen, also after the overload",
+}
 OURS = "ironclip"
 
 
