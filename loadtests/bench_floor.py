@@ -55,14 +55,23 @@ class Times:
 
 @dataclass(frozen=True)
 class Bare:
-    """Bare costs of one stretch of time: a batch of 32, a batch of one, decoding one picture."""
+    """Bare costs of one stretch of time: a batch of 32, a batch of one, decoding one picture.
+
+    Attributes:
+        cores: that the batches ran on; a picture is decoded on one.
+    """
 
     batch: Times
     single: Times
     decode: Times
+    cores: int
 
     def __add__(self, other: Bare) -> Bare:
-        return Bare(self.batch + other.batch, self.single + other.single, self.decode + other.decode)
+        return Bare(self.batch + other.batch, self.single + other.single, self.decode + other.decode, self.cores)
+
+    def floor(self, cores: float) -> float:
+        """Images a second that so many cores can do, all of them decoding and running the tower in batches of 32."""
+        return cores / (statistics.median(self.decode.wall) + self.cores * statistics.median(self.batch.wall) / 32)
 
     def to_json(self) -> dict[str, float]:
         """Medians."""
@@ -98,6 +107,11 @@ class Raw:
         """Decoding one picture after the other on one core."""
         following = cycle(pictures)
         return _repeat(lambda: self.transform(Image.open(io.BytesIO(following()))), seconds)
+
+    def bare(self, pictures: Sequence[bytes], seconds: float) -> Bare:
+        """All of it in about two thirds of so many seconds."""
+        third = seconds / 3
+        return Bare(self.tower(32, third), self.tower(1, third / 2), self.decode(pictures, third / 2), self.cores)
 
 
 def _repeat(work: Callable[[], object], seconds: float) -> Times:
@@ -136,26 +150,22 @@ def measure_round(
 
     spent = functools.partial(process_seconds, pid)
 
-    def bare() -> Bare:
-        third = options.seconds / 3
-        return Bare(raw.tower(32, third), raw.tower(1, third / 2), raw.decode(pictures, third / 2))
-
     # Bare and served in turns, so that a number is held against bare ones of the same minute: other work on the
     # machine comes and goes.
-    bares, served = [bare()], {}
+    bares, served = [raw.bare(pictures, options.seconds)], {}
     for concurrency in options.concurrency:
         load = asyncio.run(closed_loop(port, following, concurrency, options.seconds, spent))
-        bares.append(bare())
-        served[str(concurrency)] = compare(load, raw.cores, bares[-2] + bares[-1])
+        bares.append(raw.bare(pictures, options.seconds))
+        served[str(concurrency)] = compare(load, bares[-2] + bares[-1])
     together = functools.reduce(operator.add, bares)
     return {"raw": together.to_json(), "embed": served, "service_resident_mib": resident_mib(pid)}
 
 
-def compare(load: Load, cores: int, bare: Bare) -> dict[str, float]:
+def compare(load: Load, bare: Bare) -> dict[str, float]:
     """What one closed loop saw, against the floor: by the clock, and by CPU time."""
     median = statistics.median
     decode, single = median(bare.decode.wall), median(bare.single.wall)
-    floor = (cores - load.client_cores) / (decode + cores * median(bare.batch.wall) / 32)
+    floor = bare.floor(bare.cores - load.client_cores)
     core_seconds = load.server_cpu_seconds / max(1, len(load.latencies))
     return {
         "images_per_second": round(load.rate, 2),

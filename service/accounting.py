@@ -55,12 +55,9 @@ class Accounts:
 
     def _write(self, exchange: Exchange, op: str, code: str | None, seconds: float) -> None:
         request_id, status, state = exchange.request_id, exchange.status, exchange.state
-        about: dict[str, object] = {"request_id": request_id, "op": op, "status": status}
-        about["ms"] = round(1000 * seconds, 2)
         caller = state.get("caller")
         who = {"key": caller.key, "tenant": caller.tenant} if caller is not None and caller.key else {}
-        if who:
-            about.update(who)
+        about = {"request_id": request_id, "op": op, "status": status, "ms": round(1000 * seconds, 2), **who}
         if code:
             about["code"] = code
         if 0 < self.slow_ms < 1000 * seconds and op not in _LONG:

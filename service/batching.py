@@ -39,8 +39,8 @@ _CORE_PATIENCE = 0.5  # the longest wait on shared cores, in units of the time t
 _GAP_SHARE = 20  # while items wait, a gap is made after so many times what the last one took
 _LOOK = 0.002  # seconds between looks whether what was expected has come
 _HANG = 10  # a batch that takes so many times what was estimated, and the limit at least, is not waited for
+_GAP_HANG = 60.0  # seconds after which a stop waits no more for a piece of other work, whose time is not known here
 _SUSPICIOUS = 3  # batches in a row of which nothing came but faults
-_GAP_HANG = 60.0  # the same, of a piece of other work, whose time is not known here
 _GRACE = 1.0  # seconds after a death for which items are still taken: the next worker is about to start
 
 

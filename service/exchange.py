@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Receive, Scope, Send
 
 from service.request_ids import new_request_id
@@ -67,17 +67,13 @@ class Exchange:
         self._head = scope["method"] == "HEAD"
         self.scope = {**scope, "method": "GET"} if self._head else scope
         self._receive, self._send, self._closing = receive, send, closing
-        headers = scope["headers"]
-        self.fields: dict[bytes, bytes] = dict(reversed(headers))
+        self.fields: dict[bytes, bytes] = dict(reversed(scope["headers"]))
         given = self.fields.get(b"x-request-id")
         self.request_id = given.decode() if given is not None and _REQUEST_ID.match(given) else new_request_id()
         parent = None
         if b"traceparent" in self.fields:
-            values = {
-                name: [value.decode("latin-1") for key, value in headers if key == name]
-                for name in (b"traceparent", b"tracestate")
-            }
-            parent = read_context(values[b"traceparent"], values[b"tracestate"])
+            asked = Headers(scope=scope)
+            parent = read_context(asked.getlist("traceparent"), asked.getlist("tracestate"))
         self.trace = Trace(parent, traces)
         self.stages = Stages(self.trace)
         self.held = Held(self.request_id)

@@ -111,7 +111,7 @@ class Prober:
         """
         with self._lock:
             if self._stopping:
-                raise NotReady("The service is stopping.")
+                raise _stopping()
             self._sweep()
             self.places.check(job.tenant, max(1.0, self.backlog_seconds))
             left = max(0.0, job.deadline - time.monotonic())
@@ -154,7 +154,7 @@ class Prober:
 
     def abandon(self) -> None:
         """Fail what is under way: the thread that worked on it is gone, or hangs."""
-        self._fail_all(self._taken_away(), "The worker of this probe was started again; ask again.")
+        self._fail_all(self._taken_away(), _started_again)
 
     def close(self) -> None:
         """Fail what is left after `stop`, where the thread that should have ended it is gone, or hangs."""
@@ -162,7 +162,7 @@ class Prober:
         with self._lock:
             jobs += self._waiting
             self._waiting.clear()
-        self._fail_all(jobs, "The service is stopping.")
+        self._fail_all(jobs, _stopping)
 
     def _taken_away(self) -> list[Job]:
         """What is under way, which the thread that works on it has no longer a say in."""
@@ -174,9 +174,9 @@ class Prober:
                 self._beginning = None
         return jobs
 
-    def _fail_all(self, jobs: list[Job], why: str) -> None:
+    def _fail_all(self, jobs: list[Job], error: Callable[[], IronclipError]) -> None:
         for job in jobs:
-            self._fail(job, NotReady(why, retry_after=1))
+            self._fail(job, error())  # one each: whoever answers a request may write into its error
             job.release()
 
     def step(self) -> None:
@@ -189,10 +189,7 @@ class Prober:
                 return  # what it had was given up meanwhile, and is no longer there
             # Whose fault it is cannot be told: all that share the round end, the worker goes on.
             self._log.exception("a round of probes failed")
-            jobs, self._active, self._round = self._active, [], _Round()
-            for job in jobs:
-                self._fail(job, _fault())
-                job.release()
+            self._fail_all(self._taken_away(), _fault)
         for job in self._worked:
             job.piece_ends()
 
@@ -340,7 +337,7 @@ class Prober:
         self._end_active()
         with self._lock:
             waiting, self._waiting = list(self._waiting), deque()
-        self._fail_all(list(waiting), "The service is stopping.")
+        self._fail_all(waiting, _stopping)
 
     def _fail(self, job: Job, error: IronclipError) -> None:
         job.fail(error, self._describe(error))
@@ -349,6 +346,14 @@ class Prober:
 def _counted(piece: Piece) -> Iterator[None]:
     yield from steps(piece)
     telemetry.PROBE_STEPS.inc(len(piece.asks))
+
+
+def _started_again() -> NotReady:
+    return NotReady("The worker of this probe was started again; ask again.", retry_after=1)
+
+
+def _stopping() -> NotReady:
+    return NotReady("The service is stopping.")
 
 
 def _fault() -> InternalError:

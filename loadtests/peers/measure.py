@@ -101,15 +101,13 @@ class Bench:
 
     def _bare(self, dtype: str) -> Bare:
         """Decoding and the tower as they are here and now, with nobody served."""
-        raw, third = self.raw(dtype), self.options.seconds / 3
-        return Bare(raw.tower(32, third), raw.tower(1, third / 2), raw.decode(self.pictures, third / 2))
+        return self.raw(dtype).bare(self.pictures, self.options.seconds)
 
     def floor(self, dtype: str) -> float:
         """Images a second that the cores can do, timed once, while no server is there: the rates are shares of it."""
         if dtype not in self._floors:
-            raw = (self._bare(dtype) + self._bare(dtype)).to_json()
-            cores = self.options.cores
-            self._floors[dtype] = cores / (raw["decode_ms"] / 1000 + cores / _rate(raw))
+            bare = self._bare(dtype) + self._bare(dtype)
+            self._floors[dtype] = bare.floor(bare.cores)
         return self._floors[dtype]
 
     def _features(self) -> Vector:
@@ -162,7 +160,7 @@ class Bench:
 
     def speed(self, peer: Peer, dtype: str) -> dict[str, Any]:
         """Everything about a peer that has a time or a size."""
-        seconds, cores = self.options.seconds, self.options.cores
+        seconds = self.options.seconds
         floor = self.floor(dtype)
         with self.started(peer, dtype) as server:
 
@@ -192,7 +190,7 @@ class Bench:
                 looped = closed_loop(server.port, following, clients, seconds, spent, patient=True)
                 load = asyncio.run(asyncio.wait_for(looped, seconds + _HUNG_SECONDS))
                 bares.append(bare())
-                served[name] = {**compare(load, cores, bares[-2] + bares[-1]), "p95_ms": _ms(load.percentile(0.95))}
+                served[name] = {**compare(load, bares[-2] + bares[-1]), "p95_ms": _ms(load.percentile(0.95))}
                 served[name]["refused"] = load.refused
             result["closed"] = served
             together = functools.reduce(operator.add, bares)
@@ -363,10 +361,6 @@ def _paused(servers: Iterable[Running]) -> Iterator[None]:
 def _memory(server: Running) -> dict[str, int]:
     found = server.tree.memory()
     return {"mib": round(found.once), "pss_mib": round(found.pss)}
-
-
-def _rate(raw: dict[str, float]) -> float:
-    return raw["tower_batch_32_images_per_second"]
 
 
 def _ms(seconds: float) -> float:

@@ -26,9 +26,9 @@ def steady(seconds: float) -> Times:
 
 def test_floor_is_what_the_cores_left_by_the_client_could_do() -> None:
     # A batch of 32 takes 160 ms on both cores: 10 core-ms a picture; decoding takes 5. The client takes half a core.
-    bare = Bare(steady(0.16), steady(0.02), steady(0.005))
+    bare = Bare(steady(0.16), steady(0.02), steady(0.005), cores=2)
     load = Load(seconds=10, latencies=[0.03] * 800, client_cpu_seconds=5, server_cpu_seconds=8)
-    result = compare(load, 2, bare)
+    result = compare(load, bare)
     assert result["floor_images_per_second"] == pytest.approx(1.5 / 0.015)
     assert result["share_of_floor"] == pytest.approx(0.8)
     assert result["latency_over_decode_and_forward"] == pytest.approx(0.03 / 0.025)

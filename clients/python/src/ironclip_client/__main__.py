@@ -23,6 +23,9 @@ IRONCLIP_API_KEY. Status 1: something could not be answered; the error is on std
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     asked = parser().parse_args(arguments)
+    # The names of files need not be text, and not every terminal has all letters.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with Client(asked.url, timeout=asked.timeout, retries=asked.retries) as client:
             failed: int = asked.run(client, asked)
@@ -211,9 +214,6 @@ def _fail(error: IronclipError) -> None:
 
 
 def _show(content: Mapping[str, Any]) -> None:
-    # The names of files need not be text, and not every terminal has all letters.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     print(json.dumps(content, ensure_ascii=False), flush=True)
 
 
