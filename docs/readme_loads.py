@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtests.peers.registry import PEERS
-from loadtests.peers.report import FAULT_TITLES, MEANT, OURS, SPEED_TITLES, Report
+from loadtests.peers.report import FAULT_TITLES, OURS, SPEED_TITLES, Report
 from loadtests.saturation import LEVELS, SUSTAINED, turns_of, verdict
 from training.markdown import table
 
@@ -87,7 +87,6 @@ def _how(report: Report, found: dict[str, Any]) -> str:
         f"{name} {version if name != OURS else 'of the commits named here'} ({PEERS[name].note})"
         for name, version in found["versions"].items()
     )
-    before = "" if MEANT.items() <= plan.items() else _BEFORE
     width, height = plan["size"]
     return (
         f"Medians of {rounds} rounds of {plan['seconds']:g} s a number, one server at a time, in turned order; "
@@ -99,16 +98,8 @@ def _how(report: Report, found: dict[str, Any]) -> str:
         "all parts; callers hang up after 10 s. Well again: until one request alone meets the deadline after the "
         "overload. What a broken picture does to those beside it is also a question of how the model was written for "
         "that server, here by us as its documentation shows it. "
-        f"{before}{notes}. {_made_by(found, 'peers')}\n"
+        f"{notes}. {_made_by(found, 'peers')}\n"
     )
-
-
-# Said of numbers that an earlier form of the command made.
-_BEFORE = (
-    "These numbers are from before some mends of the command: the floor was timed beside a server that idled, and some "
-    "do not (so that litserve comes out above it); rates were shares of each server's own floor, and so not quite the "
-    "same; all ran in one environment; a few of ironclip's first answers to single clients came from its cache. "
-)
 
 
 def saturation(folder: Path | None = None) -> str:

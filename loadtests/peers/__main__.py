@@ -87,6 +87,11 @@ def show(key: str, cell: dict[str, Any]) -> None:
             )
 
 
+def planned(options: Options, **place: object) -> dict[str, Any]:
+    """What cells of one table have in common: options, what the numbers mean, and machine and versions (``place``)."""
+    return {**asdict(options), "size": list(options.size), "server_cpus": list(options.server_cpus), **place, **MEANT}
+
+
 def run(options: argparse.Namespace, argv: Sequence[str] | None) -> int:
     """Measure the cells that are missing."""
     from loadtests.peers.measure import Bench
@@ -97,9 +102,7 @@ def run(options: argparse.Namespace, argv: Sequence[str] | None) -> int:
         **describe_run("peers", argv),
         "versions": {name: version_of(PEERS[name]) for name in present},
     }
-    plan = {**asdict(chosen), "size": list(chosen.size), "server_cpus": list(chosen.server_cpus), **MEANT}
-    # Cells of another machine, or of other versions, are none of the same table.
-    plan |= {"cpu": about["machine"]["cpu"], "versions": about["versions"]}
+    plan = planned(chosen, cpu=about["machine"]["cpu"], versions=about["versions"])
     path = RESULTS / f"{options.name}.json"
     try:
         cells = Cells(path, plan, about, fresh=options.fresh)

@@ -15,7 +15,7 @@ MEANT = {
     "goodput": "answered meanwhile",
     "environments": "one each",
     "floor": "servers stopped, rates of one",
-    "pictures": "unseen, also after the overload",
+    "asked for": "pictures unseen, also after the overload",
 }
 OURS = "ironclip"
 

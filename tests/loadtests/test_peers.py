@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import pytest
 from loadtests.client import Reply
 from loadtests.peers import __main__ as peers
 from loadtests.peers import environments
-from loadtests.peers.measure import Disagrees, cosine
+from loadtests.peers.measure import Disagrees, Options, cosine
 from loadtests.peers.registry import PEERS, Start
-from loadtests.peers.report import Report
+from loadtests.peers.report import MEANT, Report
 from loadtests.pictures import half_repeated, make_pictures, truncate
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +76,15 @@ def test_every_server_is_measured_in_every_round_and_nobody_always_comes_first()
     assert [key for key in keys if key.startswith("faults")] == [f"faults/float32/{name}" for name in PEERS]
     firsts = {next(key for key in keys if key.startswith(f"{number}/float32")) for number in (1, 2, 3)}
     assert len({first.split("/")[2] for first in firsts}) == 3
+
+
+def test_what_numbers_mean_is_told_beside_the_options_and_over_none_of_them() -> None:
+    options = Options("ViT-B-32", (224, 224), 512, 0, 6.0, 2, 2, (), {"float32": 0.5, "bfloat16": 0.25})
+    plan = peers.planned(options, cpu="Some CPU", versions={"ironclip": "this commit"})
+    assert plan == {**plan, **asdict(options), "size": [224, 224], "server_cpus": [], **MEANT, "cpu": "Some CPU"}
+    published = json.loads((ROOT / "loadtests" / "results" / "peers.json").read_text(encoding="utf-8"))["plan"]
+    assert set(published) == set(plan)
+    assert published["pictures"] == 512
 
 
 def test_ours_is_compared_with_the_best_of_the_same_round() -> None:
