@@ -95,8 +95,9 @@ class Admission(Generic[Item]):
                 limit=round(1000 * most),
             )
         left = max(0.0, urgency.deadline - time.monotonic())
-        # Where nothing is ahead it is let in whatever the estimate says: to try is how that is mended.
-        done = running + self._pace.surely(before + cost)
+        # Where nothing is ahead it is let in whatever the estimate says: to try is how that is mended. Nothing is kept
+        # in hand for what may go wrong: the queue does that when a batch is cut, and knows more by then.
+        done = running + self._pace.seconds(before + cost)
         if ahead > 0 and done > left:
             raise Overloaded(
                 f"{1000 * ahead:.0f} ms of work are ahead of this request at the {self.name} model; with its own it "
