@@ -144,7 +144,12 @@ def test_two_processes_follow_the_loss_of_one_under_attack(config_file: Path, tm
     _torchrun(config_file, "fare", tmp_path / "two", overrides)
     one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
     for key, value in _weights(tmp_path / "one").items():
-        assert torch.allclose(value, _weights(tmp_path / "two")[key], atol=1e-3), key
+        other = _weights(tmp_path / "two")[key]
+        if key.endswith("in_proj_bias"):
+            # A bias of the keys shifts all scores of a query alike, so it has no gradient but rounding, which AdamW
+            # blows up to whole steps, of another sign where sums are made in another order. The features do not see it.
+            value, other = (torch.cat(one.chunk(3)[::2]) for one in (value, other))
+        assert torch.allclose(value, other, atol=3e-4), key
     assert [entry["clean"] for entry in one if "clean" in entry] == [
         entry["clean"] for entry in two if "clean" in entry
     ]
