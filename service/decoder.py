@@ -12,9 +12,9 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
-from ironclip.cpus import usable_cpus
 from ironclip.errors import NotReady, Overloaded
 from ironclip.preprocessing import Preprocessing
+from ironclip.resources import usable_cpus
 from service import telemetry
 from service.by_urgency import ByUrgency
 from service.container import ImageLimits

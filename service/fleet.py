@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
-from ironclip.cpus import usable_cpus
+from ironclip.resources import usable_cpus
 from service.environment import process_environment
 from service.settings import Settings, SettingsInvalid, load_settings
 

@@ -7,7 +7,7 @@ import gc
 from collections.abc import Callable
 from functools import cache
 
-from ironclip.cpus import usable_cpus
+from ironclip.resources import usable_cpus
 from service.environment import heaps_are_limited
 
 # By malloc.h.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ironclip.cpus import usable_cpus
+from ironclip.resources import usable_cpus
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

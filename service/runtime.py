@@ -16,12 +16,12 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from ironclip.cpus import usable_cpus
 from ironclip.defences import Defence, make_defence
 from ironclip.domain import Domain
 from ironclip.encoder import Encoder
 from ironclip.labels import LabelSet
 from ironclip.precision import keep_float32_exact
+from ironclip.resources import usable_cpus
 from ironclip.textbank import TextBank
 from service import telemetry
 from service.admission import Room

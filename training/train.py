@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ironclip.attacks import Problem, WhiteBox, drive
 from ironclip.classifier import Classifier
-from ironclip.cpus import usable_cpus
+from ironclip.resources import usable_cpus
 from training.ahead import ahead
 from training.checkpoint import NonFiniteLoss, save_checkpoint
 from training.methods.base import Batch

@@ -14,7 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from ironclip.artifact import save_artifact
-from ironclip.cpus import usable_cpus
+from ironclip.resources import usable_cpus
 from service.app import create_app
 from service.core import Service
 from service.settings import Settings

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ironclip.cpus import cpu_quota, usable_cpus
+from ironclip.resources import cpu_quota, usable_cpus
 
 
 def _group(root: Path, folder: str, **files: str) -> None:
@@ -86,7 +86,7 @@ def limited_group() -> Iterator[Path]:
 def test_a_real_quota_bounds_the_models_threads(limited_group: Path) -> None:
     """torch itself would take every core; that is why the quota is read."""
     code = (
-        "import torch; from ironclip.cpus import usable_cpus; from service.runtime import use_threads; "
+        "import torch; from ironclip.resources import usable_cpus; from service.runtime import use_threads; "
         "print(torch.get_num_threads(), usable_cpus(), use_threads(0), use_threads(2))"
     )
     procs = limited_group / "cgroup.procs"
