@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 from ironclip.errors import Overloaded
 from service.pace import Pace
+from service.retry_after import RetryAfter
 from service.urgency import CLASSES, CURRENT
 from service.work_queue import WorkQueue
 
@@ -36,8 +37,7 @@ class Admission(Generic[Item]):
         queue: what waits.
         pace: how long it will take.
         max_batch: items in one batch at most.
-        max_queue: items of a class and of those before it that wait at most; a request larger than that is let in only
-            while none does.
+        max_queue: items of a class and of those before it that wait, with which no further request is let in.
         max_wait: seconds of work that may be ahead of a request.
     """
 
@@ -51,6 +51,7 @@ class Admission(Generic[Item]):
         self._queue = queue
         self._pace = pace
         self._reserved = [0 for _ in CLASSES]
+        self._again = RetryAfter()
 
     def ahead_seconds(self, rank: int, running: float) -> float:
         """Seconds of work of this class and those before it: running, waiting, and let in but still on its way."""
@@ -76,12 +77,11 @@ class Admission(Generic[Item]):
         # What waits with a later deadline will be overtaken.
         before = self._queue.before(urgency) + coming
         ahead = self._pace.seconds(before) + running
-        if waiting and waiting + cost > self.max_queue:
+        if waiting >= self.max_queue:
             raise Overloaded(
-                f"{waiting} items wait for the {self.name} model and {cost} more would pass the limit of "
-                f"{self.max_queue} (IRONCLIP_MAX_QUEUE).",
+                f"{waiting} items wait for the {self.name} model, the limit is {self.max_queue} (IRONCLIP_MAX_QUEUE).",
                 limit_name="queue-items",
-                retry_after=ahead,
+                retry_after=self._come_again(ahead, urgency.rank, cost),
                 limit=self.max_queue,
             )
         # On a slow machine one full batch may take longer than the limit, and batches are to fill all the same.
@@ -91,7 +91,7 @@ class Admission(Generic[Item]):
                 f"{1000 * ahead:.0f} ms of work are ahead of this request at the {self.name} model, at most "
                 f"{1000 * most:.0f} ms may be (IRONCLIP_MAX_QUEUE_MS).",
                 limit_name="queue-ms",
-                retry_after=max(ahead - most / 2, self._pace.seconds(1)),
+                retry_after=self._come_again(ahead - most / 2, urgency.rank, cost),
                 limit=round(1000 * most),
             )
         left = max(0.0, urgency.deadline - time.monotonic())
@@ -104,9 +104,14 @@ class Admission(Generic[Item]):
                 f"takes {1000 * done:.0f} ms, and its deadline is {1000 * left:.0f} ms away (X-Request-Timeout-Ms, "
                 "within IRONCLIP_REQUEST_TIMEOUT_MS).",
                 limit_name="deadline",
-                retry_after=ahead,
+                retry_after=self._come_again(ahead, urgency.rank, cost),
                 limit=round(1000 * left),
             )
+
+    def _come_again(self, seconds: float, rank: int, cost: int) -> float:
+        """In how many seconds whoever is sent away now should come again; there is room in so many for the first."""
+        each = self._pace.seconds(self.max_batch) / self.max_batch
+        return self._again.seconds(time.monotonic(), max(seconds, self._pace.seconds(1)), rank, cost * each)
 
     def reserve(self, cost: int, running: float) -> Room:
         """Let a request in whose items are still to come; give the room back with `release`.

@@ -220,6 +220,7 @@ class Answers:
         """Decode what is not decoded; returns the items that came through."""
         if not items:
             return []
+        self.decoder.admit([item.picture.data for item in items])
         with stages.time("decode"):
             await together([self._decode(served, item) for item in items])
         scope = _image_scope(served, tenant)

@@ -111,6 +111,7 @@ class Service:
             self.image_limits,
             workers=settings.decode_workers,
             max_pending=max(settings.max_queue, settings.max_images),
+            max_wait=settings.max_queue_ms / 1000,
         )
         self.supervisor.watch_decoder(self.decoder)
         vectors = settings.cache_bytes

@@ -1,79 +1,43 @@
-"""Pictures decoded beside the event loop, the most urgent first: nobody waits behind a bulk import's pictures.
+"""Pictures decoded beside the event loop: who is let in, in what order they come, and whether the threads move.
 
-Interactive work goes before batch work here as it does at the towers, and within a class whoever has the earliest
-deadline; batch work that waits has every eighth turn.
+A picture is a stage of work like a batch of the tower: a request is let in by the time that the pictures ahead of it
+take, and told when to come again if that is too much (`service.decode_pace`, `service.decode_queue`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
-from ironclip.errors import NotReady, Overloaded
+from ironclip.errors import ImageError, NotReady, Overloaded
 from ironclip.preprocessing import Preprocessing
-from ironclip.resources import usable_cpus
+from ironclip.resources import usable_cpus, usable_memory
 from service import telemetry
-from service.by_urgency import ByUrgency
 from service.container import ImageLimits
+from service.decode_pace import DecodePace, read_claim
+from service.decode_queue import DecodeQueue, Waiting, too_late
 from service.images import DecodedImage, decode
-from service.urgency import BATCH, CLASSES, CURRENT
+from service.retry_after import RetryAfter
+from service.urgency import BATCH, CLASSES, CURRENT, INTERACTIVE, Urgency
 
 # Decodes that come out slower than this many seconds apart (and than four usual ones) are not waited for.
 _LEAST_PACE = 0.01
 # Pixels a second that a thread decodes at least where it does not hang; it is mostly ten times as many.
 _SLOWEST = 2_500_000
-# Of so many pictures taken while both classes wait, one is of batch work.
-_BATCH_TURN = 8
+# Bytes that a thread has in hand at most for each pixel of its picture (transparent PNGs and turned ones take 13), and
+# the share of the process's memory that all threads may have together.
+_BYTES_A_PIXEL, _MEMORY_SHARE = 14, 0.25
 
 
-class _Waiting:
-    """Pictures that wait for a thread, by class and deadline; one that nobody waits for any more is let go of at once.
-
-    Locks itself.
-    """
-
-    def __init__(self) -> None:
-        self._works: ByUrgency[tuple[Future[DecodedImage], partial[DecodedImage]]] = ByUrgency()
-        self._lock = threading.Lock()
-        self._overtaken = 0
-
-    def add(self, rank: int, deadline: float, work: partial[DecodedImage]) -> Future[DecodedImage]:
-        future: Future[DecodedImage] = Future()
-        with self._lock:
-            identity = self._works.add(rank, deadline, (future, work))
-        future.add_done_callback(partial(self._forget, identity))
-        return future
-
-    def _forget(self, identity: int, future: Future[DecodedImage]) -> None:
-        if future.cancelled():
-            with self._lock:
-                self._works.discard(identity)
-
-    def take(self) -> tuple[Future[DecodedImage], partial[DecodedImage]] | None:
-        """The next one that somebody still waits for; it counts as running."""
-        while True:
-            with self._lock:
-                first = self._first()
-                found = self._works.discard(first) if first is not None else None
-            if found is None or found[0].set_running_or_notify_cancel():
-                return found
-
-    def _first(self) -> int | None:
-        firsts = [first for rank in range(len(CLASSES)) if (first := self._works.first(rank)) is not None]
-        if len(firsts) < len(CLASSES):
-            self._overtaken = 0
-            return firsts[0][1] if firsts else None
-        self._overtaken = (self._overtaken + 1) % _BATCH_TURN
-        return firsts[BATCH if self._overtaken == 0 else 0][1]
-
-    def cancel(self) -> None:
-        with self._lock:
-            left = self._works.values()
-        for future, _ in left:
-            future.cancel()
+def decode_threads(limits: ImageLimits) -> int:
+    """As many threads as there are cores, or as have room for the largest pictures that are accepted."""
+    room = _MEMORY_SHARE * usable_memory() / (_BYTES_A_PIXEL * limits.max_pixels)
+    return max(1, min(usable_cpus(), math.floor(room)))
 
 
 class ImageDecoder:
@@ -84,22 +48,29 @@ class ImageDecoder:
 
     Args:
         limits: for every picture.
-        workers: threads; 0 is one a core, within the CPU quota.
-        max_pending: pictures of a class, and of those before it, that are being decoded or wait for it at most.
+        workers: threads; 0: `decode_threads`.
+        max_pending: pictures of a class, and of those before it, that are being decoded or wait for it, with which no
+            further request is let in.
+        max_wait: seconds of decoding that may be ahead of a request.
     """
 
-    def __init__(self, limits: ImageLimits, *, workers: int = 0, max_pending: int = 256) -> None:
+    def __init__(
+        self, limits: ImageLimits, *, workers: int = 0, max_pending: int = 256, max_wait: float = math.inf
+    ) -> None:
         self.limits = limits
-        self.workers = workers or usable_cpus()
+        self.workers = workers or decode_threads(limits)
         self.max_pending = max_pending
+        self.max_wait = max_wait
         self._pending = [0 for _ in CLASSES]
         self._seconds = 0.005  # running mean of one decode
         self._moved = 0.0  # when a decode last ended, or the first of a spell was handed in
-        self._begun: dict[int, float] = {}  # thread that has a picture -> since when
+        self._begun: dict[int, tuple[float, float]] = {}  # thread that has a picture -> since when, and for how long
         self._turned = time.monotonic()  # when one last took a picture, or was done with it
         self._closed = False
         self._lock = threading.Lock()
-        self._waiting = _Waiting()
+        self._queue = DecodeQueue()
+        self._pace = DecodePace()
+        self._again = RetryAfter()
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
 
     @property
@@ -123,80 +94,144 @@ class ImageDecoder:
     def oldest_seconds(self) -> float:
         """Seconds that the thread which is at its picture for longest has been at it; 0 while none has one."""
         with self._lock:
-            return time.monotonic() - min(self._begun.values()) if self._begun else 0.0
+            return time.monotonic() - min(self._begun.values())[0] if self._begun else 0.0
 
     def hangs(self, limit: float) -> bool:
         """Whether every thread has been at one picture for ``limit`` seconds, and for longer than the largest takes."""
         return self.stalled_seconds > max(limit, self.limits.max_pixels / _SLOWEST)
 
+    @property
+    def queued(self) -> int:
+        """Pictures that wait for a thread."""
+        return len(self._queue)
+
+    @property
+    def estimated_wait_seconds(self) -> float:
+        """How long a picture that came now, with all the time there is, would wait for a thread."""
+        return self._ahead(self._queue.seconds(BATCH))
+
+    def _ahead(self, waiting: float) -> float:
+        """Seconds until a thread is free, with so many seconds of one thread's work waiting."""
+        now = time.monotonic()
+        with self._lock:
+            if len(self._begun) < self.workers and not waiting:
+                return 0.0
+            running = sum(max(0.0, takes - (now - since)) for since, takes in self._begun.values())
+        return (waiting + running) / self.workers
+
+    def admit(self, pictures: Sequence[bytes]) -> None:
+        """Let a request with these pictures in, by the time that those ahead of it take; its own do not count.
+
+        Raises:
+            Overloaded: too many wait, or take too long, or leave too little of the deadline.
+        """
+        urgency = CURRENT.get()
+        pending = sum(self._pending[: urgency.rank + 1])
+        takes = [self._pace.seconds(read_claim(data, self.limits.max_pixels)) for data in pictures]
+        own = max(sum(takes) / self.workers, max(takes, default=0.0))
+        left = max(0.0, urgency.deadline - time.monotonic())
+        ahead = self._ahead(self._queue.seconds(urgency.rank))
+        if ahead > self.max_wait or ahead + own > left:  # what waits with a later deadline will be overtaken
+            ahead = self._ahead(self._queue.seconds_before(urgency))
+        if pending >= self.max_pending:
+            raise Overloaded(
+                f"{pending} pictures are waiting to be decoded, the limit is {self.max_pending} "
+                "(IRONCLIP_MAX_QUEUE, or IRONCLIP_MAX_IMAGES where that is more).",
+                limit_name="decode-items",
+                retry_after=self._come_again(ahead, urgency, own),
+                limit=self.max_pending,
+            )
+        if ahead > self.max_wait:
+            raise Overloaded(
+                f"{1000 * ahead:.0f} ms of decoding are ahead of this request, at most {1000 * self.max_wait:.0f} ms "
+                "may be (IRONCLIP_MAX_QUEUE_MS). Smaller pictures are decoded sooner; more threads for it are "
+                "IRONCLIP_DECODE_WORKERS.",
+                limit_name="decode-ms",
+                retry_after=self._come_again(ahead - self.max_wait / 2, urgency, own),
+                limit=round(1000 * self.max_wait),
+            )
+        # Where nothing is ahead it is let in whatever the estimate says: to try is how that is mended.
+        if ahead > 0 and ahead + own > left:
+            raise Overloaded(
+                f"{1000 * ahead:.0f} ms of decoding are ahead of this request; its own pictures take "
+                f"{1000 * own:.0f} ms, and its deadline is {1000 * left:.0f} ms away (X-Request-Timeout-Ms, within "
+                "IRONCLIP_REQUEST_TIMEOUT_MS).",
+                limit_name="deadline",
+                retry_after=self._come_again(ahead, urgency, own),
+                limit=round(1000 * left),
+            )
+
+    def _come_again(self, seconds: float, urgency: Urgency, own: float) -> float:
+        return self._again.seconds(time.monotonic(), max(seconds, own), urgency.rank, own)
+
     async def decode(self, data: bytes, preprocessing: Preprocessing, declared_type: str | None = None) -> DecodedImage:
-        """Decode in a worker thread; a caller that is cancelled leaves the queue.
+        """Decode in a worker thread what was let in (`admit`); a caller that is cancelled leaves the queue.
 
         Raises:
             ImageError: as `decode`.
-            Overloaded: `max_pending` pictures are waiting.
+            DeadlineExceeded: given up for others, since it could not be in time.
             NotReady: closed.
         """
         if self._closed:
-            raise NotReady("The service is stopping.")
-        rank, deadline = CURRENT.get()
-        waiting = sum(self._pending[: rank + 1])
-        if waiting >= self.max_pending:
-            raise Overloaded(
-                f"{waiting} pictures are waiting to be decoded, the limit is {self.max_pending} "
-                "(IRONCLIP_MAX_QUEUE, or IRONCLIP_MAX_IMAGES where that is more).",
-                limit_name="decode-items",
-                retry_after=(waiting + 1) * self._seconds / self.workers,
-                limit=self.max_pending,
-            )
+            raise NotReady("The service is stopping.", retry_after=1)
+        urgency = CURRENT.get()
         with self._lock:
             if not self.pending:
                 self._moved = time.perf_counter()
-            self._pending[rank] += 1
-        work = self._waiting.add(rank, deadline, partial(decode, data, preprocessing, self.limits, declared_type))
+            self._pending[urgency.rank] += 1
+        claim = read_claim(data, self.limits.max_pixels)
+        work = partial(decode, data, preprocessing, self.limits, declared_type)
+        future = self._queue.add(Waiting(work, claim, self._pace.seconds(claim), urgency))
         # When the work ends, not when the caller stops waiting: a cancelled caller's decode may run on.
-        work.add_done_callback(partial(self._count_down, rank))
+        future.add_done_callback(partial(self._count_down, urgency.rank))
         try:
             self._pool.submit(self._run_next)
         except RuntimeError:  # closed meanwhile
-            work.cancel()
-            raise NotReady("The service is stopping.") from None
-        return await asyncio.wrap_future(work)
+            future.cancel()
+            raise NotReady("The service is stopping.", retry_after=1) from None
+        return await asyncio.wrap_future(future)
 
     def close(self) -> None:
         """Refuse new work, drop what waits, and let running decodes end."""
         self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._waiting.cancel()
+        self._queue.cancel()
 
     def _run_next(self) -> None:
         """Decode what is most urgent now, which need not be what this turn was asked for."""
-        found = self._waiting.take()
-        if found is None:
+        picture, late = self._queue.take()
+        for one in late:
+            telemetry.EXPIRED.labels("decode").inc()
+            one.future.set_exception(too_late(one, self._ahead(self._queue.seconds(INTERACTIVE))))
+        if picture is None:
             return
-        future, work = found
-        self._turn(begun=True)
+        self._take(picture)
         began = time.perf_counter()
         try:
-            hand_out = partial(future.set_result, work())
+            hand_out, unread = partial(picture.future.set_result, picture.work()), False
         except BaseException as error:
-            hand_out = partial(future.set_exception, error)
+            hand_out, unread = partial(picture.future.set_exception, error), isinstance(error, ImageError)
         try:
             seconds = time.perf_counter() - began
             self._seconds += 0.05 * (seconds - self._seconds)
             telemetry.DECODE_SECONDS.observe(seconds)
-            self._turn(begun=False)
+            self._done(picture, None if unread else seconds)
         finally:
             hand_out()  # last: who has the picture finds the thread free
 
-    def _turn(self, *, begun: bool) -> None:
-        """This thread has taken a picture, or is done with it."""
+    def _take(self, picture: Waiting) -> None:
+        """This thread has taken a picture."""
         with self._lock:
             self._turned = time.monotonic()
-            if begun:
-                self._begun[threading.get_ident()] = self._turned
-            else:
-                del self._begun[threading.get_ident()]
+            self._begun[threading.get_ident()] = self._turned, picture.seconds
+
+    def _done(self, picture: Waiting, seconds: float | None) -> None:
+        """This thread is done with its picture, in so many seconds if it could be read."""
+        with self._lock:
+            self._turned = time.monotonic()
+            del self._begun[threading.get_ident()]
+            if seconds is not None:
+                self._pace.observe(picture.claim, seconds)
 
     def _count_down(self, rank: int, work: Future[DecodedImage]) -> None:
         with self._lock:

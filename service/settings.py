@@ -123,15 +123,16 @@ class Settings(BaseSettings):
         default=512,
         ge=1,
         le=1_000_000,
-        description="Items waiting for a tower at most; more are answered 429. Batch work does not count against "
-        "interactive requests.",
+        description="Items waiting for a tower, or pictures for decoding, with which no further request is let in (429), "
+        "whether it brings one or many. Batch work does not count against interactive requests.",
     )
     max_queue_ms: float = Field(
         default=2000.0,
         ge=1,
         le=3_600_000,
-        description="Milliseconds of work, at the pace of the last batches, that may be ahead of a request; if more "
-        "is, it is answered 429. What the request brings itself does not count. Never less than one full batch.",
+        description="Milliseconds of work, at the pace of the last batches, that may be ahead of a request at a tower, "
+        "and of decoding; if more is, it is answered 429. What the request brings itself does not count. Never less "
+        "than one full batch.",
     )
     worker_timeout_seconds: float = Field(
         default=60.0,
@@ -156,7 +157,11 @@ class Settings(BaseSettings):
         "starts a batch that is not full; ten times that in all.",
     )
     decode_workers: int = Field(
-        default=0, ge=0, le=256, description="Threads that decode images; 0: one a core, within the quota."
+        default=0,
+        ge=0,
+        le=256,
+        description="Threads that decode images; 0: one a core, within the "
+        "quota, as far as the largest pictures of all of them fit into a quarter of the memory that there is.",
     )
     max_views: int = Field(
         default=16,

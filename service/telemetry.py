@@ -206,14 +206,17 @@ def watch_ready(not_ready: Callable[[], str | None]) -> None:
 
 
 def watch_decoder(decoder: ImageDecoder) -> None:
-    """Let `ironclip_decode_oldest_seconds` be found out whenever the metrics are read; with several, the last's."""
+    """Let how the decoder stands be found out whenever the metrics are read; with several, the last's."""
     reference = ref(decoder)
 
-    def oldest() -> float:
+    def asked(value: str) -> float:
         found = reference()
-        return found.oldest_seconds if found is not None else 0.0
+        return float(getattr(found, value)) if found is not None else 0.0
 
-    DECODE_OLDEST.set_function(oldest)
+    DECODE_OLDEST.set_function(partial(asked, "oldest_seconds"))
+    # Of no encoder: one decoder serves them all.
+    QUEUE_ITEMS.labels("", "decode").set_function(partial(asked, "queued"))
+    QUEUE_ESTIMATE.labels("", "decode").set_function(partial(asked, "estimated_wait_seconds"))
 
 
 def watch_encoder(name: str, loaded: Callable[[], Sequence[ServedEncoder]]) -> None:

@@ -27,7 +27,7 @@ class Tokenizing:
     Args:
         name: for messages and the thread's name.
         encoder: its tokenizer is used.
-        max_queue: texts waiting at most; a request larger than that is taken only while nothing waits.
+        max_queue: texts waiting with which no further request is taken.
     """
 
     def __init__(self, name: str, encoder: Encoder, max_queue: int) -> None:
@@ -47,10 +47,10 @@ class Tokenizing:
             Overloaded: too many texts wait; `retry_after` is when there should be room.
             NotReady: stopping.
         """
-        if self.queued and self.queued + len(texts) > self.max_queue:
+        if self.queued >= self.max_queue:
             raise Overloaded(
-                f"{self.queued} texts wait for the {self.name} tokenizer and {len(texts)} more would pass the limit "
-                f"of {self.max_queue}.",
+                f"{self.queued} texts wait for the {self.name} tokenizer, the limit is {self.max_queue} "
+                f"(8 times IRONCLIP_MAX_QUEUE).",
                 limit_name="tokens",
                 retry_after=self.queued * self._seconds / self._texts if self._texts else 1,
                 limit=self.max_queue,

@@ -1,4 +1,4 @@
-"""CPU quotas of control groups, as containers have them."""
+"""CPU quotas and memory limits of control groups, as containers have them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ironclip.resources import cpu_quota, usable_cpus
+from ironclip.resources import cpu_quota, memory_limit, usable_cpus, usable_memory
 
 
 def _group(root: Path, folder: str, **files: str) -> None:
@@ -44,6 +44,17 @@ def test_version_1_seen_from_inside(tmp_path: Path) -> None:
     _group(tmp_path, "cpu,cpuacct", cpu__cfs_quota_us="200000", cpu__cfs_period_us="100000")
     membership = _membership(tmp_path, "5:memory:/docker/1", "4:cpu,cpuacct:/docker/1", "0::/docker/1")
     assert cpu_quota(tmp_path, membership) == 2.0
+
+
+def test_memory_of_both_versions(tmp_path: Path) -> None:
+    _group(tmp_path, "pod/box", memory__max="max")
+    _group(tmp_path, "pod", memory__max="4294967296")
+    assert memory_limit(tmp_path, _membership(tmp_path, "0::/pod/box")) == 4 << 30
+    _group(tmp_path, "memory", memory__limit_in_bytes="1073741824")
+    assert memory_limit(tmp_path, _membership(tmp_path, "5:memory:/docker/1", "0::/docker/1")) == 1 << 30
+    assert memory_limit(tmp_path, tmp_path / "missing") is None
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < usable_memory() <= there
 
 
 @pytest.mark.parametrize("text", ["max 100000", "", "garbage", "100000 0"])
