@@ -115,8 +115,11 @@ class Access:
                         {"type": "http", "method": method, "path": route.path}
                     )
 
-    def admit(self, scope: Scope) -> None:
+    def admit(self, scope: Scope) -> bool:
         """Find out who asks, as `caller` in the request's state; it is set where the answer is no, too.
+
+        Returns:
+            Whether the request will have to be paid for: those are that a body is sent with, to be inferred from.
 
         Raises:
             AccessDenied: they may not.
@@ -125,12 +128,12 @@ class Access:
         state = scope["state"]
         if self.keys is None:
             state["caller"] = ANYBODY
-            return
+            return False
         state["caller"] = _NOBODY
         asked = self._operation(scope)
         needed = ACCESS.get(asked) if asked is not None else None
         if needed == PUBLIC:
-            return
+            return False
         # Known from here on, also where the answer is no: the log names the key.
         state["caller"] = caller = self.keys.caller(token_of(Headers(scope=scope)))
         if asked is None:
@@ -143,6 +146,7 @@ class Access:
                 f"{', '.join(sorted(caller.scopes))}.",
                 challenge=f'error="insufficient_scope", scope="{" ".join(needed)}"',
             )
+        return needed == _INFER and scope["method"] == "POST"
 
     def _operation(self, scope: Scope) -> str | None:
         """The route that will answer; None: there is none."""

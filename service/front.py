@@ -93,12 +93,14 @@ class Front:
         scope = exchange.scope
         try:
             try:
-                self.access.admit(scope)
+                paid_for = self.access.admit(scope)
             finally:  # who asks is known where the answer is no, too
                 caller = exchange.state["caller"]
                 exchange.state["meter"] = exchange.meter = Meter(self.limiter, caller)
                 exchange.body = Body(self.bodies, caller.key)
                 exchange.state["hold"] = exchange.body.hold
+            if paid_for:
+                exchange.meter.check()
             return await self.remembering.find(exchange) or self.app
         except IronclipError as error:
             return await handle_error(Request(scope), error)

@@ -11,7 +11,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ PASSES_A_GRADIENT = 3
 PASS = PICTURE / PASSES_A_GRADIENT
 # Labels and prompts beyond so many bytes are paid for by their bytes: to read them takes about as long as a picture.
 _BYTES_A_POINT = 64 * 1024
+# What Redis said is believed for so many seconds: others take points there, too, and give them back.
+_FRESH = 1.0
 # Takes points if they are there (negative ones are given back); returns whether, and how many are left. One step, by
 # Redis' own clock: replicas neither race nor disagree about the time. Whatever another writer has put under the key
 # comes out between an empty and a full bucket.
@@ -96,9 +98,26 @@ class Limiter:
         self._link = link
         self._prefix = f"{prefix}:rate:"
         self._here: dict[str, Bucket] = {}  # as many as there are limited keys
+        self._seen: dict[str, Bucket] = {}  # as Redis had them last
+
+    def spent(self, caller: Caller) -> Taken | None:
+        """How the bucket stands of a caller who has not even the least that a request costs; else None.
+
+        It is so as far as is known here: not where what was seen of it is old.
+        """
+        rate, now = (caller.points_per_minute or 0) / 60, time.monotonic()
+        bucket = self._here.get(caller.key) if self._link is None else self._seen.get(caller.key)
+        if bucket is None or (self._link is not None and now - bucket.at > _FRESH):
+            return None
+        left = bucket.left + (now - bucket.at) * rate
+        return Taken(False, left, "local" if self._link is None else "redis") if left < TEXT else None
 
     async def take(self, caller: Caller, points: float, store: str = "") -> Taken:
-        """Take points from the caller's bucket, or give them back to the ``store`` that they were taken from."""
+        """Take points from the caller's bucket, or give them back to the ``store`` that they were taken from.
+
+        Raises:
+            RedisUnavailable: it cannot be given back to.
+        """
         rate = (caller.points_per_minute or 0) / 60
         if self._link is not None and store in ("", "redis"):
             full_again = math.ceil(1000 * caller.burst / rate) + 1000
@@ -109,10 +128,12 @@ class Limiter:
 
             try:
                 paid, left = await self._link.call(ask)
+                self._seen[caller.key] = Bucket(float(left), time.monotonic())
                 return Taken(bool(paid), float(left), "redis")
             except RedisUnavailable:
-                if store:  # what Redis took and cannot be given back to it is no loss to anybody here
-                    return Taken(True, 0.0, store)
+                self._seen.pop(caller.key, None)
+                if store:
+                    raise
         now = time.monotonic()
         bucket = self._here.setdefault(caller.key, Bucket(caller.burst, now))
         paid = bucket.take(points, caller.burst, rate, now)
@@ -151,11 +172,10 @@ class Meter:
         if not self.limited:
             self.spent += points
             return ""
-        limit = f"burst of the API key {caller.key} in the keys file"
         if points > caller.burst:
             raise CostTooHigh(
-                f"This request costs {points:g} points, and at most {caller.burst} can be spent at once ({limit}): ask "
-                "for less in one request, or have the limit raised.",
+                f"This request costs {points:g} points, and at most {caller.burst} can be spent at once (burst of the "
+                f"API key {caller.key} in the keys file): ask for less in one request, or have the limit raised.",
                 limit=caller.burst,
             )
         self._last = taken = await self._limiter.take(caller, points)
@@ -163,12 +183,27 @@ class Meter:
         if taken.paid:
             self.spent += points
             return taken.store
-        rate = (caller.points_per_minute or 1) / 60
-        raise RateLimited(
-            f"This request costs {points:g} points, and {taken.left:.3g} of {caller.burst} are there; "
-            f"{caller.points_per_minute} a minute come back (points_per_minute and {limit}). Ask again later, or have "
-            "the limit raised.",
-            retry_after=(points - taken.left) / rate,
+        raise self._refusal("This request costs", points, taken.left)
+
+    def check(self) -> None:
+        """Refuse whoever has nothing left before the body is asked for: to read it is work, too.
+
+        Raises:
+            RateLimited: not even the least that a request costs is there.
+        """
+        spent = self._limiter.spent(self.caller) if self.limited else None
+        if spent is not None:
+            self._last = spent
+            telemetry.RATE_LIMITS.labels(spent.store, "refused").inc()
+            raise self._refusal("A request costs at least", TEXT, spent.left)
+
+    def _refusal(self, costs: str, points: float, left: float) -> RateLimited:
+        caller = self.caller
+        return RateLimited(
+            f"{costs} {points:g} points, and {left:.3g} of {caller.burst} are there; {caller.points_per_minute} a "
+            f"minute come back (points_per_minute and burst of the API key {caller.key} in the keys file). Ask again "
+            "later, or have the limit raised.",
+            retry_after=(points - left) * 60 / (caller.points_per_minute or 1),
             limit=caller.burst,
         )
 
@@ -178,7 +213,10 @@ class Meter:
             return
         self.spent -= points
         if store:
-            self._last = await self._limiter.take(self.caller, -points, store)
+            with suppress(
+                RedisUnavailable
+            ):  # what Redis took and cannot be given back to it is no loss to anybody here
+                self._last = await self._limiter.take(self.caller, -points, store)
 
     @asynccontextmanager
     async def paid(self, points: float, *, again: bool = True) -> AsyncIterator[None]:

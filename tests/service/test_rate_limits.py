@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator
 
@@ -287,10 +288,34 @@ def test_what_can_never_be_paid_is_refused_for_good(locked: Locked) -> None:
         assert answer.json()["limit"] == 20
         openai = client.post("/v1/embeddings", json={"input": ["x"] * 100})
         assert (openai.status_code, openai.json()["error"]["code"]) == (413, "cost-too-high")
-        assert client.post("/v1/embeddings", json={"input": ["x"] * 40}).status_code == 200
-        spent = [client.post("/v1/embeddings", json={"input": ["x"] * 40}) for _ in range(3)][-1]
+        assert client.post("/v1/embeddings", json={"input": ["x"] * 60}).status_code == 200
+        spent = client.post("/v1/embeddings", json={"input": ["x"] * 60})
         assert (spent.status_code, spent.json()["error"]["type"]) == (429, "rate_limit_error")
         assert int(spent.headers["retry-after"]) > 60
+
+
+def test_a_spent_key_is_refused_before_its_body_is_read(locked: Locked) -> None:
+    """A client that asks first is not told to go on."""
+    one = {"texts": ["x"]}
+    with locked.client("slow") as client:
+        while client.post("/embed", json=one).status_code == 200:
+            pass
+        key, url = client.headers["authorization"], httpx.URL(client.base_url)
+    head = (
+        f"POST /classify HTTP/1.1\r\nHost: {url.host}\r\nAuthorization: {key}\r\nContent-Type: application/json\r\n"
+        "Content-Length: 10000000\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
+    )
+    for _ in range(20):  # what Redis said is believed for a second; after it the next request asks again
+        with socket.create_connection((url.host, url.port or 80), 10) as connection:
+            connection.sendall(head.encode())
+            answer = connection.makefile("rb").read(4096)
+        if answer.startswith(b"HTTP/1.1 429"):
+            break
+        with locked.client("slow") as client:
+            client.post("/embed", json=one)
+    assert answer.startswith(b"HTTP/1.1 429")
+    assert b"A request costs at least 0.25 points" in answer
+    assert b'ratelimit: "points";r=0;' in answer.lower()
 
 
 def test_without_redis_each_replica_counts_for_itself_and_nobody_is_refused(locked: Locked) -> None:
