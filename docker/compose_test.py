@@ -2,8 +2,8 @@
 
 Needs a Docker engine with Compose, and the images; it builds nothing. The stack comes up healthy, classifies, shares
 Redis, goes on without it, drains, keeps its label sets, is scraped by Prometheus where its image is given, and asks for
-API keys where the lines about them are taken out of their comments. What was measured goes to docker/results.json. The
-project is one of the test's own, and is removed with its volumes at the end.
+API keys with docker/compose.keys.yaml beside it. What was measured goes to docker/results.json. The project is one of
+the test's own, and is removed with its volumes at the end.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from results import RESULTS, ROOT, git, modified, read_results, write_results
 
 _SAMPLES = ROOT / "ironclip" / "demo" / "samples"
-_COMMENTED = re.compile(
-    r"^( +)# (- type: bind|  (?:source|target|read_only|bind): .*|IRONCLIP_(?:KEYS_FILE|REDIS_MAC_KEY): .*)$",
-    re.MULTILINE,
-)
-_KEY_LINES = 7
+KEYS_FILES = ("compose.yaml", "docker/compose.keys.yaml")
+# Runs in the service's container: what is not published can be asked there alone.
+_METRICS = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:9000/metrics', timeout=10).read().decode())"
+_NEW_KEY = ("keys", "new", "--tenant", "acme", "--scopes", "infer")
 # Of the caller's environment: what Docker's client needs, and none of what compose.yaml reads.
 _KEPT = re.compile(r"PATH|HOME|XDG_\w+|DOCKER_\w+")
 # A proxy is for other machines.
@@ -46,21 +45,21 @@ class Failed(Exception):
 
 
 class Stack:
-    """The containers of one compose.yaml.
+    """The containers of this repository's compose.yaml.
 
     Args:
-        folder: with the compose.yaml.
         variables: of Compose.
+        files: those that Compose is given; none: the one that it finds.
     """
 
-    def __init__(self, folder: Path, variables: Mapping[str, str]) -> None:
+    def __init__(self, variables: Mapping[str, str], files: Sequence[str] = ()) -> None:
         self.port, self.prometheus_port = _free_port(), _free_port()
-        self._folder = folder
         ports = {"HOST_PORT": str(self.port), "PROMETHEUS_PORT": str(self.prometheus_port)}
         kept = {name: value for name, value in os.environ.items() if _KEPT.fullmatch(name)}
         self._environment = {**kept, **variables, **ports}
         self._project = f"ironclip-test-{os.getpid()}"
-        self._command = [*_compose(), f"--env-file={os.devnull}", f"--project-name={self._project}"]
+        chosen = [f"--file={file}" for file in files]
+        self._command = [*_compose(), f"--env-file={os.devnull}", f"--project-name={self._project}", *chosen]
 
     def __call__(self, *arguments: str, seconds: float = 300, check: bool = True) -> str:
         """Run one command of Compose; returns what it printed.
@@ -70,7 +69,7 @@ class Stack:
         """
         done = subprocess.run(
             [*self._command, *arguments],
-            cwd=self._folder,
+            cwd=ROOT,
             env=self._environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -104,7 +103,8 @@ class Stack:
 
     def metric(self, name: str) -> float:
         """The value of a metric without labels."""
-        found = re.search(rf"^{name} (\S+)$", self.ask("GET", "/metrics")[1], re.MULTILINE)
+        told = self("exec", "-T", "ironclip", "/opt/venv/bin/python", "-I", "-c", _METRICS)
+        found = re.search(rf"^{name} (\S+)$", told, re.MULTILINE)
         if found is None:
             raise Failed(f"/metrics has no {name}")
         return float(found[1])
@@ -133,6 +133,7 @@ def check_stack(stack: Stack) -> dict[str, float]:
     _hold(status == 200 and answer["predictions"][0]["label"] == "guitar", "a guitar is a guitar", answer)
     _hold(stack.metric("ironclip_redis_up") == 1, "the service uses Redis", stack("logs", "ironclip"))
     _hold(_stored(stack), "a label set is registered")
+    _hold(stack.ask("GET", "/metrics")[0] == 404, "metrics are not published")
     bindings = "--format={{json .HostConfig.PortBindings}}"
     published = _run("docker", "inspect", bindings, stack.container("redis")).strip()
     _hold(published in ("{}", "null"), "Redis is not published", published)
@@ -143,7 +144,7 @@ def check_stack(stack: Stack) -> dict[str, float]:
     _hold(status == 200 and answer["predictions"][0]["label"] == "octopus", "without Redis it goes on", answer)
     stack("start", "redis")
     began = time.monotonic()
-    _until(lambda: stack.metric("ironclip_redis_up") == 1 and _stored(stack), 60, "Redis is found again")
+    _until(lambda: _stored(stack) and stack.metric("ironclip_redis_up") == 1, 60, "Redis is found again")
     measured["seconds_until_redis_is_used_again"] = round(time.monotonic() - began, 1)
 
     measured["seconds_of_the_drain"] = round(_drained(stack), 2)
@@ -173,29 +174,18 @@ def check_prometheus(stack: Stack) -> None:
     _until(healthy, 90, "Prometheus asks the service, and computes every alert")
 
 
-def check_keys(folder: Path, variables: Mapping[str, str], image: str) -> None:
-    """As the README says it: lines out of their comments, a key, and a key taken out again."""
-    shutil.copy(ROOT / "compose.yaml", folder)
-    shutil.copytree(ROOT / "docker", folder / "docker")
-    shutil.copytree(ROOT / "k8s", folder / "k8s")  # what the other profiles mount
-    model = folder / "docker" / "compose.yaml"
-    model.write_text(with_keys(model.read_text(encoding="utf-8")), encoding="utf-8")
-    (key, entry), (_, other) = _new_key(image), _new_key(image)
-    keys = folder / "keys"
-    keys.mkdir()
-    (keys / "keys.toml").write_text(entry, encoding="utf-8")
-    for path, mode in ((folder, 0o755), (keys, 0o755), (keys / "keys.toml", 0o644)):
-        path.chmod(mode)
-    stack = Stack(folder, {**variables, "REDIS_MAC_KEY": "0123456789abcdef" * 4})
+def check_keys(keys: Path, variables: Mapping[str, str]) -> None:
+    """As the README says it: a folder with a key, the second file, and a key taken out again."""
+    stack = Stack({**variables, "KEYS": str(keys), "IRONCLIP_REDIS_MAC_KEY": "0123456789abcdef" * 4}, KEYS_FILES)
     try:
+        key, _ = _new_key(stack, keys, "keys.toml"), _new_key(stack, keys, "other.toml")
         stack.up()
         _hold(stack.ask("GET", "/models")[0] == 401, "nobody is let in without a key")
         bearer = {"Authorization": f"Bearer {key}"}
         _hold(stack.ask("GET", "/models", **bearer)[0] == 200, "the key is let in")
-        replaced = keys / "new.toml"
-        replaced.write_text(other, encoding="utf-8")
-        replaced.chmod(0o644)
-        replaced.replace(keys / "keys.toml")  # as editors do it: another file in the old one's place
+        if "PROMETHEUS_IMAGE" in variables:
+            check_prometheus(stack)  # which has no key
+        (keys / "other.toml").replace(keys / "keys.toml")  # as editors do it: another file in the old one's place
         _until(lambda: stack.ask("GET", "/models", **bearer)[0] == 401, 10, "a key that is taken out is refused")
     except BaseException:
         stack.show()
@@ -204,26 +194,21 @@ def check_keys(folder: Path, variables: Mapping[str, str], image: str) -> None:
         stack.remove()
 
 
-def with_keys(text: str) -> str:
-    """compose.yaml with its lines about keys out of their comments."""
-    found, lines = _COMMENTED.subn(r"\1\2", text)
-    if lines != _KEY_LINES:
-        raise Failed(f"compose.yaml has {lines} lines about keys in comments, not {_KEY_LINES}")
-    return found
-
-
 def _stored(stack: Stack) -> bool:
     """Whether a label set can be registered, which takes Redis."""
     return stack.ask("PUT", "/label-sets/kept", {"labels": ["octopus", "rocket"]})[0] in (200, 201)
 
 
-def _new_key(image: str) -> tuple[str, str]:
-    """A key, and its entry for the keys file."""
-    made = _run("docker", "run", "--rm", image, "keys", "new", "--tenant", "acme", "--scopes", "infer")
-    key, entry = re.search(r"ick_\S+", made), re.search(r"^\[\[keys\]\].*", made, re.MULTILINE | re.DOTALL)
-    if key is None or entry is None:
-        raise Failed("keys new printed no key and its entry")
-    return key[0], entry[0]
+def _new_key(stack: Stack, keys: Path, name: str) -> str:
+    """A key, whose entry is in a new file of this folder that the container's user can read."""
+    once = ["run", "--rm", "--no-deps", "-T", "--pull=never", f"--user={os.getuid()}:{os.getgid()}"]
+    made = stack(*once, f"--volume={keys}:/keys", "ironclip", *_NEW_KEY, "--append", f"/keys/{name}")
+    keys.chmod(0o755)
+    (keys / name).chmod(0o644)
+    key = re.search(r"ick_\S+", made)
+    if key is None:
+        raise Failed(f"keys new printed no key:\n{made}")
+    return key[0]
 
 
 def _drained(stack: Stack) -> float:
@@ -331,7 +316,7 @@ def main() -> int:
         }
         for image in variables.values():
             _run("docker", "image", "inspect", image)
-        stack = Stack(ROOT, variables)
+        stack = Stack(variables)
         try:
             measured = check_stack(stack)
             if options.prometheus_image:
@@ -342,7 +327,7 @@ def main() -> int:
         finally:
             stack.remove()
         with tempfile.TemporaryDirectory() as folder:
-            check_keys(Path(folder), variables, options.image)
+            check_keys(Path(folder), variables)
     except (Failed, OSError, ValueError, http.client.HTTPException, subprocess.TimeoutExpired) as error:
         print(f"compose-test: {error}", file=sys.stderr)
         return 1

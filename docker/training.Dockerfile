@@ -21,7 +21,8 @@ RUN python3 -m venv /build/tools \
  && python3 -m venv --without-pip /opt/venv \
  && python3 -m venv --without-pip /opt/torch
 COPY docker/locks/torch-${VARIANT}.txt torch.txt
-# torch has a tree of its own: it is nearly all of the image, and changes far less often than the rest.
+# torch has a tree of its own: it is nearly all of the image, and changes far less often than the rest. pip checks hashes
+# by itself where the lock has any; that of the CPU builds may have none (docker/README.md).
 RUN --mount=type=secret,id=pip.conf,target=/run/secrets/pip.conf \
     --mount=type=secret,id=ca.crt,target=/run/secrets/ca.crt \
     [ ! -s /run/secrets/ca.crt ] || export PIP_CERT=/run/secrets/ca.crt; \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
@@ -13,10 +14,16 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import healthcheck
+import lock
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from service.__main__ import main
+from service.settings import Settings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -88,6 +95,65 @@ def test_every_pin_has_hashes_and_no_index_is_named(name: str) -> None:
         assert re.search(r"--hash=sha256:[0-9a-f]{64}", block), block.splitlines()[0]
 
 
+def test_cpu_builds_have_hashes_all_or_none() -> None:
+    """One hash makes pip ask for all: half of them would be a build that cannot succeed."""
+    text = (LOCKS / "torch-cpu.txt").read_text(encoding="utf-8")
+    assert "://" not in text
+    blocks = re.split(r"\n(?=[a-z0-9])", text)[1:]
+    assert len({"--hash=sha256:" in block for block in blocks}) == 1
+
+
+_DIGESTS = {name: name[0] * 64 for name in ("a86", "brm", "cwin", "dold", "e313")}
+_PAGE = """<!DOCTYPE html><html><body>
+<a href="/whl/cpu/{name}-{v}%2Bcpu-cp311-cp311-manylinux_2_28_x86_64.whl#sha256={a86}" data-core-metadata="x">1</a><br/>
+<a href="https://files.example/{name}-{v}%2Bcpu-cp312-cp312-manylinux_2_28_aarch64.whl#sha256={brm}">2</a><br/>
+<a href='/whl/cpu/{name}-{v}%2Bcpu-cp312-cp312-win_amd64.whl#sha256={cwin}'>3</a><br/>
+<a href="/whl/cpu/{name}-0.1.0%2Bcpu-cp312-cp312-manylinux_2_28_x86_64.whl#sha256={dold}">4</a><br/>
+<a href="/whl/cpu/{name}-{v}-cp313-cp313t-linux_x86_64.whl#sha256={e313}">5</a><br/>
+<a href="/whl/cpu/{name}-{v}.tar.gz#sha256={dold}">6</a><br/>
+</body></html>"""
+
+
+class _Index(http.server.BaseHTTPRequestHandler):
+    """An index of CPU builds, as PyTorch's is written."""
+
+    def do_GET(self) -> None:
+        versions = dict(pin.split("==") for pin in lock.TORCH)
+        name = self.path.strip("/").rsplit("/", 1)[-1]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(_PAGE.format(name=name, v=versions[name], **_DIGESTS).encode())
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_the_lock_takes_hashes_of_cpu_builds_where_their_index_tells_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And keeps them where it does not, as long as they are of the same versions."""
+    monkeypatch.setattr(lock, "LOCKS", tmp_path)
+    monkeypatch.setattr(lock, "ROOT", tmp_path)
+    monkeypatch.setattr(lock, "_resolve", lambda *_: [])
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    path = tmp_path / "torch-cpu.txt"
+    with _serving(_Index) as server:
+        index = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setattr(sys, "argv", ["lock.py", f"--torch-index={index}/whl/cpu"])
+        assert lock.main() == 0
+    hashes = [f" \\\n    --hash=sha256:{_DIGESTS[name]}" for name in ("a86", "brm", "e313")]
+    locked = path.read_text(encoding="utf-8")
+    assert locked.split("\n", 1)[1] == "".join(f"{pin}{''.join(hashes)}\n" for pin in lock.TORCH)
+
+    assert lock.main() == 0  # the server is gone
+    assert path.read_text(encoding="utf-8") == locked
+    assert "the hashes that it had" in capsys.readouterr().err
+    monkeypatch.setattr(lock, "TORCH", ("torch==9.9.9", "torchvision==8.8.8"))
+    assert lock.main() == 0
+    assert path.read_text(encoding="utf-8").splitlines()[1:] == list(lock.TORCH)
+    assert "versions alone" in capsys.readouterr().err
+
+
 def test_torch_is_the_same_in_both_variants_and_nowhere_else() -> None:
     cpu, cuda = _pins("torch-cpu"), _pins("torch-cuda")
     for name in ("torch", "torchvision"):
@@ -128,16 +194,22 @@ class _Answering(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def server() -> Iterator[http.server.HTTPServer]:
-    """A server whose /readyz answers what the test says."""
-    server = http.server.HTTPServer(("127.0.0.1", 0), _Answering)
+@contextlib.contextmanager
+def _serving(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[http.server.HTTPServer]:
+    server = http.server.HTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[http.server.HTTPServer]:
+    """A server whose /readyz answers what the test says."""
+    with _serving(_Answering) as server:
+        yield server
 
 
 def _health(**environment: str) -> subprocess.CompletedProcess[str]:
@@ -160,6 +232,80 @@ def test_health_follows_readyz(server: http.server.HTTPServer, monkeypatch: pyte
     gone = _health(IRONCLIP_PORT=port, IRONCLIP_HOST=host)
     assert gone.returncode == 1
     assert "refused" in gone.stdout
+
+
+_FILE = """port = 8300
+host = "127.0.0.3"
+"""
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="the images have Python 3.11 or newer, which reads TOML")
+@pytest.mark.parametrize(
+    ("command", "environment"),
+    [
+        ((), {}),
+        ((), {"IRONCLIP_PORT": "8100", "IRONCLIP_HOST": "127.0.0.2"}),
+        ((), {"ironclip_port": "8100"}),
+        ((), {"IRONCLIP_CONFIG": _FILE}),
+        ((), {"IRONCLIP_CONFIG": _FILE, "IRONCLIP_PORT": "8100"}),
+        ((), {"IRONCLIP_CONFIG": 'encoders = {demo = "demo"}'}),
+        (("--port", "8200"), {"IRONCLIP_CONFIG": _FILE, "IRONCLIP_PORT": "8100"}),
+        (("serve", "--port=8200", "--encoders", "port=demo"), {"IRONCLIP_PORT": "8100"}),
+        (("--port", "8201", "serve", "--po", "8200", "--hos=127.0.0.4"), {}),
+        (("fleet", "--devices", "cpu,cpu", "--port", "8200"), {"IRONCLIP_CONFIG": _FILE}),
+    ],
+)
+def test_health_asks_where_the_service_listens(
+    command: tuple[str, ...], environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check's short way to the address, beside the service's own."""
+    for name in [name for name in os.environ if name.upper().startswith("IRONCLIP_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        if name == "IRONCLIP_CONFIG":
+            (tmp_path / "ironclip.toml").write_text(value, encoding="utf-8")
+            value = str(tmp_path / "ironclip.toml")
+        monkeypatch.setenv(name, value)
+    settings: list[Settings] = []
+    monkeypatch.setattr("service.__main__.serve", lambda found: settings.append(found) or 0)
+    monkeypatch.setattr("service.fleet.plan", lambda devices, found, overrides: settings.append(found) or [])
+    monkeypatch.setattr("service.fleet.Fleet.run", lambda fleet: 0)
+    assert main([*command]) == 0
+    for front in ((), ("/sbin/docker-init", "--")):
+        started = [*front, "/opt/venv/bin/python", "-m", "service", *command, ""]  # as /proc has it, split
+        assert healthcheck.address(started, os.environ) == (settings[0].host, settings[0].port)
+
+
+def test_health_reads_the_command_of_process_1(
+    server: http.server.HTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert Path("/proc/1/cmdline") == healthcheck.COMMAND
+    monkeypatch.setattr(healthcheck, "COMMAND", tmp_path / "cmdline")
+    port = str(server.server_address[1])
+    healthcheck.COMMAND.write_bytes(b"\0".join([b"python", b"-m", b"service", b"--port", port.encode(), b""]))
+    assert healthcheck.main() == 0
+    monkeypatch.setenv("IRONCLIP_CONFIG", str(tmp_path / "none.toml"))
+    assert healthcheck.main() == 1
+    assert "none.toml" in capsys.readouterr().out
+
+
+def test_health_stays_cheap() -> None:
+    """It runs every few seconds: of what it imports, all is the standard library's, and little."""
+    code = "import sys; sys.argv = ['']; import healthcheck; healthcheck.main(); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "docker", capture_output=True, text=True, timeout=30)
+    loaded = {name.split(".")[0] for name in done.stderr.split()}
+    assert "http" in loaded
+    assert not loaded & {"argparse", "tomllib", "asyncio", "pydantic", "service", "ironclip", "torch"}
+
+
+def test_a_start_may_take_as_long_as_in_the_chart() -> None:
+    """An encoder from a hub has to come first; a container that is unhealthy meanwhile fails `up --wait`."""
+    values = yaml.safe_load((ROOT / "k8s" / "ironclip" / "values.yaml").read_text(encoding="utf-8"))
+    startup = values["probes"]["startup"]
+    dockerfile = (ROOT / "docker" / "service.Dockerfile").read_text(encoding="utf-8")
+    found = re.search(r"^HEALTHCHECK .*--start-period=(\d+)m ", dockerfile, re.MULTILINE)
+    assert found is not None
+    assert 60 * int(found[1]) >= startup["periodSeconds"] * startup["failureThreshold"]
 
 
 @pytest.mark.slow
