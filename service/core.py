@@ -273,7 +273,12 @@ class Service:
             ) from None
 
     def _say_how_open(self) -> None:
-        """Tell the log, once, whether keys are asked for."""
+        """Tell the log, once, whether keys are asked for, and what Redis has is believed."""
+        if self.settings.redis_url is not None and not self.settings.redis_mac_key.get_secret_value():
+            self._log.warning(
+                "what is kept in Redis is not signed: whoever can write there can change answers; "
+                "IRONCLIP_REDIS_MAC_KEY, the same on all replicas, ends that"
+            )
         if self.keys is not None:
             self._log.info("API keys are asked for", keys_file=str(self.keys.path))
             return

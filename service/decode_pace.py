@@ -1,13 +1,16 @@
-"""How long pictures take to decode: by their format and the pixels that they claim, at the pace of the last ones.
+"""How long pictures take to decode, by their format and the pixels that they claim, and how many there is room for.
 
 A claim is read from a few bytes, on the event loop; whether it is true is found out when the picture is decoded.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from dataclasses import dataclass
+
+from ironclip.resources import usable_cpus, usable_memory
 
 # Seconds for any picture, and for each of its pixels, on a core of 2021; what a machine makes of it is learnt.
 _EACH = 0.0015
@@ -18,6 +21,18 @@ _NEWEST, _MOST = 0.1, 10.0
 _MAX_SEGMENTS = 256
 _MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# Bytes that a thread has in hand at most for each pixel of its picture (transparent PNGs and turned ones take 13), and
+# the share of the memory that all threads may have together.
+_BYTES_A_PIXEL, _MEMORY_SHARE = 14, 0.25
+
+
+def decode_threads(max_pixels: int, processes: int = 1) -> int:
+    """Threads that decode in each of so many processes that share this machine or container; at least 1.
+
+    As many as there are cores, or as have room for the largest pictures that are accepted.
+    """
+    room = _MEMORY_SHARE * usable_memory() / (_BYTES_A_PIXEL * max_pixels)
+    return max(1, min(usable_cpus(), math.floor(room)) // processes)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,9 @@ from functools import partial
 
 from ironclip.errors import ImageError, NotReady, Overloaded
 from ironclip.preprocessing import Preprocessing
-from ironclip.resources import usable_cpus, usable_memory
 from service import telemetry
 from service.container import ImageLimits
-from service.decode_pace import DecodePace, read_claim
+from service.decode_pace import DecodePace, decode_threads, read_claim
 from service.decode_queue import DecodeQueue, Waiting, too_late
 from service.images import DecodedImage, decode
 from service.retry_after import RetryAfter
@@ -29,15 +28,6 @@ from service.urgency import BATCH, CLASSES, CURRENT, INTERACTIVE, Urgency
 _LEAST_PACE = 0.01
 # Pixels a second that a thread decodes at least where it does not hang; it is mostly ten times as many.
 _SLOWEST = 2_500_000
-# Bytes that a thread has in hand at most for each pixel of its picture (transparent PNGs and turned ones take 13), and
-# the share of the process's memory that all threads may have together.
-_BYTES_A_PIXEL, _MEMORY_SHARE = 14, 0.25
-
-
-def decode_threads(limits: ImageLimits) -> int:
-    """As many threads as there are cores, or as have room for the largest pictures that are accepted."""
-    room = _MEMORY_SHARE * usable_memory() / (_BYTES_A_PIXEL * limits.max_pixels)
-    return max(1, min(usable_cpus(), math.floor(room)))
 
 
 class ImageDecoder:
@@ -58,7 +48,7 @@ class ImageDecoder:
         self, limits: ImageLimits, *, workers: int = 0, max_pending: int = 256, max_wait: float = math.inf
     ) -> None:
         self.limits = limits
-        self.workers = workers or decode_threads(limits)
+        self.workers = workers or decode_threads(limits.max_pixels)
         self.max_pending = max_pending
         self.max_wait = max_wait
         self._pending = [0 for _ in CLASSES]

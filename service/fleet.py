@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from ironclip.resources import usable_cpus
+from service.decode_pace import decode_threads
 from service.environment import process_environment
 from service.settings import Settings, SettingsInvalid, load_settings
 
@@ -101,9 +102,9 @@ def plan(devices: Sequence[str], settings: Settings, overrides: dict[str, object
             **overrides,
             "port": port,
             "shared_port": settings.port,
-            # Each would take all cores otherwise.
+            # Each would take all cores otherwise, and all memory.
             "threads": settings.threads or share,
-            "decode_workers": settings.decode_workers or share,
+            "decode_workers": settings.decode_workers or decode_threads(settings.max_pixels, count),
         }
         if metrics:
             asked["metrics_port"] = metrics[number]

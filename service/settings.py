@@ -123,8 +123,8 @@ class Settings(BaseSettings):
         default=512,
         ge=1,
         le=1_000_000,
-        description="Items waiting for a tower, or pictures for decoding, with which no further request is let in (429), "
-        "whether it brings one or many. Batch work does not count against interactive requests.",
+        description="Items waiting for a tower, or pictures for decoding, with which no further request is let in "
+        "(429), whether it brings one or many. Batch work does not count against interactive requests.",
     )
     max_queue_ms: float = Field(
         default=2000.0,

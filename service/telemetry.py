@@ -234,6 +234,10 @@ def watch_encoder(name: str, loaded: Callable[[], Sequence[ServedEncoder]]) -> N
         ):
             gauge.labels(name, tower).set_function(partial(over, queue, value, join))
         if tower != "bank":
+            # There from the start: what appears with its first event has not risen, and no alert would see that one.
+            BATCH_SECONDS.labels(tower)
+            for reason in RESTARTS:
+                WORKER_RESTARTS.labels(name, tower, reason)
             BATCH_LIMIT.labels(name, tower).set_function(partial(over, queue, "fits", min))
             LAST_PROGRESS.labels(name, tower).set_function(partial(over, queue, "last_progress_time", max))
     PROBES_RUNNING.labels(name).set_function(

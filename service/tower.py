@@ -125,7 +125,10 @@ class ImageTower:
         with torch.no_grad() if defence.optimising else torch.inference_mode():
             floats = batch if batch.is_floating_point() else to_float(batch)
             views = defence.make_views(floats, self.encoder.encode_image)
-            features = self.forward(views.flatten(0, 1)).reshape(*views.shape[:2], -1)
+            features = self.forward(views.flatten(0, 1))
+            if len(features) != views.shape[0] * views.shape[1]:  # a reshape would give pictures each other's
+                raise RuntimeError(f"the tower gave {len(features)} features for {views.shape[:2].numel()} views")
+            features = features.reshape(*views.shape[:2], -1)
             # Into pinned memory, which torch provides for a copy that is not waited for.
             return features.to("cpu", non_blocking=True)
 

@@ -120,6 +120,11 @@ def test_metrics_count_and_stay_few(client: httpx.Client) -> None:
     assert len(client.get("/metrics").text.splitlines()) < lines + 30
     for family in ("stage_seconds", "batch_size", "queue_items", "queue_seconds_estimate", "cache_total", "model_info"):
         assert f"ironclip_{family}" in client.get("/metrics").text
+    # What alerts look for the rise of is there before its first event, or that one would be no rise.
+    for reason in ("died", "hung", "fails"):
+        assert f'ironclip_worker_restarts_total{{encoder="tiny",reason="{reason}",tower="text"}} 0.0' in (
+            client.get("/metrics").text
+        )
 
 
 def test_logs_are_json_and_hold_nothing_of_the_callers(client: httpx.Client, tiny_service: ServiceProcess) -> None:
@@ -291,3 +296,16 @@ def test_a_dead_worker_is_told_on_readyz_and_to_whoever_asks(tiny_artifact: Path
         answer = client.post("/classify", json={"image": IMAGE, "labels": ["a"]})
         assert (answer.status_code, answer.json()["code"]) == (503, "not-ready")
         assert client.get("/livez").status_code == 200
+
+
+def test_pages_may_send_and_read_what_the_protocols_need() -> None:
+    client = TestClient(create_app(Settings(cors_origins=("https://app.example",))))
+    origin = {"origin": "https://app.example"}
+    asked = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "inference-header-content-length",
+    }
+    assert client.options("/v2/models/default/infer", headers={**origin, **asked}).status_code == 200
+    exposed = client.get("/livez", headers=origin).headers["access-control-expose-headers"].lower().split(", ")
+    wanted = {"allow", "inference-header-content-length", "ratelimit", "retry-after", "www-authenticate"}
+    assert wanted <= set(exposed)

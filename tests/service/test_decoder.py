@@ -21,8 +21,8 @@ from ironclip.errors import DeadlineExceeded, ImageInvalid, NotReady, Overloaded
 from ironclip.preprocessing import Preprocessing
 from service import telemetry
 from service.containers import read_container
-from service.decode_pace import Claim, DecodePace, read_claim
-from service.decoder import ImageDecoder, decode_threads
+from service.decode_pace import Claim, DecodePace, decode_threads, read_claim
+from service.decoder import ImageDecoder
 from service.images import ImageLimits, decode
 from service.urgency import BATCH, CURRENT, INTERACTIVE, Urgency
 from tests.service.conftest import ServiceProcess, metric, picture, until
@@ -360,12 +360,14 @@ def test_the_pace_is_learnt_by_format() -> None:
 
 def test_threads_are_no_more_than_memory_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A container of 4 GiB on a host of 64 cores: 64 pictures of 25 million pixels at once would take 22 GB."""
-    monkeypatch.setattr("service.decoder.usable_cpus", lambda: 64)
-    monkeypatch.setattr("service.decoder.usable_memory", lambda: 4 << 30)
-    assert decode_threads(LIMITS) == 3
-    assert decode_threads(ImageLimits(max_pixels=1_000_000)) == 64
-    monkeypatch.setattr("service.decoder.usable_memory", lambda: 256 << 20)
-    assert decode_threads(LIMITS) == 1
+    monkeypatch.setattr("service.decode_pace.usable_cpus", lambda: 64)
+    monkeypatch.setattr("service.decode_pace.usable_memory", lambda: 4 << 30)
+    assert decode_threads(LIMITS.max_pixels) == 3
+    assert decode_threads(1_000_000) == 64
+    assert decode_threads(1_000_000, processes=8) == 8
+    assert decode_threads(LIMITS.max_pixels, processes=8) == 1
+    monkeypatch.setattr("service.decode_pace.usable_memory", lambda: 256 << 20)
+    assert decode_threads(LIMITS.max_pixels) == 1
 
 
 def test_large_pictures_are_refused_in_time_where_the_model_has_nothing_to_do(

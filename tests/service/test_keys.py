@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from starlette.routing import Route
 from starlette.testclient import TestClient
 from structlog.testing import capture_logs
@@ -377,6 +377,21 @@ def test_a_service_without_keys_is_as_open_as_ever_and_says_so_once(
         assert client.get("/metrics").status_code == 200
         assert client.get("/nowhere").status_code == 404
     assert [line["log_level"] for line in log if "no API keys" in line["event"]] == [level]
+
+
+@pytest.mark.parametrize("secret", ["", "m" * 32])
+def test_a_redis_whose_values_are_not_signed_is_told_of(tiny_artifact: Path, tmp_path: Path, secret: str) -> None:
+    settings = Settings(
+        encoders={"tiny": str(tiny_artifact)},
+        dtype="float32",
+        state_dir=tmp_path,
+        redis_url=SecretStr("redis://127.0.0.1:1"),
+        redis_mac_key=SecretStr(secret),
+    )
+    with capture_logs() as log, TestClient(create_app(settings)):
+        pass
+    said = [line["log_level"] for line in log if "IRONCLIP_REDIS_MAC_KEY" in line["event"]]
+    assert said == ([] if secret else ["warning"])
 
 
 def test_metrics_have_a_port_of_their_own_and_nothing_else_is_on_it(locked: Locked) -> None:

@@ -274,3 +274,15 @@ def test_graphs_answer_alike_under_load(make: Callable[[], Encoder]) -> None:
         await served.stop()
 
     asyncio.run(scenario())
+
+
+def test_a_tower_that_loses_a_row_gives_nobody_another_ones(
+    tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pictures of two views: three features would be cut into wrong rows without a word."""
+    tower = ImageTower(tiny_encoder, 4)
+    defence = make_defence("cola", {"views": 2})
+    whole = tiny_encoder.encode_image
+    monkeypatch.setattr(tower.encoder, "encode_image", lambda pixels: whole(pixels)[: len(pixels) // 2])
+    with pytest.raises(RuntimeError, match="2 features for 4 views"):
+        tower.run([ImageJob(picture, defence) for picture in pictures(2, side=tiny_encoder.resolution)])
