@@ -163,11 +163,13 @@ class Encoder(nn.Module):
                     # A row of open_clip's that is not full cannot have been cut; counting would read it again.
                     full = not isinstance(self.tokenizer, open_clip.SimpleTokenizer) or bool(row[-1])
                     if full and (count := self._count(text)) > self.context_length:
-                        raise LabelError(
+                        error = LabelError(
                             f"A text has {count} tokens, this encoder reads {self.context_length}: shorten "
-                            f"{text[:60]!r}, or set truncate.",
+                            f"{text[:60]!r}.",
                             limit=self.context_length,
                         )
+                        error.may_be_cut = True
+                        raise error
         return tokens
 
     def count_tokens(self, text: str) -> int:

@@ -101,10 +101,15 @@ class ImageTooLarge(ImageError):
 
 
 class LabelError(InputError):
-    """The labels, prompts, descriptions or templates cannot be used."""
+    """The labels, prompts, descriptions or templates cannot be used.
+
+    Attributes:
+        may_be_cut: a text has more tokens than the encoder reads; who offers to cut it may say so.
+    """
 
     code = "labels-invalid"
     title = "The labels cannot be used"
+    may_be_cut = False
 
 
 class TooManyLabels(LabelError):

@@ -22,6 +22,7 @@ from torch import nn
 from ironclip import artifact
 from ironclip.encoder import Encoder
 from ironclip.errors import ArtifactError, ChecksumMismatch, OptionError, UnknownEncoder
+from ironclip.foreign import check_model_cfg, check_weights, no_foreign_code
 from ironclip.translation import first_line, offline_where_unreachable, translated
 from ironclip.unfilled import Unfilled
 
@@ -62,7 +63,8 @@ def load_encoder(
 ) -> Encoder:
     """Load an encoder in float32, in eval mode, its weights not requiring gradients.
 
-    One encoder is loaded at a time: open_clip and the hub's client keep state that threads would share.
+    One encoder is loaded at a time: open_clip and the hub's client keep state that threads would share. No code that
+    comes with an encoder is run, and weights in a pickle are read only where no safetensors of open_clip's lie beside.
 
     Args:
         spec: `demo` or another shipped name; an artifact's folder; `MODEL/PRETRAINED_TAG` as open_clip lists
@@ -77,7 +79,7 @@ def load_encoder(
         WeightsUnavailable: the weights cannot be fetched.
         ChecksumMismatch: a file or the whole encoder is not the one that was pinned.
         ArchitectureMismatch: the weights do not fit the architecture.
-        ArtifactError: the files cannot be read, or say what open_clip cannot build.
+        ArtifactError: the files cannot be read, say what open_clip cannot build, or would run code of their own.
         OptionError: there is no such device.
     """
     spec = spec.strip()
@@ -181,8 +183,10 @@ def _load(source: _Source, cache_dir: str | None) -> Encoder:
         meta = artifact.read_meta(source.folder)
         artifact.verify(source.folder, meta)
     unreachable = nullcontext() if source.folder is not None else offline_where_unreachable()
-    with translated(source.spec, local=source.folder is not None), unreachable:
+    with translated(source.spec, local=source.folder is not None), unreachable, no_foreign_code(source.spec):
         model_cfg = _model_cfg(source, cache_dir)
+        check_model_cfg(source.spec, model_cfg)
+        check_weights(source.spec, folder=source.folder, hub=source.hub, cache_dir=cache_dir)
         model_cfg["quick_gelu"] = source.quick_gelu or bool(model_cfg.get("quick_gelu", False))
         # require_pretrained: without it a hub name whose weights are missing comes back with random ones. What it loads
         # it loads strictly.
@@ -191,6 +195,7 @@ def _load(source: _Source, cache_dir: str | None) -> Encoder:
                 source.name,
                 pretrained=source.tag,
                 require_pretrained=True,
+                pretrained_text=False,
                 cache_dir=cache_dir,
                 quick_gelu=model_cfg["quick_gelu"],
             )
@@ -249,7 +254,8 @@ def _load_random(spec: str) -> Encoder:
             f"open_clip's models: {', '.join(open_clip.list_models())}."
         )
     source = _Source(spec, name)
-    with translated(spec, local=True), torch.random.fork_rng(devices=[]):
+    check_model_cfg(spec, get_model_config(name))
+    with translated(spec, local=True), torch.random.fork_rng(devices=[]), no_foreign_code(spec):
         torch.manual_seed(int(seed or 0))
         model = open_clip.create_model(name, pretrained_text=False)
         tokenizer = open_clip.get_tokenizer(name)
@@ -291,5 +297,5 @@ def _check_config(folder: Path) -> None:
         raise ArtifactError(f"{path} is not readable JSON: {str(error)[:200]}.") from error
     if not _is_config(content):
         raise ArtifactError(f"{path} has no model_cfg with embed_dim, vision_cfg and text_cfg.")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")) and not any(folder.glob("*.pt*")):
+    if not any(any(folder.glob(f"*{suffix}")) for suffix in (".safetensors", ".bin", ".pth")):
         raise ArtifactError(f"{folder} holds no weights; {artifact.WEIGHTS_FILE} is missing.")

@@ -100,6 +100,13 @@ def warnings(probe: Probe, *, resized: bool | None = None) -> list[dict[str, str
             f"The defence {defence.name!r} has no exact gradient; the attack went around it (BPDA). A stronger one "
             "may exist."
         )
+    judged = probe.target.served.defence
+    if judged.optimising:
+        found["optimises-at-inference"] = (
+            f"The defence {judged.name!r} takes gradients of its own for each picture. Attacks that are not made for "
+            "such a defence, AutoAttack's too, are known to find too little, and pictures that fool the bare encoder "
+            "often fool it as well (Croce et al. 2022): do not trust robust_to."
+        )
     if probe.exhausted:
         found["unfinished"] = f"The probe ended early ({probe.exhausted}): radii in state unknown were not decided."
     if any(0 < eps * options.scale * 255 < 1 for eps in options.eps):

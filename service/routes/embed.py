@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -37,6 +39,8 @@ TextOutcome = Floats | IronclipError
 
 
 _NO_DEFENCE = make_defence()
+# Unicode's categories Cc and Cs, without tabs and line breaks.
+_UNREADABLE = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 # Media types of the answer, the usual one last.
 FORMS = (BYTES, NPY, JSON)
 
@@ -207,15 +211,18 @@ async def embed_images(
 
 
 async def embed_texts(
-    request: Request, served: ServedEncoder, texts: Sequence[str], truncate: bool, stages: Stages
+    request: Request, served: ServedEncoder, texts: Sequence[str], truncate: bool | None, stages: Stages
 ) -> list[TextOutcome]:
-    """Unit vectors of texts; one that cannot be used has its error in its place."""
+    """Unit vectors of texts; one that cannot be used has its error in its place.
+
+    A text that is too long is cut where `truncate` is true; it is None where the route has no such option.
+    """
     if not texts:
         return []
     errors = _faults(texts, service_of(request).settings.max_text_chars)
     good = [text for i, text in enumerate(texts) if i not in errors]
     with stages.time("model"):
-        found = await served.encode_texts(good, truncate=truncate) if good else []
+        found = await served.encode_texts(good, truncate=bool(truncate)) if good else []
     fault, vectors = fault_of(found), iter(found)
     if fault is not None:
         raise fault
@@ -224,6 +231,8 @@ async def embed_texts(
         outcome = errors[i] if i in errors else next(vectors)
         if isinstance(outcome, IronclipError):
             outcome.pointer = f"/texts/{i}"
+            if truncate is not None and isinstance(outcome, LabelError) and outcome.may_be_cut:
+                outcome.detail += " Or set truncate, which cuts it."
             outcomes.append(outcome)
         elif isinstance(outcome, Tensor):
             outcomes.append(unit(outcome.numpy()))
@@ -239,13 +248,21 @@ def check_texts(texts: Sequence[str], limit: int) -> None:
 
 
 def check_text(text: str, limit: int, pointer: str) -> None:
-    """Raise LabelError for a text that is empty or has too many characters; tokens are counted later."""
-    if not text.strip():
-        raise LabelError("A text is empty.", pointer=pointer)
+    """Raise LabelError for a text that could be no label's prompt; tokens are counted later.
+
+    It is what `ironclip.labels` refuses: too many characters, nothing that can be seen, control characters and lone
+    surrogates. But a text may have several lines: to a tokenizer tabs and line breaks are spaces.
+    """
     if len(text) > limit:
         raise LabelError(
             f"A text of {len(text)} characters; at most {limit} are allowed.", pointer=pointer, limit=limit
         )
+    text = text.strip()
+    if all(unicodedata.category(c) in ("Cf", "Zs") for c in text):
+        raise LabelError("A text is empty.", pointer=pointer)
+    bad = _UNREADABLE.search(text)
+    if bad is not None:
+        raise LabelError(f"A text holds the character U+{ord(bad[0]):04X}, which no prompt can have.", pointer=pointer)
 
 
 def unit(vector: Floats) -> Floats:

@@ -23,6 +23,8 @@ from service.vector_forms import converted, encoded
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
+_TURN = 16  # texts whose tokens are counted in one go
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -60,13 +62,13 @@ async def openai_embeddings(request: Request) -> Response:
         [uri for _, uri in inputs.images], service.image_limits, service.settings.max_images
     )
 
-    async def work() -> dict[int, Any]:
+    async def work() -> tuple[dict[int, Any], int]:
         _raise_first([picture.error for picture in pictures], [place for place, _ in inputs.images])
         texts, defence = [text for _, text in inputs.texts], image_defence(request, served, None, None)
         async with meter_of(request).paid(points_of(pictures, defence, texts)):
             vectors, items = await together(
                 [
-                    embed_texts(request, served, texts, False, stages),
+                    embed_texts(request, served, texts, None, stages),
                     embed_images(request, served, pictures, stages, defence),
                 ]
             )
@@ -79,11 +81,9 @@ async def openai_embeddings(request: Request) -> Response:
         for (place, _), item in zip(inputs.images, items, strict=True):
             assert item.vector is not None
             found[place] = item.vector
-        return found
+        return found, await _count_tokens(served, texts)
 
-    vectors = await deadline.within(work())
-    count = served.encoder.count_tokens
-    tokens = await asyncio.to_thread(lambda: sum(count(text) for _, text in inputs.texts))
+    vectors, tokens = await deadline.within(work())
     content = {
         "object": "list",
         "model": served.name,
@@ -110,6 +110,18 @@ async def openai_models(request: Request) -> Response:
 async def openai_model(request: Request, model: str) -> Response:
     """One served encoder, as OpenAI describes a model."""
     return json_response(_model(service_of(request).models.stable(model)))
+
+
+async def _count_tokens(served: ServedEncoder, texts: Sequence[str]) -> int:
+    """Tokens of all texts, a few at a time: a thread cannot be cancelled, and the caller may go."""
+    tokens = 0
+    for start in range(0, len(texts), _TURN):
+        tokens += await asyncio.to_thread(_tokens_in, served, texts[start : start + _TURN])
+    return tokens
+
+
+def _tokens_in(served: ServedEncoder, texts: Sequence[str]) -> int:
+    return sum(served.encoder.count_tokens(text) for text in texts)
 
 
 def split_input(value: object) -> Inputs:

@@ -57,8 +57,10 @@ def test_trimmed_text_equals_padded_text(tiny_encoder: Encoder) -> None:
 def test_over_long_text_is_refused_with_its_count(tiny_encoder: Encoder) -> None:
     text = "dog " * 22  # and start and end: exactly the context
     assert tiny_encoder.tokenize([text]).shape == (1, 24)
-    with pytest.raises(LabelError, match="25 tokens"):
+    with pytest.raises(LabelError, match="25 tokens") as refused:
         tiny_encoder.tokenize([text + "dog"])
+    assert refused.value.may_be_cut
+    assert "truncate" not in refused.value.detail  # whether there is such an option, the caller knows
     assert tiny_encoder.tokenize([text + "dog"], truncate=True).shape == (1, 24)
 
 

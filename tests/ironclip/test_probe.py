@@ -173,6 +173,7 @@ def test_the_attack_sees_the_defence(tiny: Encoder, name: str) -> None:
         codes = {warning["code"] for warning in found["warnings"]}
         assert ("draws-known" in codes) == classifier.defence.random
         assert ("approximate-gradient" in codes) != classifier.defence.differentiable
+        assert ("optimises-at-inference" in codes) == (name == "ttc")
         if "artefacts" in found:
             broken += 1
             assert answer(classifier, found["artefacts"]["adversarial"]) != found["label"]
@@ -181,11 +182,13 @@ def test_the_attack_sees_the_defence(tiny: Encoder, name: str) -> None:
 
 def test_an_attack_that_does_not_see_the_defence_says_so(tiny: Encoder) -> None:
     labels = LabelSet.parse(NAMES)
-    bare, defended = (Classifier(tiny, labels, defence=make_defence(name)) for name in ("none", "cola"))
-    for target, adaptive in ((Target(bare, defended), False), (Target(defended), True)):
+    bare, cola, ttc = (Classifier(tiny, labels, defence=make_defence(name)) for name in ("none", "cola", "ttc"))
+    for target, adaptive in ((Target(bare, cola), False), (Target(cola), True), (Target(bare, ttc), False)):
         found = probe(target, pictures(1)[0], ProbeOptions(eps=(2,), attack={"name": "pgd", "iterations": 1}))
         assert found["attack"]["adaptive"] is adaptive
-        assert ("transfer" in {warning["code"] for warning in found["warnings"]}) is not adaptive
+        codes = {warning["code"] for warning in found["warnings"]}
+        assert ("transfer" in codes) is not adaptive
+        assert ("optimises-at-inference" in codes) is (target.served is ttc)  # of what is served, whoever is attacked
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -11,10 +13,16 @@ import openai
 import pytest
 import torch
 from PIL import Image
+from starlette.testclient import TestClient
 
 from ironclip.encoder import Encoder
+from ironclip.errors import LabelError
+from ironclip.labels import LabelSet
 from ironclip.loading import load_encoder
 from ironclip.preprocessing import to_float
+from service.app import create_app
+from service.routes.embed import check_text
+from service.settings import Settings
 from service.vector_forms import converted
 from tests.service.conftest import ServiceProcess, as_base64, picture
 
@@ -191,6 +199,84 @@ def test_a_long_text_is_refused_or_cut_as_asked(client: httpx.Client, encoder: E
     cut = client.post("/embed", json={"texts": [fits, over, "short"], "truncate": True}).json()["texts"]
     np.testing.assert_allclose(cut[0]["embedding"], cut[1]["embedding"], atol=1e-6)
     np.testing.assert_allclose(cut[2]["embedding"], text_vector(encoder, "short"), atol=1e-5)
+
+
+def test_to_cut_a_text_is_advised_only_where_that_can_be_asked_for(client: httpx.Client) -> None:
+    over = "dog " * 40
+    tensor = {"name": "texts", "datatype": "BYTES", "shape": [1], "data": [over]}
+    with_option = {
+        "/embed": client.post("/embed", json={"texts": [over]}).json()["texts"][0]["error"]["detail"],
+        "/v2": client.post("/v2/models/tiny/infer", json={"inputs": [tensor]}).json()["error"],
+    }
+    without = {
+        "/v1": client.post("/v1/embeddings", json={"input": over}).json()["error"]["message"],
+        "/classify": client.post("/classify", json={"image": uri(picture(7)), "labels": [over]}).json()["detail"],
+    }
+    for detail in (*with_option.values(), *without.values()):
+        assert "tokens" in detail, detail
+    assert all("set truncate" in detail for detail in with_option.values()), with_option
+    assert not any("truncate" in detail for detail in without.values()), without
+
+
+@pytest.mark.parametrize("bad", ["\x00", "a\x00b", "a\x1bb", "a\x7fb", "a\x9fb", "", " \u200b", "\u202e\u200d"])
+def test_a_text_that_no_label_could_be_is_refused(client: httpx.Client, bad: str) -> None:
+    label = client.post("/classify", json={"image": uri(picture(8)), "labels": ["a", bad]}).json()
+    embedded = client.post("/embed", json={"texts": ["fine", bad]}).json()["texts"]
+    assert "embedding" in embedded[0]
+    assert embedded[1]["error"]["detail"] == label["detail"]
+    assert embedded[1]["error"]["errors"][0]["pointer"] == "/texts/1"
+    answer = client.post("/v1/embeddings", json={"input": ["fine", bad]})
+    assert answer.status_code == 422
+    assert answer.json()["error"]["param"] == "input.1"
+    assert label["detail"] in answer.json()["error"]["message"]
+
+
+def test_a_text_may_have_several_lines_and_joined_emoji(client: httpx.Client, encoder: Encoder) -> None:
+    """To a tokenizer a line break is a space; U+200D joins the emoji."""
+    texts = ["a dog\r\non a\tlawn", "a dog on a lawn", "👩\u200d🌾 in a field"]
+    found = [item["embedding"] for item in client.post("/embed", json={"texts": texts}).json()["texts"]]
+    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+    np.testing.assert_allclose(found[2], text_vector(encoder, texts[2]), atol=1e-5)
+
+
+def test_characters_are_refused_as_in_labels() -> None:
+    """All of the first plane, but for what ends a line or a column, which a label cannot hold."""
+    for code in range(0x10000):
+        text = f"a{chr(code)}b"
+        try:
+            LabelSet.parse([text])
+            wanted = True
+        except LabelError:
+            wanted = text[1] in "\t\n\v\f\r"
+        try:
+            check_text(text, 3, "/texts/0")
+            found = True
+        except LabelError:
+            found = False
+        assert found is wanted, hex(code)
+
+
+def test_tokens_are_counted_within_the_deadline(
+    tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[str] = []
+
+    def count_tokens(self: Encoder, text: str) -> int:
+        counted.append(text)
+        time.sleep(0.1)
+        return 3
+
+    settings = Settings(encoders={"tiny": str(tiny_artifact)}, dtype="float32", state_dir=tmp_path)
+    with TestClient(create_app(settings)) as client:
+        while client.get("/readyz").status_code != 200:
+            time.sleep(0.05)
+        texts = [f"text {i}" for i in range(100)]
+        monkeypatch.setattr(Encoder, "count_tokens", count_tokens)
+        answer = client.post("/v1/embeddings", json={"input": texts}, headers={"x-request-timeout-ms": "2000"})
+        assert answer.status_code == 504
+        assert answer.json()["error"]["code"] == "deadline-exceeded"
+        time.sleep(1.7)  # the texts under way
+        assert 0 < len(counted) <= 48
 
 
 @pytest.mark.parametrize(
