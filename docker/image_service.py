@@ -20,7 +20,7 @@ USER = 10001
 HARDENED = ("--read-only", "--cap-drop=all", "--security-opt=no-new-privileges")
 TMP = "--tmpfs=/tmp:rw,size=256m,mode=1777,nosuid,nodev,noexec"
 VOLUMES = ("/var/lib/ironclip", "/var/cache/ironclip", "/artifacts")
-DRAIN_SECONDS = 20
+DRAIN_SECONDS = 30
 HEALTH = ("/opt/venv/bin/python", "-I", "/app/healthcheck.py")
 _PYTHON = "/opt/venv/bin/python"
 

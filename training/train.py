@@ -21,14 +21,18 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from ironclip.artifact import META_FILE
 from ironclip.attacks import Problem, WhiteBox, drive
 from ironclip.classifier import Classifier
+from ironclip.errors import IronclipError
+from ironclip.loading import load_encoder
 from ironclip.resources import usable_cpus
 from training.ahead import ahead
-from training.checkpoint import NonFiniteLoss, save_checkpoint
+from training.checkpoint import NonFiniteLoss, load_checkpoint, save_checkpoint
+from training.config import from_mapping
 from training.methods.base import Batch
 from training.recipe import RobustConfig
-from training.robust_run import Run, Stretch, make_fabric, start
+from training.robust_run import MAY_CHANGE, Run, Stretch, _check_same, comparable, essence, make_fabric, start
 from training.runlog import RunLog
 from training.schedule import warmup_cosine
 from training.sources import StepBatch, step_batches
@@ -147,8 +151,31 @@ def _asked_to_stop(fabric: Fabric) -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def _finished(config: RobustConfig, folder: Path) -> bool:
+    """Whether the run is at its last step and its artifact lies there whole.
+
+    Raises:
+        CheckpointError: as for a run that goes on: it was made with another config, base or proxy.
+    """
+    artifact = folder / "artifact"
+    if not (artifact / META_FILE).is_file():
+        return False  # most runs: their checkpoint is not read twice
+    checkpoint = load_checkpoint(folder / "checkpoint.pt", comparable(config), MAY_CHANGE)
+    if checkpoint is None or checkpoint["step"] < checkpoint.get("steps", math.inf):
+        return False
+    specs = {"base": config.base, "proxy": config.proxy}
+    _check_same(checkpoint, {what: load_encoder(specs[what]).digest for what in checkpoint.get("made_of", {})}, folder)
+    try:
+        # Loading checks the files. The folder may hold what an earlier run left there.
+        made = dict(load_encoder(str(artifact)).provenance["config"])
+        steps = made.pop("steps_done")
+        return bool(steps == checkpoint["steps"] and essence(from_mapping(RobustConfig, made)) == essence(config))
+    except (IronclipError, KeyError):
+        return False
+
+
 def train(config: RobustConfig, folder: Path, fabric: Fabric | None = None) -> Path:
-    """Train to the end and write the artifact; goes on from the folder's checkpoint.
+    """Train to the end and write the artifact; goes on from the folder's checkpoint, and leaves a finished run alone.
 
     Args:
         config: the resolved config; also written to ``folder/config.json``.
@@ -163,6 +190,9 @@ def train(config: RobustConfig, folder: Path, fabric: Fabric | None = None) -> P
     fabric = fabric or make_fabric()
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable_cpus()))
+    if _finished(config, folder):
+        fabric.print(f"{folder} is finished: its artifact is left as it is")
+        return folder / "artifact"
     run = start(config, folder, fabric)
     first = fabric.is_global_zero
     log = RunLog(folder, run.step, run.steps, first)

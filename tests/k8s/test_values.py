@@ -8,13 +8,16 @@ import subprocess
 import sys
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
 from docs import chart as documents
-from tests.k8s.conftest import CHART, ROOT, Chart
+from service.settings import Settings
+from tests.k8s.conftest import CHART, ROOT, Chart, only
 
 FOUR: dict[str, Any] = {"replicaCount": 4, "redis.mode": "internal"}
+ROUTE: dict[str, Any] = {"httpRoute.enabled": True, "httpRoute.parentRefs": [{"name": "public"}]}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"replicaCount": 2, "redis.mode": "internal", "dtype": "auto"}, "at '/dtype': value must be one of 'float32'"),
     ({"autoscaling.enabled": True, "redis.mode": "internal", "dtype": "auto"}, "at '/dtype': value must be one of"),
@@ -36,6 +39,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"settings.redis_url": "redis://u:p@h"}, "at '/settings': additional properties 'redis_url' not allowed"),
     ({"settings.drain_seconds": 5}, "at '/settings': additional properties 'drain_seconds' not allowed"),
     ({"encoders": []}, "at '/encoders': minItems"),
+    ({"encoders": None}, "missing property 'encoders'"),
     ({"encoders": {"a": "demo"}}, "at '/encoders': got object, want array"),
     ({"encoders": [{"name": "default", "spec": "demo"}]}, "at '/encoders/0/name'"),
     ({"encoders": [{"name": "Ä", "spec": "demo"}]}, "at '/encoders/0/name'"),
@@ -78,6 +82,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"training.method": "simclr"}, "at '/training/method'"),
     ({"training.overrides": ["--steps"]}, "at '/training/overrides/0'"),
     ({"training.run": "../other"}, "at '/training/run'"),
+    ({"redis": {"mode": "internal", "internal": {"maxmemory": "700mb"}}}, "needs a memory limit half as large again"),
+    ({"settings.request_timeout_ms": 30001}, "drain.seconds (30) is less than the longest request"),
+    ({"drain.seconds": 20}, "drain.seconds (20) is less than the longest request"),
+    ({**ROUTE, "drain.seconds": 90, "settings.request_timeout_ms": 61000}, "the gateway would give up first"),
+    ({**ROUTE, "httpRoute.requestTimeout": "29s999ms"}, "httpRoute.requestTimeout (29s999ms) is less than"),
+    ({"service.nodePort": 30080}, "service.nodePort is for service.type=NodePort or LoadBalancer"),
+    ({"service.externalTrafficPolicy": "Local"}, "service.externalTrafficPolicy is for service.type=NodePort or"),
+    ({"service": {"type": "NodePort", "loadBalancerClass": "a/b"}}, "is for service.type=LoadBalancer"),
+    ({"service.loadBalancerSourceRanges": ["203.0.113.1"]}, "at '/service/loadBalancerSourceRanges/0'"),
+    ({"autoscaling.keda.authModes": "bearer"}, "needs autoscaling.keda.authenticationRef"),
+    ({"autoscaling.keda.authModes": "token"}, "at '/autoscaling/keda/authModes'"),
+    ({"autoscaling.keda.authenticationKind": "Secret"}, "at '/autoscaling/keda/authenticationKind'"),
+    ({"networkPolicy.dnsPorts": []}, "at '/networkPolicy/dnsPorts': minItems"),
+    ({"training.tmp.sizeLimit": "lots"}, "at '/training/tmp/sizeLimit'"),
 ]
 
 
@@ -86,6 +104,30 @@ def test_bad_values_are_refused_with_a_reason(chart: Chart, values: dict[str, An
     said = chart.refusal(values)
     assert text in said
     assert "nil pointer" not in said
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"redis": {"mode": "internal", "internal": {"maxmemory": "682mb"}}},
+        {"redis": {"mode": "internal", "internal": {"maxmemory": "1gb", "resources": {"limits": {"memory": "1.5Gi"}}}}},
+        {"redis": {"mode": "internal", "internal": {"maxmemory": "1000", "resources": {"limits": {"memory": 1500}}}}},
+        {"settings.request_timeout_ms": 20000, "drain.seconds": 20},
+        {**ROUTE, "httpRoute.requestTimeout": "30s"},
+        {**ROUTE, "drain.seconds": 90, "settings.request_timeout_ms": 90000, "httpRoute.requestTimeout": "1m30s"},
+        {**ROUTE, "httpRoute.requestTimeout": "0s"},
+    ],
+    ids=str,
+)
+def test_values_at_the_border_are_accepted(chart: Chart, values: dict[str, Any]) -> None:
+    chart.render(values)
+
+
+def test_the_longest_request_is_the_services_own(chart: Chart) -> None:
+    """The chart holds the drain to a default that stands in the service's settings."""
+    default = Settings.model_fields["request_timeout_ms"].default
+    assert yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))["drain"]["seconds"] * 1000 == default
+    assert f"request_timeout_ms, {default})" in chart.refusal({"drain.seconds": (default - 1) / 1000})
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -140,12 +182,28 @@ def test_the_readmes_commands_are_accepted_by_helm(chart: Chart) -> None:
         line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "helm upgrade --install" in line
     ]
     assert len(commands) >= 4
+    installed: set[str] = set()
     for command in commands:
         arguments = command.split("#")[0].split()[3:]
         assert arguments[1] == "k8s/ironclip", command
-        kept = [a for a in arguments if a not in ("--create-namespace", "--wait")]
+        # An upgrade by --set alone would take away what the page gave the release before: its keys, its Redis.
+        assert arguments[0] not in installed or {"-f", "--reset-then-reuse-values"} & set(arguments), command
+        installed.add(arguments[0])
+        kept = [a for a in arguments if a not in ("--create-namespace", "--wait", "--reset-then-reuse-values")]
         result = chart.run("template", *kept)
         assert result.returncode == 0, f"{command}\n{result.stderr}"
+
+
+def test_the_readmes_manifests_are_valid() -> None:
+    text = (ROOT / "k8s" / "README.md").read_text(encoding="utf-8")
+    applied = re.findall(r"kubectl apply -f - <<END[^\n]*\n(.*?)^END$", text, flags=re.MULTILINE | re.DOTALL)
+    assert applied
+    for manifest in applied:
+        kubernetes_validate.validate(yaml.safe_load(manifest), "1.34", strict=True)
+    files = re.findall(r"(?:apply|-f) -?f? ?([\w./-]+\.yaml)", text)
+    assert files
+    for file in files:
+        assert (ROOT / file).is_file(), file
 
 
 def test_versions_are_the_projects() -> None:
@@ -163,3 +221,33 @@ def test_notes_tell_what_is_missing(chart: Chart) -> None:
     closed = chart.run(*arguments, "--values", str(CHART / "ci" / "production-values.yaml"))
     assert "there are no API keys" not in closed.stdout
     assert "clip.example.com" in closed.stdout.partition("NOTES:")[2]
+    default = chart.run(*arguments, "--set", "service.type=LoadBalancer").stdout
+    assert "the Service is a LoadBalancer" in default
+    named = ["--set-json", 'networkPolicy.ingressFrom=[{"ipBlock": {"cidr": "203.0.113.0/24"}}]']
+    assert "the Service is a" not in chart.run(*arguments, "--set", "service.type=LoadBalancer", *named).stdout
+    assert "the Service is a" not in open_to_all.stdout
+    assert "KEDA asks Prometheus" not in closed.stdout
+    unwatched = [
+        "--values",
+        str(CHART / "ci" / "production-values.yaml"),
+        "--set",
+        "metrics.serviceMonitor.enabled=false",
+    ]
+    assert 'service="rel-ironclip-metrics"' in chart.run(*arguments, *unwatched).stdout.partition("NOTES:")[2]
+
+
+def test_the_service_can_be_reached_from_outside(chart: Chart) -> None:
+    given: dict[str, Any] = {
+        "type": "LoadBalancer",
+        "nodePort": 30080,
+        "externalTrafficPolicy": "Local",
+        "loadBalancerSourceRanges": ["203.0.113.0/24"],
+        "loadBalancerClass": "example.com/internal",
+    }
+    manifests = chart.render({f"service.{key}": value for key, value in given.items()})
+    service = only(manifests, "Service", "rel-ironclip")
+    kubernetes_validate.validate(service, "1.34", strict=True)
+    (port,) = service["spec"]["ports"]
+    assert port["nodePort"] == given.pop("nodePort")
+    assert given.items() <= service["spec"].items()
+    assert set(only(chart.render(), "Service", "rel-ironclip")["spec"]) == {"type", "selector", "ports"}

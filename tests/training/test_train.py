@@ -189,6 +189,47 @@ def test_a_run_does_not_go_on_over_an_exchanged_base(
         train(load_recipe("fare", str(config_file), overrides), tmp_path / "run")
 
 
+def test_a_finished_run_is_left_alone(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that is made again after its end must not write an artifact anew that is being served."""
+    run, overrides = tmp_path / "run", ["evaluate_count=0", "steps=2"]
+    config = load_recipe("fare", str(config_file), overrides)
+
+    def written() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+
+    artifact = train(config, run)
+    before = written()
+    monkeypatch.setattr("training.train.start", lambda *_: pytest.fail("a finished run was set up"))
+    for again in (config, replace(config, log_every=1, data=replace(config.data, workers=1))):
+        assert train(again, run) == artifact
+    assert written() == before
+    assert capsys.readouterr().out.count("is finished") == 2
+    with pytest.raises(CheckpointError, match="another learning_rate"):
+        train(replace(config, learning_rate=0.5), run)
+
+
+@pytest.mark.parametrize("fault", ["weights", "config", "steps", "checkpoint"])
+def test_a_run_without_its_whole_artifact_is_not_finished(fault: str, config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = load_recipe("fare", str(config_file), ["evaluate_count=0", "steps=2"])
+    artifact = train(config, run)
+    meta = json.loads((artifact / "ironclip.json").read_text(encoding="utf-8"))
+    content = json.loads(json.dumps(meta))
+    if fault == "weights":
+        (artifact / "open_clip_model.safetensors").write_bytes(b"torn")
+    elif fault == "checkpoint":
+        state = torch.load(run / "checkpoint.pt", weights_only=True)
+        torch.save({**state, "step": 1}, run / "checkpoint.pt")
+        (artifact / "open_clip_model.safetensors").unlink()
+    else:  # what an earlier run left in the folder
+        content["config"] |= {"seed": 7} if fault == "config" else {"steps_done": 1}
+        (artifact / "ironclip.json").write_text(json.dumps(content), encoding="utf-8")
+    assert train(config, run) == artifact
+    assert load_encoder(str(artifact)).provenance["config"] == meta["config"]
+
+
 def test_a_torn_line_of_the_log_does_not_cost_the_artifact(config_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

@@ -32,6 +32,12 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 {{- end }}
 {{- end -}}
 
+{{/* Labels of pods that a new version of the chart must not start anew. Call as selectorLabels. */}}
+{{- define "ironclip.podLabels" -}}
+{{ include "ironclip.selectorLabels" . }}
+app.kubernetes.io/part-of: ironclip
+{{- end -}}
+
 {{/* Call with (dict "image" .Values.image "default" .Chart.AppVersion). */}}
 {{- define "ironclip.image" -}}
 {{- if .image.digest -}}
@@ -87,6 +93,34 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 {{- int64 (ceil (addf .Values.drain.delaySeconds .Values.drain.seconds .Values.drain.marginSeconds)) -}}
 {{- end -}}
 
+{{/* Longest time for one request in milliseconds: the setting, else the service's own default. */}}
+{{- define "ironclip.requestTimeout" -}}
+{{- .Values.settings.request_timeout_ms | default 30000 | int64 -}}
+{{- end -}}
+
+{{/* Milliseconds of a duration such as 1m30s. */}}
+{{- define "ironclip.milliseconds" -}}
+{{- $factors := dict "ms" 1 "s" 1000 "m" 60000 "h" 3600000 -}}
+{{- $total := 0 -}}
+{{- range regexFindAll "[0-9]+(ms|s|m|h)" . -1 -}}
+{{- $number := regexFind "^[0-9]+" . -}}
+{{- $total = add $total (mul ($number | int64) (get $factors (trimPrefix $number .))) -}}
+{{- end -}}
+{{- $total -}}
+{{- end -}}
+
+{{/* Bytes of a quantity as Kubernetes (10Gi) or Redis (512mb) writes it. */}}
+{{- define "ironclip.bytes" -}}
+{{- $units := dict
+  "" 1 "b" 1 "kb" 1024 "mb" 1048576 "gb" 1073741824
+  "m" 0.001 "k" 1000 "M" 1000000 "G" 1000000000 "T" 1000000000000 "P" 1000000000000000 "E" 1000000000000000000
+  "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "Pi" 1125899906842624 "Ei" 1152921504606846976
+-}}
+{{- $text := include "ironclip.text" . -}}
+{{- $number := regexFind "^[0-9.]+" $text -}}
+{{- mulf $number (get $units (trimPrefix $number $text)) | int64 -}}
+{{- end -}}
+
 {{/* A setting's value as the environment holds it. Not toString: 64 MiB would become 6.7108864e+07. */}}
 {{- define "ironclip.text" -}}
 {{- if kindIs "string" . }}{{ . }}{{ else }}{{ toJson . }}{{ end -}}
@@ -113,11 +147,15 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 {{- join ", " $names -}}
 {{- end -}}
 
-{{/* Tolerations of a list and of the GPU's own taint. Call with (dict "tolerations" ... "gpu" "nvidia.com/gpu"). */}}
+{{/* Tolerations of a list and of the GPU's own taint. Nodes whose GPUs are handed out in parts (nvidia.com/mig-...) are
+     tainted nvidia.com/gpu too. Call with (dict "tolerations" ... "gpu" "nvidia.com/gpu"). */}}
 {{- define "ironclip.tolerations" -}}
 {{- $all := .tolerations -}}
 {{- if .gpu -}}
-{{- $all = append $all (dict "key" .gpu "operator" "Exists" "effect" "NoSchedule") -}}
+{{- $whole := ternary "nvidia.com/gpu" .gpu (hasPrefix "nvidia.com/" .gpu) -}}
+{{- range list .gpu $whole | uniq -}}
+{{- $all = append $all (dict "key" . "operator" "Exists" "effect" "NoSchedule") -}}
+{{- end -}}
 {{- end -}}
 {{- with $all -}}
 {{- toYaml . -}}

@@ -31,9 +31,21 @@
 {{- end -}}
 {{- end -}}
 
-{{/* Call with (dict "resources" ... "gpu" "nvidia.com/gpu" or "" "count" 1). */}}
+{{/* Bytes that the pod may put on the node's disk; small folders and those in memory apart. */}}
+{{- define "ironclip.diskBytes" -}}
+{{- $v := .Values -}}
+{{- $hub := ternary $v.hub.sizeLimit "0" (and $v.hub.enabled (not $v.hub.cacheClaim)) -}}
+{{- $models := ternary $v.models.init.sizeLimit "0" (eq $v.models.source "init") -}}
+{{- add (include "ironclip.bytes" $hub | int64) (include "ironclip.bytes" $models | int64) -}}
+{{- end -}}
+
+{{/* Call with (dict "resources" ... "gpu" "nvidia.com/gpu" or "" "count" 1), and "disk" with bytes of it or without. */}}
 {{- define "ironclip.resources" -}}
 {{- $resources := deepCopy .resources -}}
+{{- if gt (int64 .disk) 0 -}}
+{{- /* Else the node may be full of others' files before these are written, and the pod is evicted for it. */ -}}
+{{- $_ := set $resources "requests" (merge (default dict $resources.requests) (dict "ephemeral-storage" .disk)) -}}
+{{- end -}}
 {{- if and .gpu (gt (int .count) 0) -}}
 {{- $_ := set $resources "limits" (merge (dict .gpu (int .count)) (default dict $resources.limits)) -}}
 {{- end -}}

@@ -8,6 +8,11 @@
 {{- .Values.training.runs.existingClaim | default (printf "%s-runs" (include "ironclip.fullname" .)) -}}
 {{- end -}}
 
+{{/* "yes" where torchrun starts the processes. */}}
+{{- define "ironclip.torchrun" -}}
+{{- if or (gt (int .Values.training.nodes) 1) (gt (int .Values.training.processesPerNode) 1) }}yes{{ end -}}
+{{- end -}}
+
 {{/* JSON list of the command. torchrun takes an option that begins like one of its own for itself: hence --folder. */}}
 {{- define "ironclip.trainingCommand" -}}
 {{- $t := .Values.training -}}
@@ -29,7 +34,11 @@
 {{- $gpu := ternary $t.gpuResource "" (gt (int $t.gpusPerNode) 0) -}}
 metadata:
   labels:
-    {{- include "ironclip.labels" (dict "root" $root "component" "training") | nindent 4 }}
+    {{- /* What changes with the chart's version would start another job in the same run folder. */}}
+    {{- include "ironclip.podLabels" (dict "root" $root "component" "training") | nindent 4 }}
+    {{- with $t.podLabels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
   {{- with $t.podAnnotations }}
   annotations:
     {{- toYaml . | nindent 4 }}
@@ -49,6 +58,9 @@ spec:
   {{- with $t.priorityClassName }}
   priorityClassName: {{ . }}
   {{- end }}
+  {{- if and $gpu $v.gpu.runtimeClassName }}
+  runtimeClassName: {{ $v.gpu.runtimeClassName }}
+  {{- end }}
   {{- with $t.nodeSelector }}
   nodeSelector:
     {{- toYaml . | nindent 4 }}
@@ -66,12 +78,20 @@ spec:
       image: {{ include "ironclip.image" (dict "image" $t.image "default" $root.Chart.AppVersion) }}
       imagePullPolicy: {{ $t.image.pullPolicy }}
       command: {{ include "ironclip.trainingCommand" $root }}
+      {{- with $t.extraEnvFrom }}
+      envFrom:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
       env:
         - {name: HOME, value: /tmp}
         - {name: XDG_CACHE_HOME, value: /tmp/.cache}
         - {name: MPLCONFIGDIR, value: /tmp/matplotlib}
         {{- /* Weights from a hub lie with the runs, so that a restarted pod has them. */}}
         - {name: HF_HOME, value: {{ trimSuffix "/" $t.runs.mountPath }}/.cache}
+        {{- if include "ironclip.torchrun" $root }}
+        {{- /* torchrun would kill its processes after 30 seconds, however long the pod may take to save. */}}
+        - {name: TORCH_ELASTIC_SHUTDOWN_TIMEOUT, value: {{ max 1 (sub $t.terminationGracePeriodSeconds 15) | quote }}}
+        {{- end }}
         {{- if not $v.hub.enabled }}
         - {name: HF_HUB_OFFLINE, value: "1"}
         {{- end }}
@@ -94,9 +114,12 @@ spec:
         {{- if $t.data.existingClaim }}
         - {name: data, mountPath: {{ $t.data.mountPath }}, readOnly: true}
         {{- end }}
+        {{- with $t.extraVolumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
   volumes:
     - name: tmp
-      emptyDir: {medium: Memory, sizeLimit: {{ $v.tmp.sizeLimit }}}
+      emptyDir: {medium: Memory, sizeLimit: {{ $t.tmp.sizeLimit }}}
     - name: shm
       emptyDir: {medium: Memory, sizeLimit: {{ $t.sharedMemory }}}
     - name: runs
@@ -104,5 +127,8 @@ spec:
     {{- if $t.data.existingClaim }}
     - name: data
       persistentVolumeClaim: {claimName: {{ $t.data.existingClaim }}, readOnly: true}
+    {{- end }}
+    {{- with $t.extraVolumes }}
+    {{- toYaml . | nindent 4 }}
     {{- end }}
 {{- end -}}
