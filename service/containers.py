@@ -18,6 +18,8 @@ from service.jpeg_container import read_jpeg
 ACCEPTED = "JPEG, PNG and WebP are accepted"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _MAX_PNG_CHUNKS, _MAX_WEBP_CHUNKS = 20_000, 256
+# What a WebP's VP8X says of the rest, by bits.
+_WEBP_ANIMATED, _WEBP_ALPHA, _WEBP_PROFILE = 0x02, 0x10, 0x20
 _PNG_CHUNK_NAME = re.compile(rb"[A-Za-z]{4}")
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 
@@ -147,17 +149,19 @@ def _read_webp(data: bytes, limits: ImageLimits) -> Container:
     end = 8 + int.from_bytes(data[4:8], "little")
     if end > len(data) or end < 20:
         raise ImageInvalid("The WebP is truncated, or its length is wrong.")
-    found = Container("WEBP", 0, 0, data[:end])
-    position, frames, canvas = 12, 0, None
+    found, keep = Container("WEBP", 0, 0, b""), list[bytes]()
+    position, frames, flags, canvas = 12, 0, 0, None
     for _ in range(_MAX_WEBP_CHUNKS):
         if position + 8 > end:
             break
         name, length = data[position : position + 4], int.from_bytes(data[position + 4 : position + 8], "little")
-        body, position = data[position + 8 : position + 8 + min(length, 1 << 16)], position + 8 + length
+        start, position = position + 8, position + 8 + length
+        body = data[start : min(position, start + (1 << 16))]
         if position > end:
             raise ImageInvalid("The WebP is truncated, or a chunk's length is wrong.")
-        position += length & 1
-        if name in (b"ANIM", b"ANMF") or (name == b"VP8X" and body[:1] and body[0] & 0x02):
+        if name == b"VP8X":
+            flags = body[0] if body else 0
+        if name in (b"ANIM", b"ANMF") or flags & _WEBP_ANIMATED:
             raise ImageUnsupported("Animated WebPs are not accepted; send one frame.")
         if name == b"VP8X" and len(body) == 10:
             canvas = 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
@@ -168,10 +172,24 @@ def _read_webp(data: bytes, limits: ImageLimits) -> Container:
             limits.check_size(found.width, found.height)
         elif name == b"EXIF":
             found.info.setdefault("exif", body)
+        elif name == b"ICCP" and flags & _WEBP_PROFILE:
+            found.info["icc_profile"] = b"not read"
+        if name in (b"VP8X", b"ALPH", b"VP8 ", b"VP8L"):
+            keep.append(_webp_chunk(name, data[start:position]))
+        position += length & 1
     if position < end or frames != 1 or (canvas is not None and canvas != (found.width, found.height)):
         raise ImageInvalid("The WebP is corrupt: it must hold one frame of its own size.")
+    kept = b"WEBP" + b"".join(keep)
+    found.data = b"RIFF" + len(kept).to_bytes(4, "little") + kept
     note_trailing(found, data, end)
     return found
+
+
+def _webp_chunk(name: bytes, body: bytes) -> bytes:
+    """A chunk as the decoder gets it: a VP8X tells of no other chunks than those that are kept."""
+    if name == b"VP8X" and body:
+        body = bytes((body[0] & _WEBP_ALPHA,)) + body[1:]
+    return name + len(body).to_bytes(4, "little") + body + b"\0" * (len(body) & 1)
 
 
 def _webp_frame_size(name: bytes, body: bytes) -> tuple[int, int]:

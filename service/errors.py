@@ -11,7 +11,7 @@ from service.settings import SettingsInvalid
 
 
 class BodyMalformed(lib.InputError):
-    """The body is not what its Content-Type says: not JSON, not UTF-8, or not a multipart form."""
+    """The body is not what its Content-Type says (JSON, UTF-8, a multipart form), or the query is not UTF-8."""
 
     code = "body-malformed"
     title = "The body cannot be read"
@@ -47,6 +47,13 @@ class ContentEncodingUnsupported(lib.InputError):
 
     code = "content-encoding-unsupported"
     title = "The content encoding is not supported"
+
+
+class ImageTypeMismatch(lib.ImageUnsupported):
+    """The media type that is declared for the picture is not that of its bytes, or not one that is accepted."""
+
+    code = "image-type-mismatch"
+    title = "The image is not of the declared type"
 
 
 class ImageUrlRefused(lib.ImageError):
@@ -248,6 +255,7 @@ STATUS: dict[type[lib.IronclipError], int] = {
     MediaTypeUnsupported: 415,
     NotAcceptable: 406,
     ContentEncodingUnsupported: 415,
+    ImageTypeMismatch: 415,
     ImageUrlRefused: 422,
     ImageUrlFailed: 424,
     RouteNotFound: 404,

@@ -9,29 +9,28 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
-from python_multipart.multipart import parse_options_header
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartParser
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from torch import Tensor
 
 from ironclip.errors import ImageError, InputTooLarge, IronclipError
 from service.container import ImageLimits
 from service.containers import sniff
 from service.errors import BodyMalformed, MediaTypeUnsupported, RequestInvalid
+from service.form_parts import PICTURES, Part, read_parts
 from service.headers import header
-from service.images import bytes_digest, check_declared_type, is_url, parse_data
+from service.images import bytes_digest, check_declared_type, is_image_type, is_url, parse_data
 from service.problems import from_validation
+from service.settings import Settings
 
 M = TypeVar("M", bound=BaseModel)
 
 _ACCEPTED = "application/json, multipart/form-data, image/jpeg, image/png or image/webp"
 # Bodies larger than this are taken apart in a thread: base64 and SHA-256 would hold up the event loop.
 _THREAD_BYTES = 1 << 20
-_MAX_FIELDS = 10_000
 # Values in one JSON text at most. A parser keeps the interpreter to itself from the first byte to the last, in a
 # thread too, and makes a hundred bytes of memory out of three: so they are counted, by their commas, before it runs.
 _MAX_VALUES = 500_000
@@ -117,7 +116,7 @@ async def read_ask(request: Request, model: type[M], options: type[M], limits: I
         return await _read_multipart(request, options, limits, max_images)
     if is_raw(kind):
         data = await request.body()
-        asked, size = await _read_fields(options, request.query_params.multi_items())
+        asked, size = await _read_fields(options, _query(request))
         digest = getattr(request.state, "body_digest", "")
         picture = await off_loop(len(data), picture_from_bytes, data, kind, limits, "", digest)
         return Ask(asked, [picture], True, size)
@@ -127,6 +126,14 @@ async def read_ask(request: Request, model: type[M], options: type[M], limits: I
     pointer = "/image" if one is not None else "/images/{}"
     size = len(await request.body()) - sum(map(len, texts))
     return Ask(asked, await pictures_from_text(texts, limits, max_images, pointer), one is not None, size)
+
+
+def _query(request: Request) -> list[tuple[str, str]]:
+    """The query parameters; the framework would put a replacement character for what is not UTF-8."""
+    try:
+        return parse_qsl(request.scope["query_string"].decode(), keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError:
+        raise BodyMalformed("The query parameters are not UTF-8 (percent-encoded).") from None
 
 
 async def pictures_from_text(
@@ -143,34 +150,15 @@ async def pictures_from_text(
 
 
 async def _read_multipart(request: Request, options: type[M], limits: ImageLimits, max_images: int) -> Ask[M]:
-    _, parameters = parse_options_header(request.headers["content-type"])
-    if parameters.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
-        # The form parser would decode the fields by any codec that Python has, those that write escapes among them.
-        raise BodyMalformed("The texts of a form are read as UTF-8; leave the charset out.")
-    parser = _InMemoryParser(
-        request.headers,
-        request.stream(),
-        max_files=max_images,
-        max_fields=_MAX_FIELDS,
-        max_part_size=1 << 22,
-    )
-    try:
-        items = (await parser.parse()).multi_items()
-    except (IronclipError, ClientDisconnect):
-        raise
-    except Exception as error:
-        # The form parser meets raw bytes and has no closed set of exceptions; whatever it raises, the form is bad.
-        if getattr(error, "message", "").startswith("Too many files"):
-            raise InputTooLarge(f"At most {max_images} images fit into one request.", limit=max_images) from None
-        raise BodyMalformed("The multipart form cannot be read.") from None
     fields: list[tuple[str, str]] = []
     pictures: list[Picture] = []
     single = False
-    for name, value in items:
-        if name not in ("image", "images"):
-            if not isinstance(value, str):
+    for part in await read_parts(request, _part_limits(request, max_images)):
+        name = part.name
+        if name not in PICTURES:
+            if part.is_file:
                 raise RequestInvalid(f"The field {name[:60]!r} is a file; only image and images are files.")
-            fields.append((name, value))
+            fields.append((name, part.take_text()))
             continue
         if name == "image" and pictures:
             raise RequestInvalid("The field image came more than once, or beside images; send several as images.")
@@ -178,20 +166,27 @@ async def _read_multipart(request: Request, options: type[M], limits: ImageLimit
             raise RequestInvalid("Give exactly one of image and images.")
         single = name == "image"
         pointer = "/image" if single else f"/images/{len(pictures)}"
-        if isinstance(value, UploadFile):
-            data = await value.read()
-            pictures.append(await off_loop(len(data), picture_from_bytes, data, value.content_type, limits, pointer))
-        else:
-            pictures.append(picture_from_text(value, limits, pointer))
+        pictures.append(await off_loop(part.size, _picture_from_part, part, limits, pointer))
     if not pictures:
         raise RequestInvalid("The form has no image: add a file field called image, or several called images.")
     asked, size = await _read_fields(options, fields)
     return Ask(asked, pictures, single, size)
 
 
-class _InMemoryParser(MultiPartParser):
-    # The body is bounded, and what a caller sends does not belong on this machine's disk.
-    spool_max_size = 1 << 40
+def _part_limits(request: Request, max_images: int) -> dict[str, tuple[int, str]]:
+    """How many parts of one name a form may have: no more than its options are allowed."""
+    settings: Settings = request.app.state.service.settings
+    return {
+        "images": (max_images, "IRONCLIP_MAX_IMAGES" if max_images == settings.max_images else ""),
+        "labels": (settings.max_labels, "IRONCLIP_MAX_LABELS"),
+        "texts": (settings.max_texts, "IRONCLIP_MAX_TEXTS"),
+    }
+
+
+def _picture_from_part(part: Part, limits: ImageLimits, pointer: str) -> Picture:
+    if part.is_file:
+        return picture_from_bytes(part.take(), part.kind, limits, pointer)
+    return picture_from_text(part.take_text(), limits, pointer)
 
 
 def _fields(items: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -289,8 +284,8 @@ def is_json(kind: str) -> bool:
 
 
 def is_raw(kind: str) -> bool:
-    """Whether a body of this media type is the picture itself."""
-    return kind.startswith("image/") or kind == "application/octet-stream"
+    """Whether a body of this media type is the picture itself, of a format that is read."""
+    return is_image_type(kind)
 
 
 def _check_count(count: int, limit: int) -> None:

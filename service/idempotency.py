@@ -1,8 +1,9 @@
 """Keys that make a request safe to send again: the second with the same `Idempotency-Key` begins nothing new.
 
 After draft-ietf-httpapi-idempotency-key-header-07. Only where a request leaves something behind that goes on by
-itself: a probe that is answered 202. A key lives as long as what it began, is its tenant's own, and with a Redis is
-known to every replica; while Redis is away, to its own alone.
+itself: a probe that is answered 202. A key stands for what it began for a day, or as long as that is known where this
+is longer: a queue that delivers a request once more after hours starts nothing that is paid for again. It is its
+tenant's own, and with a Redis known to every replica; while Redis is away, to its own alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from redis.asyncio import Redis
 
@@ -26,6 +27,8 @@ HEADER = "Idempotency-Key"
 REPLAYED = "Idempotent-Replayed"
 _CALL = 1.0  # for one call to Redis, seconds
 _MARGIN = 1.0  # beyond the time in which the first request has to be taken in
+_DAY = 24 * 3600
+_MOST = 20_000  # keys kept in this process, about half a kilobyte each; each of them began a probe
 # A string of RFC 8941 without escapes, as the draft has it; or the same without its quotes, as most send it.
 _FORM = re.compile(r'"([\x20\x21\x23-\x5b\x5d-\x7e]{1,255})"|([\x21\x23-\x7e]{1,255})')
 
@@ -49,12 +52,22 @@ class Claim:
         digest: of the request.
         identity: of what it began, or would begin.
         repeated: another request came first.
+        begun: what is of this id has begun, so if it is not known now it has been forgotten.
     """
 
     place: str
     digest: str
     identity: str
     repeated: bool = False
+    begun: bool = False
+
+
+class Kept(NamedTuple):
+    """A claim as Redis has it from when its request has begun something: where, what, and for how many seconds."""
+
+    place: str
+    entry: bytes
+    seconds: int
 
 
 class Claims:
@@ -65,12 +78,20 @@ class Claims:
         prefix: of every key there.
         secret: signs entries, so that another writer to Redis cannot plant any; may be empty.
         lives: whether what a tenant's request began, by its id, is still known in this process.
+        most: keys kept in this process at most; the oldest make way.
     """
 
-    def __init__(self, link: RedisLink | None, prefix: str, secret: bytes, lives: Callable[[str, str], bool]) -> None:
-        self._link, self._prefix, self._lives = link, prefix, lives
+    def __init__(
+        self,
+        link: RedisLink | None,
+        prefix: str,
+        secret: bytes,
+        lives: Callable[[str, str], bool],
+        most: int = _MOST,
+    ) -> None:
+        self._link, self._prefix, self._lives, self._most = link, prefix, lives, most
         self._seal = Seal(secret, b"idempotency")
-        # Until when, by the monotonic clock, a key is kept that has begun nothing yet.
+        # Each with the time, by the monotonic clock, until which it is kept; the oldest first.
         self._own: dict[tuple[str, str], tuple[Claim, float]] = {}
 
     async def claim(self, tenant: str, key: str, digest: str, identity: str, seconds: float) -> Claim:
@@ -89,19 +110,20 @@ class Claims:
         Raises:
             IdempotencyKeyReused: the key came with another request before.
         """
-        self._drop()
         name = hashlib.sha256(key.encode()).hexdigest()
         place = f"{self._prefix}:tenant:{tenant}:idempotency:{name}" if tenant else f"{self._prefix}:idempotency:{name}"
         mine = Claim(place, digest, identity)
-        known = self._own.get((tenant, place))
+        known = self._known(tenant, place)
         if known is None:
+            self._own.pop((tenant, place), None)
+            self._drop()
             until = seconds + _MARGIN
             self._own[tenant, place] = (mine, time.monotonic() + until)
             holds = await self._shared(mine, until)
             if holds.repeated:  # it is another replica's
                 self._own.pop((tenant, place), None)
         else:
-            holds = replace(known[0], repeated=True)
+            holds = replace(known, repeated=True)
         if holds.digest != digest:
             raise IdempotencyKeyReused(
                 f"This {HEADER} came with another request before. A key is for one request and its repetitions: "
@@ -120,22 +142,36 @@ class Claims:
             with contextlib.suppress(RedisUnavailable):
                 await self._link.call(delete, timeout=_CALL)
 
+    def keep(self, tenant: str, claim: Claim) -> Kept:
+        """Let a key stand for what its request has begun; returns what the other replicas are to find."""
+        begun = replace(claim, begun=True)
+        self._own.pop((tenant, claim.place), None)
+        self._own[tenant, claim.place] = (begun, time.monotonic() + _DAY)
+        return Kept(claim.place, self._entry(begun), _DAY)
+
+    def _known(self, tenant: str, place: str) -> Claim | None:
+        """The claim that this process keeps under a key."""
+        claim, until = self._own.get((tenant, place), (None, 0.0))
+        if claim is not None and time.monotonic() > until and not self._lives(claim.identity, tenant):
+            return None
+        return claim
+
     def _drop(self) -> None:
-        """Forget keys of what is not known any more."""
-        now = time.monotonic()
-        gone = [
-            place
-            for place, (claim, until) in self._own.items()
-            if now > until and not self._lives(claim.identity, place[0])
-        ]
-        for place in gone:
-            del self._own[place]
+        """Forget the oldest keys, as long as they stand for nothing any more or there are too many."""
+        while self._own:
+            tenant, place = next(iter(self._own))
+            if len(self._own) < self._most and self._known(tenant, place) is not None:
+                return
+            del self._own[tenant, place]
+
+    def _entry(self, claim: Claim) -> bytes:
+        return self._seal.close(claim.place, json.dumps([claim.digest, claim.identity, claim.begun]).encode())
 
     async def _shared(self, mine: Claim, seconds: float) -> Claim:
         """The claim that holds among all replicas; this one where Redis has none, or is away."""
         if self._link is None:
             return mine
-        entry = self._seal.close(mine.place, json.dumps([mine.digest, mine.identity]).encode())
+        entry = self._entry(mine)
 
         async def put(redis: Redis) -> bytes | None:
             if await redis.set(mine.place, entry, nx=True, px=round(1000 * seconds)):
@@ -149,9 +185,9 @@ class Claims:
             return mine
         with contextlib.suppress(NotSigned, ValueError, RecursionError, TypeError):
             if found is not None:
-                digest, identity = json.loads(self._seal.open(mine.place, found))
+                digest, identity, begun = json.loads(self._seal.open(mine.place, found))
                 if isinstance(digest, str) and isinstance(identity, str):
-                    return Claim(mine.place, digest, identity, repeated=True)
+                    return Claim(mine.place, digest, identity, repeated=True, begun=begun is True)
         return mine
 
 

@@ -26,6 +26,7 @@ from ironclip.errors import (
 from ironclip.preprocessing import Preprocessing
 from service.container import Container, ImageLimits
 from service.containers import ACCEPTED, read_container, sniff
+from service.errors import ImageTypeMismatch
 
 __all__ = ["DecodedImage", "ImageLimits", "bytes_digest", "decode", "parse_data", "pixels_digest"]
 
@@ -78,7 +79,8 @@ def decode(
         declared_type: MIME type that the sender claims, if any; it must agree with the bytes.
 
     Raises:
-        ImageInvalid, ImageUnsupported, ImageTooLarge: see `read_container`; nothing else is raised.
+        ImageInvalid, ImageUnsupported, ImageTooLarge: see `read_container`; nothing else is raised. A declared type
+            that is another is an ImageUnsupported too (ImageTypeMismatch).
     """
     limits.check_bytes(len(data))
     check_declared_type(sniff(data), declared_type)
@@ -113,15 +115,20 @@ def _decode_checked(container: Container, preprocessing: Preprocessing) -> Decod
 
 
 def check_declared_type(actual: str, declared_type: str | None) -> None:
-    """Raise ImageUnsupported if a declared MIME type is not that of the format found in the bytes."""
+    """Raise ImageTypeMismatch if a declared MIME type is not that of the format found in the bytes."""
     declared = (declared_type or "").partition(";")[0].strip().lower()
     if declared in _NO_CLAIM:
         return
     expected = _MIME_FORMATS.get(declared)
     if expected is None:
-        raise ImageUnsupported(f"The declared type is not accepted; {ACCEPTED}.")
+        raise ImageTypeMismatch(f"The declared type is not accepted; {ACCEPTED}.")
     if expected != actual:
-        raise ImageUnsupported(f"The declared type is {declared}, but the bytes are {actual}.")
+        raise ImageTypeMismatch(f"The declared type is {declared}, but the bytes are {actual}.")
+
+
+def is_image_type(kind: str) -> bool:
+    """Whether a media type (lower case, without parameters) is that of pictures that are read, or claims nothing."""
+    return kind in _MIME_FORMATS or kind in ("image/*", "application/octet-stream")
 
 
 def parse_data(text: str, limits: ImageLimits) -> tuple[bytes, str | None]:

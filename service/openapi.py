@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -19,6 +20,7 @@ from service import answer_schemas as answers
 from service import oip_schemas, probe_schemas, schemas
 from service.access import ACCESS
 from service.access import operation as operation_name
+from service.answer_examples import ACCEPTED, ANSWERS
 from service.errors import problem_types
 from service.operations import GIVEN, OPERATIONS, Json, Operation, ref
 from service.problems import PROBLEM_JSON
@@ -70,7 +72,15 @@ _MODELS: tuple[type[BaseModel], ...] = (
 )
 _IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp", "application/octet-stream")
 _BINARY: Json = {"type": "string", "format": "binary"}
-_REQUEST_ID: Json = {"description": "Names this request in the log and in problems.", "schema": {"type": "string"}}
+# Of every answer, whatever its status.
+_HEADERS: Json = {
+    "X-Request-Id": {"description": "Names this request in the log and in problems."},
+    "traceparent": {"description": "W3C trace context of this request."},
+    "Server-Timing": {"description": "Milliseconds of each stage, where there was work."},
+    "RateLimit": {"description": 'Of a limited API key: points left, and seconds until all are, `"points";r=;t=`.'},
+    "RateLimit-Policy": {"description": 'Of a limited API key: points at most, and seconds, `"points";q=;w=`.'},
+}
+_RETRY_AFTER: Json = {"description": "Seconds.", "schema": {"type": "integer"}}
 _SCHEMES: Json = {
     "bearer": {
         "type": "http",
@@ -82,15 +92,15 @@ _SCHEMES: Json = {
 
 
 class _WithoutNull(GenerateJsonSchema):
-    """What may be left out is left out here, not sent as null."""
-
-    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
-        return self.generate_inner(schema["schema"])
+    """What may be left out is left out here, not sent as null; what is always there may be null."""
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
-        if schema.get("default", 0) is None:
-            return self.generate_inner(schema["schema"])
-        return super().default_schema(schema)
+        if schema.get("default", 0) is not None:
+            return super().default_schema(schema)
+        inner: Any = schema["schema"]
+        while inner["type"].startswith("function-"):  # validators, which take nothing from the form
+            inner = inner["schema"]
+        return self.generate_inner(inner["schema"] if inner["type"] == "nullable" else schema["schema"])
 
 
 def document(app: FastAPI) -> Json:
@@ -120,6 +130,7 @@ def _document(app: FastAPI) -> Json:
     spec["components"] = {
         "schemas": definitions,
         "responses": {f"Problem{status}": _problem_response(status) for status in statuses},
+        "headers": {name: {**about, "schema": {"type": "string"}} for name, about in _HEADERS.items()},
     }
     spec["components"]["securitySchemes"] = _SCHEMES
     for path, methods in spec["paths"].items():
@@ -136,15 +147,16 @@ def _lock(item: Json, scopes: Sequence[str], openai: bool) -> None:
     item["security"] = [{}, *({scheme: [scope]} for scheme in _SCHEMES for scope in scopes)]
     for status in (401, 403):
         shape = {"$ref": f"#/components/responses/Problem{status}"}
-        item["responses"][str(status)] = _openai_response() if openai else shape
+        item["responses"][str(status)] = _openai_response(status) if openai else shape
 
 
 def _complete(item: Json, operation: Operation, definitions: Json) -> None:
-    item["responses"] = {str(status): _given(operation, status) for status in operation.gives}
+    name = item["operationId"]
+    item["responses"] = {str(status): _given(name, operation, status) for status in operation.gives}
     for status in operation.problems:
         shape = {"$ref": f"#/components/responses/Problem{status}"}
         item["responses"][str(status)] = (
-            _openai_response() if operation.openai else _oip_response() if operation.oip else shape
+            _openai_response(status) if operation.openai else _oip_response(status) if operation.oip else shape
         )
     if operation.body:
         item["requestBody"] = _request_body(operation, definitions)
@@ -157,19 +169,28 @@ def _complete(item: Json, operation: Operation, definitions: Json) -> None:
             parameter["schema"] = {"type": "string", "minLength": 1}
 
 
-def _given(operation: Operation, status: int) -> Json:
+def _given(name: str, operation: Operation, status: int) -> Json:
     """One answer that is no problem."""
-    given: Json = {"description": GIVEN[status]}
+    given: Json = {"description": GIVEN[status], "headers": {**_everywhere(), **operation.headers}}
     if status in (204, 304):
         return given
-    given["headers"] = {"X-Request-Id": _REQUEST_ID, **operation.headers}
     if status == 202:
-        given["content"] = {"application/json": {"schema": operation.accepted}}
+        given["headers"] |= operation.accepted_headers
+        given["content"] = {"application/json": {"schema": operation.accepted, **_example(ACCEPTED, name)}}
     else:
-        given["content"] = {operation.answer_type: {"schema": operation.answer}}
+        given["content"] = {operation.answer_type: {"schema": operation.answer, **_example(ANSWERS, name)}}
         for form in (*operation.forms, *(["application/octet-stream"] if operation.binary else [])):
             given["content"][form] = {"schema": _BINARY}
     return given
+
+
+def _everywhere() -> Json:
+    """The headers of every answer."""
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in _HEADERS}
+
+
+def _example(of: Json, name: str) -> Json:
+    return {"example": of[name]} if name in of else {}
 
 
 def _request_body(operation: Operation, definitions: Json) -> Json:
@@ -235,24 +256,30 @@ def _problem_response(status: int) -> Json:
         }
         for kind in kinds
     }
-    response: Json = {
+    return {
         "description": "; ".join(f"`{kind['code']}`" for kind in kinds),
+        "headers": _problem_headers(status),
         "content": {PROBLEM_JSON: {"schema": ref("Problem"), "examples": examples}},
     }
+
+
+def _problem_headers(status: int) -> Json:
+    headers = _everywhere()
     if status in (409, 429, 503):
-        response["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+        headers["Retry-After"] = _RETRY_AFTER
     if status in (401, 403):
-        response["headers"] = {"WWW-Authenticate": {"description": "RFC 6750.", "schema": {"type": "string"}}}
-    return response
+        headers["WWW-Authenticate"] = {"description": "RFC 6750.", "schema": {"type": "string"}}
+    return headers
 
 
-def _openai_response() -> Json:
-    return {"description": "OpenAI's error object.", "content": {"application/json": {"schema": ref("OpenAIError")}}}
+def _openai_response(status: int) -> Json:
+    content = {"application/json": {"schema": ref("OpenAIError")}}
+    return {"description": "OpenAI's error object.", "headers": _problem_headers(status), "content": content}
 
 
-def _oip_response() -> Json:
-    schema = ref("OipError")
-    return {"description": "The protocol's error object.", "content": {"application/json": {"schema": schema}}}
+def _oip_response(status: int) -> Json:
+    content = {"application/json": {"schema": ref("OipError")}}
+    return {"description": "The protocol's error object.", "headers": _problem_headers(status), "content": content}
 
 
 def _openai_error() -> Json:

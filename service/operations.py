@@ -41,6 +41,7 @@ class Operation:
         options: what a bare picture's query and a form have beside the picture.
         accepted: schema of a 202.
         headers: of the answer.
+        accepted_headers: of a 202, besides.
         parameters: of the request.
         openai, oip: whether it speaks OpenAI's API, or the Open Inference Protocol.
         binary: whether body and answer may have binary data behind the JSON.
@@ -55,6 +56,7 @@ class Operation:
     gives: tuple[int, ...] = (200,)
     accepted: Json | None = None
     headers: Json = field(default_factory=dict)
+    accepted_headers: Json = field(default_factory=dict)
     parameters: list[Json] = field(default_factory=list)
     openai: bool = False
     oip: bool = False
@@ -73,6 +75,7 @@ GIVEN = {
 }
 
 _TEXT: Json = {"type": "string"}
+_WHOLE: Json = {"type": "integer", "minimum": 1}
 _KEY: Json = {"type": "string", "minLength": 1, "maxLength": 257}
 _OBJECT: Json = {"type": "object", "additionalProperties": True}
 _READS = (400, 404, 413, 415, 422, 424, 429, 500, 503, 504)
@@ -84,6 +87,8 @@ _CACHED = {
     "Cache-Status": {"description": "RFC 9211.", "schema": {"type": "string"}},
     "X-Ironclip-Encoder": {"description": "The encoder that answered, `name@digest`.", "schema": {"type": "string"}},
 }
+_AGAIN = {"Retry-After": {"description": "Seconds until it is worth asking how it stands.", "schema": _WHOLE}}
+_UNTIL_ENDED = {"Retry-After": {"description": "While it has not ended: seconds.", "schema": _WHOLE}}
 _WHERE = {"Location": {"description": "With 202: where it stands.", "schema": {"type": "string"}}}
 _KNOWN = _header("If-None-Match", "ETags known.")
 _MATCH = [_header("If-Match", "Only if the set is in this version."), _header("If-None-Match", "`*`: only if new.")]
@@ -124,7 +129,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "putLabelSet": Operation(
         ref("LabelSetSummary"),
-        (400, 409, 412, 413, 415, 422, 429, 500, 503),
+        (400, 409, 412, 413, 415, 422, 429, 500, 503, 504),
         "LabelSetDocument",
         gives=(200, 201),
         headers=_ETAG,
@@ -140,6 +145,7 @@ OPERATIONS: dict[str, Operation] = {
         gives=(200, 202),
         accepted=ref("ModelStanding"),
         headers=_WHERE,
+        accepted_headers=_AGAIN,
     ),
     "promoteModel": Operation(ref("ModelStanding"), (404, 500)),
     "deleteCanary": Operation(ref("ModelStanding"), (404, 500)),
@@ -166,17 +172,26 @@ OPERATIONS: dict[str, Operation] = {
         gives=(200, 202),
         accepted=ref("ProbeStarted"),
         headers={"Idempotent-Replayed": {"description": "With 202: `true` of a repetition.", "schema": _TEXT}},
+        accepted_headers={
+            **_WHERE,
+            **_AGAIN,
+            "Preference-Applied": {"description": "`respond-async` (RFC 7240).", "schema": _TEXT},
+        },
         parameters=[
             *_TIMEOUT,
             _header("Prefer", "`respond-async`: answer 202 at once."),
-            _header("Idempotency-Key", "With `respond-async`: a repetition is answered with the first's probe.", _KEY),
+            _header(
+                "Idempotency-Key",
+                "With `respond-async`: for a day a repetition is answered with the first's probe.",
+                _KEY,
+            ),
         ],
     ),
-    "getProbe": Operation(ref("ProbeStanding"), (404, 500)),
-    "cancelProbe": Operation({}, (404, 500), gives=(204,)),
+    "getProbe": Operation(ref("ProbeStanding"), (404, 500, 503), headers=_UNTIL_ENDED),
+    "cancelProbe": Operation({}, (404, 500, 503), gives=(204,)),
     "followProbe": Operation(
         {"type": "string"},
-        (404, 500),
+        (404, 500, 503),
         gives=(200, 204),
         parameters=[_header("Last-Event-ID", "Go on behind this one.")],
         answer_type="text/event-stream",

@@ -19,6 +19,7 @@ from redis.asyncio import Redis
 
 from ironclip.errors import NotReady
 from service.errors import ProbeNotFound
+from service.idempotency import Kept
 from service.probe_job import ENDS, Event, Job
 from service.problems import problem
 from service.redis_link import RedisLink, RedisUnavailable
@@ -62,10 +63,10 @@ class Ledger:
         self._jobs: OrderedDict[tuple[str, str], tuple[Job, float]] = OrderedDict()
         self._mirrors: set[asyncio.Task[None]] = set()
 
-    async def add(self, job: Job, tenant: str = "", beside: str = "") -> None:
+    async def add(self, job: Job, tenant: str = "", beside: Kept | None = None) -> None:
         """Remember a tenant's probe of this process; returns when the other replicas know of it, or cannot.
 
-        What is kept ``beside`` it in Redis, by its key, expires with it.
+        What is kept ``beside`` it in Redis is written with it, and expires no sooner.
         """
         self._make_room()
         self._jobs[tenant, job.id] = (job, time.monotonic())
@@ -177,7 +178,9 @@ class Ledger:
         """Where a probe's events are in Redis; signatures are bound to it."""
         return f"{self._prefix}:tenant:{tenant}:probe:{identity}" if tenant else f"{self._prefix}:probe:{identity}"
 
-    async def _mirror(self, link: RedisLink, job: Job, tenant: str, beside: str, known_of: asyncio.Event) -> None:
+    async def _mirror(
+        self, link: RedisLink, job: Job, tenant: str, beside: Kept | None, known_of: asyncio.Event
+    ) -> None:
         """Write a probe's events to Redis as they come, and look whether somebody wants it cancelled.
 
         `known_of` is set after the first try to write.
@@ -187,8 +190,10 @@ class Ledger:
         async def write(redis: Redis) -> bool:
             pipe = redis.pipeline(transaction=False)
             pipe.hset(key, mapping={event.about: self._signed(key, event) for event in events})
-            for place in filter(None, (key, beside)):
-                pipe.expire(place, self._ttl + round(job.seconds))
+            lives = self._ttl + round(job.seconds)
+            pipe.expire(key, lives)
+            if beside is not None and after == 0:
+                pipe.set(beside.place, beside.entry, ex=max(lives, beside.seconds))
             pipe.set(f"{key}:alive", b"1", ex=_SIGN_SECONDS)
             pipe.delete(f"{key}:doubt")
             pipe.exists(f"{key}:cancel")

@@ -1,15 +1,47 @@
-"""How many probes there may be in one process, and of one tenant."""
+"""How many probes there may be in one process, and of one tenant; which of them begins next, and when."""
 
 from __future__ import annotations
 
+import heapq
 import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
 from typing import Protocol
 from weakref import WeakSet
 
 from ironclip.errors import Overloaded
+from service.probe_job import Job
 
+# Probes that advance side by side in one encoder; more wait.
+ACTIVE = 16
 # Of the probes that run and wait one tenant may have one in so many.
 _TENANT_SHARE = 4
+
+
+def next_of(waiting: Sequence[Job], active: Sequence[Job]) -> Job | None:
+    """Of those that wait the one that begins now: of whoever has the fewest under way, the first that came.
+
+    Whoever has none under way gets a place beyond `ACTIVE` too, or a tenant whose probes have taken all of them would
+    keep the others out until these end. So there are never more than `ACTIVE` and one for each tenant.
+    """
+    under_way = Counter(job.tenant for job in active)
+    first = min(waiting, key=lambda job: under_way[job.tenant], default=None)
+    return first if first is not None and (len(active) < ACTIVE or not under_way[first.tenant]) else None
+
+
+def seconds_until_begun(tenant: str, waiting: Sequence[Job], active: Sequence[Job], used: float = 1.0) -> float:
+    """Until a probe of this tenant that comes now is begun, if each takes so large a share of the time that it may."""
+    if not any(job.tenant == tenant for job in (*waiting, *active)):
+        return 0.0
+    now = time.monotonic()
+    # When each place is free again. What was begun beyond the places has to end before any is.
+    ends = sorted(max(0.0, min(job.started + used * job.seconds, job.deadline) - now) for job in active)
+    places = [0.0] * (ACTIVE - len(ends)) + ends[max(0, len(ends) - ACTIVE) :]
+    heapq.heapify(places)
+    for job in waiting:
+        heapq.heapreplace(places, min(places[0] + used * job.seconds, max(places[0], job.deadline - now)))
+    return places[0]
 
 
 class Holder(Protocol):

@@ -20,11 +20,10 @@ from ironclip.probe.oracle import Piece
 from service import telemetry
 from service.errors import InternalError
 from service.probe_job import Job
-from service.probe_places import Places
+from service.probe_places import Places, next_of, seconds_until_begun
 
-# Probes that advance side by side in one encoder; more wait.
-_ACTIVE = 16
 _END = object()
+_NEWEST = 0.2  # weight of the newest probe in the running mean of how much of their time they use
 
 
 @dataclass
@@ -70,6 +69,7 @@ class Prober:
         self._worked: list[Job] = []  # those that the current step is for
         self._turn = 0  # of the worker's thread: one that was given up has an older one
         self._stopping = self._retiring = False
+        self._used = 1.0  # share of their time that probes use, until some have ended
         self._log = telemetry.get_logger()
         places.add(self)
 
@@ -97,10 +97,10 @@ class Prober:
         every = {id(job): job for job in (*waiting, *filter(None, [beginning]), *list(self._active))}
         return sum(tenant is None or job.tenant == tenant for job in every.values())
 
-    @property
-    def backlog_seconds(self) -> float:
-        """Until a probe that comes now is begun, at most."""
-        return sum(job.seconds for job in list(self._waiting)) / _ACTIVE
+    def backlog_seconds(self, tenant: str) -> float:
+        """Until a probe of this tenant that comes now is begun, as the last ones have used their time."""
+        waiting, beginning, active = list(self._waiting), self._beginning, list(self._active)
+        return seconds_until_begun(tenant, [*filter(None, [beginning]), *waiting], active, self._used)
 
     def submit(self, job: Job) -> None:
         """Take a probe on.
@@ -113,15 +113,16 @@ class Prober:
             if self._stopping:
                 raise _stopping()
             self._sweep()
-            self.places.check(job.tenant, max(1.0, self.backlog_seconds))
+            backlog = self.backlog_seconds(job.tenant)
+            self.places.check(job.tenant, max(1.0, backlog))
             left = max(0.0, job.deadline - time.monotonic())
-            if self.backlog_seconds > left:
+            if backlog > left:
                 raise Overloaded(
-                    f"Probes that wait may take {self.backlog_seconds:.0f} s before this one begins, and its deadline "
-                    f"is {left:.0f} s away: ask with `Prefer: respond-async`, or allow more with X-Request-Timeout-Ms "
+                    f"Probes that run and wait may take {backlog:.0f} s before this one begins, and its deadline is "
+                    f"{left:.0f} s away: ask with `Prefer: respond-async`, or allow more with X-Request-Timeout-Ms "
                     "(within IRONCLIP_REQUEST_TIMEOUT_MS).",
                     limit_name="deadline",
-                    retry_after=max(1.0, self.backlog_seconds - left),
+                    retry_after=max(1.0, backlog - left),
                     limit=round(1000 * left),
                 )
             self._waiting.append(job)
@@ -129,7 +130,7 @@ class Prober:
 
     def check_place(self, tenant: str) -> None:
         """Raise Overloaded where there is no place for one more probe of this tenant, as `submit` would."""
-        self.places.check(tenant, max(1.0, self.backlog_seconds))
+        self.places.check(tenant, max(1.0, self.backlog_seconds(tenant)))
 
     def _sweep(self) -> bool:
         """End what was cancelled while it waited, under the lock; whether there was any."""
@@ -213,9 +214,7 @@ class Prober:
             job, answered = work.takes.popleft()
             self._work_for([job])
             self._guarded(job, lambda: self._take(job, answered))
-        elif self._waiting and len(self._active) < _ACTIVE:
-            self._admit()
-        else:
+        elif not self._admit():
             self._begin_round()
 
     def _work_for(self, jobs: list[Job]) -> None:
@@ -267,17 +266,17 @@ class Prober:
         if not going:
             if job in self._active:
                 self._active.remove(job)
+                self._used += _NEWEST * (min(1.0, (time.monotonic() - job.started) / job.seconds) - self._used)
             self._round.drop(job)
             job.release()
         return going
 
-    def _admit(self) -> None:
+    def _admit(self) -> bool:
+        """Begin one of those that wait; whether there was one, and a place for it."""
         with self._lock:
-            if not self._waiting:
-                return  # cancelled just now, and swept by another that came
-            turn = self._turn
-            # Of whoever has the fewest under way, the first that came.
-            job = min(self._waiting, key=lambda one: sum(other.tenant == one.tenant for other in self._active))
+            job, turn = next_of(self._waiting, self._active), self._turn
+            if job is None:
+                return False
             self._beginning = job  # it counts all the time
             self._waiting.remove(job)
         self._work_for([job])
@@ -287,6 +286,7 @@ class Prober:
                 if begun:
                     self._active.append(job)
                 self._beginning = None
+        return True
 
     def _begin(self, job: Job) -> bool:
         if job.cancelled:

@@ -32,6 +32,7 @@ from service.errors import (
 )
 
 PROBLEM_JSON = "application/problem+json"
+_SOON = 1.0  # seconds after which a 503 that says nothing else may be asked again
 # What is shown of one key of the caller's, and of how many faults any is shown.
 _POINTER_CHARS = 100
 _MAX_FAULTS = 10_000
@@ -56,9 +57,21 @@ def problem(error: lib.IronclipError, request_id: str | None = None) -> dict[str
         body["limit"] = error.limit
     if isinstance(error, lib.Overloaded):
         body["limit_name"] = error.limit_name
-    if isinstance(error, lib.Unavailable) and error.retry_after is not None:
-        body["retry_after_ms"] = round(error.retry_after * 1000)
+    wait = retry_after(error)
+    if wait is not None:
+        body["retry_after_ms"] = round(wait * 1000)
     return body
+
+
+def retry_after(error: lib.IronclipError) -> float | None:
+    """Seconds after which it is worth asking again; None where nobody knows.
+
+    Where the service cannot answer now somebody else may, or itself soon: a 503 without a time would be asked again at
+    once, or never.
+    """
+    if not isinstance(error, lib.Unavailable):
+        return None
+    return _SOON if error.retry_after is None and status_of(error) == 503 else error.retry_after
 
 
 def openai_error(error: lib.IronclipError) -> dict[str, Any]:
@@ -83,8 +96,9 @@ def oip_error(error: lib.IronclipError) -> dict[str, str]:
 def error_response(error: lib.IronclipError, path: str, request_id: str | None) -> Response:
     """Return the response for an error: OpenAI's shape below `/v1`, OIP's below `/v2`, a problem elsewhere."""
     headers: dict[str, str] = {}
-    if isinstance(error, lib.Unavailable) and error.retry_after is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    wait = retry_after(error)
+    if wait is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(wait)))
     if isinstance(error, AccessDenied):
         headers["WWW-Authenticate"] = error.challenge
     if path.startswith("/v1/"):
@@ -159,7 +173,11 @@ async def handle_error(request: Request, error: Exception) -> Response:
 
 
 async def handle_gone(request: Request, error: Exception) -> Response:
-    """Exception handler for a caller who has gone: nobody reads this; 499 is what the log and the metrics call it."""
+    """Exception handler for a caller who has gone: nobody reads this; 499 is what the log and the metrics call it.
+
+    Counted here, where all of them come by: those who broke off while they sent, and those who did not wait.
+    """
+    telemetry.DROPPED.labels("disconnect").inc()
     return Response(status_code=499)
 
 

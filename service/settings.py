@@ -200,7 +200,7 @@ class Settings(BaseSettings):
         description="Longest time for one request; a caller may ask for less with `X-Request-Timeout-Ms`.",
     )
     drain_seconds: float = Field(
-        default=20.0, ge=0, le=600, description="How long requests in flight may run on after a stop signal."
+        default=30.0, ge=0, le=600, description="How long requests in flight may run on after a stop signal."
     )
     drain_delay_seconds: float = Field(
         default=0.0,

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Message
 
 from ironclip.errors import DeadlineExceeded
-from service import telemetry, urgency
+from service import urgency
 from service.errors import RequestInvalid
 from service.forms import Picture
 from service.headers import header
@@ -195,7 +195,6 @@ class Deadline:
             if task in done:
                 return self._result(task)
             if gone in done:
-                telemetry.DROPPED.labels("disconnect").inc()
                 raise ClientDisconnect()
             raise self.exceeded("The answer was not ready")
         finally:

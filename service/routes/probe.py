@@ -43,7 +43,8 @@ async def attack_probe(request: Request) -> Response:
     Give the picture and the labels as for a classification; everything else has a default. The answer has a point for
     each radius that was tried and the bracket `[robust_to, broken_at]`. It is empirical: not a certificate. With
     `Prefer: respond-async` the answer is 202 and the probe is found at `/probes/{id}`; with an `Idempotency-Key` too
-    the request may be sent again, and begins no second one.
+    the request may be sent again within a day, and begins no second one: it is told of the first, also where that is
+    `forgotten` and `/probes/{id}` is 404.
     """
     service, stages = service_of(request), stages_of(request)
     deadline = Deadline(request)
@@ -52,7 +53,7 @@ async def attack_probe(request: Request) -> Response:
     later = "respond-async" in request.headers.get("prefer", "").lower()
     claim = await _claim(request, ask, deadline) if later and not ask.options.dry_run else None
     if claim is not None and claim.repeated:
-        return await _repeated(request, claim.identity)
+        return await _repeated(request, claim)
     bill = Bill(meter_of(request))
     try:
         prober, job, cost = await deadline.within(_prepare(request, ask, bill, claim.identity if claim else ""))
@@ -68,7 +69,8 @@ async def attack_probe(request: Request) -> Response:
         raise
     settled = service.settle(job, bill)
     if later:
-        await service.probes.add(job, caller_of(request).tenant, claim.place if claim else "")
+        tenant = caller_of(request).tenant
+        await service.probes.add(job, tenant, service.claims.keep(tenant, claim) if claim else None)
         return _accepted(job.id, job.status)
     try:
         with stages.time("model"):
@@ -164,18 +166,24 @@ async def _prepare(
     return prober, job, {}
 
 
-async def _repeated(request: Request, identity: str) -> Response:
-    """The answer to who sends a request again whose first began this probe.
+async def _repeated(request: Request, claim: Claim) -> Response:
+    """The answer to who sends a request again whose first began this probe, or is about to.
+
+    A probe that is known no more is named all the same: what was asked for has been done, and is not begun anew.
 
     Raises:
         IdempotencyConflict: the first has not begun it yet.
         NotReady: it is another replica's, and Redis is away.
     """
     try:
-        events = await service_of(request).probes.events(identity, caller_of(request).tenant)
+        events = await service_of(request).probes.events(claim.identity, caller_of(request).tenant)
     except ProbeNotFound:
-        raise still_coming() from None
-    return _accepted(identity, standing(identity, events)["status"], {REPLAYED: "true"})
+        if not claim.begun:
+            raise still_coming() from None
+        status = "forgotten"
+    else:
+        status = standing(claim.identity, events)["status"]
+    return _accepted(claim.identity, status, {REPLAYED: "true"})
 
 
 def _accepted(identity: str, status: str, headers: dict[str, str] | None = None) -> Response:

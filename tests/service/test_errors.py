@@ -24,7 +24,7 @@ from service.app import create_app
 from service.errors import STATUS, error_classes, problem_types, status_of
 from service.problems import error_response, problem
 from service.settings import Settings
-from tests.service.conftest import make_key, write_keys
+from tests.service.conftest import make_key, until, write_keys
 
 LABELS = ["a", "b"]
 # Raised while loading, before there is anybody to answer, or as the process ends; or only ever as one of their
@@ -164,6 +164,8 @@ def classify(small: TestClient, **change: Any) -> httpx.Response:
     [
         ({"image": "####"}, 422, "image-invalid", "/image"),
         ({"image": base64.b64encode(b"GIF89a" + b"\0" * 40).decode()}, 422, "image-unsupported", "/image"),
+        ({"image": f"data:image/jpeg;base64,{GOOD}"}, 415, "image-type-mismatch", "/image"),
+        ({"image": f"data:image/avif;base64,{GOOD}"}, 415, "image-type-mismatch", "/image"),
         ({"image": "https://elsewhere.test/a.png"}, 422, "image-url-refused", "/image"),
         ({"image": "https://localhost:1/a.png"}, 424, "image-url-failed", "/image"),
         ({"image": base64.b64encode(png(5001, 1)).decode()}, 413, "image-too-large", "/image"),
@@ -234,9 +236,9 @@ def test_bodies_that_cannot_be_read(small: TestClient) -> None:
     check(small.post("/embed", json={"texts": ["a"]}, headers={"accept": "text/html"}), 406, "not-acceptable")
     bare = check(small.post("/classify?labels=a&labels=b", content=b"x"), 415, "media-type-unsupported")
     assert "image/png" in bare["detail"]  # that is what is missing: the query is right
-    check(
-        small.post("/classify?labels=a", content=png(), headers={"content-type": "image/gif"}), 422, "image-unsupported"
-    )
+    for declared in ("image/gif", "image/svg+xml", "image/avif"):
+        refused = small.post("/classify?labels=a", content=png(), headers={"content-type": declared})
+        assert "image/webp" in check(refused, 415, "media-type-unsupported")["detail"]
     packed = {"content-type": "application/json", "content-encoding": "gzip"}
     check(small.post("/classify", content=b"x", headers=packed), 415, "content-encoding-unsupported")
     check(small.post("/classify?top_k=1", json={"image": GOOD, "labels": LABELS}), 422, "request-invalid")
@@ -245,6 +247,43 @@ def test_bodies_that_cannot_be_read(small: TestClient) -> None:
         422,
         "request-invalid",
     )
+
+
+def test_a_picture_of_another_type_than_it_is_said_to_be(small: TestClient) -> None:
+    bare = small.post("/classify?labels=a", content=png(), headers={"content-type": "image/jpeg"})
+    assert "image/jpeg" in check(bare, 415, "image-type-mismatch")["detail"]
+    form = small.post("/classify", files={"image": ("x.jpg", png(), "image/jpeg")}, data={"labels": LABELS})
+    check(form, 415, "image-type-mismatch")
+    # What is no picture that is read stays one, whatever it is said to be.
+    gif = small.post("/classify", files={"image": ("x", b"GIF89a" + bytes(40), "image/gif")}, data={"labels": LABELS})
+    check(gif, 422, "image-unsupported")
+    # One of several fails alone.
+    asked = {"images": [f"data:image/jpeg;base64,{GOOD}"], "labels": LABELS}
+    answer = small.post("/classify", json=asked)
+    assert (answer.status_code, answer.json()[0]["error"]["status"]) == (200, 415)
+
+
+def test_whoever_cannot_be_answered_now_is_told_when_to_ask_again() -> None:
+    for error in (lib.NotReady("The service is stopping."), lib.OutOfMemory("No memory."), lib.Unavailable("Later.")):
+        answer = error_response(error, "/classify", None)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert problem(error)["retry_after_ms"] == 1000
+        assert error_response(error, "/v1/embeddings", None).headers["retry-after"] == "1"
+    assert problem(lib.NotReady("Later.", retry_after=7))["retry_after_ms"] == 7000
+    for known in (lib.DeadlineExceeded("Too late.", limit=5), lib.Overloaded("Full.")):
+        assert "retry-after" not in error_response(known, "/classify", None).headers
+
+
+def test_a_service_that_stops_says_when_to_ask_again(tiny_artifact: Path, tmp_path: Path) -> None:
+    settings = Settings(encoders={"tiny": str(tiny_artifact)}, dtype="float32", state_dir=tmp_path)
+    app = create_app(settings)
+    with TestClient(app) as client:
+        until(lambda: client.get("/readyz").status_code == 200, 60)
+        app.state.service.drain()
+        app.state.service.end_probes()
+        answer = client.post("/attack-probe", json={"image": GOOD, "labels": LABELS})
+        body = check(answer, 503, "not-ready")
+        assert (answer.headers["retry-after"], body["retry_after_ms"]) == ("1", 1000)
 
 
 def test_forms_that_say_things_twice_or_not_at_all(small: TestClient) -> None:
@@ -289,6 +328,37 @@ def test_bodies_together_are_bounded_too(tiny_artifact: Path, tmp_path: Path) ->
         assert refused._value.get() == before + 3
         response = client.post("/embed", content=b"x" * 90_000, headers={"content-type": "image/png"})
         assert response.status_code != 429  # what was refused is not held any longer
+
+
+@pytest.mark.parametrize(
+    ("kind", "query", "whole"),
+    [
+        ("application/json", b"", False),
+        ("image/png", b"labels=a", False),
+        ("multipart/form-data; boundary=b", b"", False),
+        ("image/png", b"labels=a", True),
+    ],
+)
+def test_a_caller_who_breaks_off_is_counted_once(small: TestClient, kind: str, query: bytes, whole: bool) -> None:
+    """While the body is sent, or while the answer is made."""
+    body = png(300, 300) if whole else b"--b\r\nContent-Dispo"
+    coming = [{"type": "http.request", "body": body, "more_body": not whole}]
+    statuses: list[int] = []
+
+    async def receive() -> dict[str, Any]:
+        return coming.pop() if coming else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        statuses.append(message.get("status", 0))
+
+    dropped = telemetry.DROPPED.labels("disconnect")
+    before = dropped._value.get()
+    scope = {"type": "http", "method": "POST", "path": "/classify", "raw_path": b"/classify", "query_string": query}
+    headers = [(b"content-type", kind.encode())]
+    assert small.portal is not None
+    small.portal.call(small.app, {**scope, "headers": headers, "root_path": "", "http_version": "1.1"}, receive, send)
+    assert statuses[0] == 499
+    assert dropped._value.get() == before + 1
 
 
 def test_so_many_inputs_that_none_is_looked_at(small: TestClient) -> None:

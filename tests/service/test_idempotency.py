@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +13,12 @@ from typing import Any
 
 import httpx
 import pytest
+import redis as redis_client
 from starlette.testclient import TestClient
 
+from service import idempotency
 from service.app import create_app
-from service.idempotency import read_key
+from service.idempotency import Claims, read_key
 from service.settings import Settings
 from tests.service.conftest import RedisServer, ServiceProcess, as_base64, picture, until
 
@@ -104,6 +108,39 @@ def test_a_first_request_that_fails_leaves_its_key_free(alone: TestClient, silen
     assert start(alone, "slow").status_code == 202
 
 
+def test_a_key_outlives_its_probe_and_begins_no_second(alone: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = alone.app.state.service  # type: ignore[attr-defined]
+    first = start(alone, "late", 5)
+    until(lambda: alone.get(first.headers["location"]).json()["status"] == "done", 60)
+    began = service.probes._jobs.copy()
+    service.probes._jobs.clear()  # as after its time
+    late = start(alone, "late", 5)
+    assert (late.status_code, late.headers["idempotent-replayed"]) == (202, "true")
+    assert (late.json()["id"], late.json()["status"]) == (first.json()["id"], "forgotten")
+    assert alone.get(late.headers["location"]).status_code == 404
+    assert not service.probes._jobs
+    assert start(alone, "late", 6).json()["code"] == "idempotency-key-reused"
+    clock = time.monotonic()
+    monkeypatch.setattr(idempotency.time, "monotonic", lambda: clock + 25 * 3600)
+    assert start(alone, "late", 6).json()["id"] not in {identity for _, identity in began}
+
+
+def test_the_keys_of_one_process_are_bounded() -> None:
+    async def run() -> None:
+        claims = Claims(None, "x", b"", lambda *_: False, most=3)
+        for number in range(5):
+            claim = await claims.claim("", f"key {number}", "digest", str(number), 10)
+            assert not claim.repeated
+            claims.keep("", claim)
+            assert len(claims._own) <= 3
+        for number in (2, 3, 4):  # which takes no place from any of them
+            known = await claims.claim("", f"key {number}", "digest", "new", 10)
+            assert (known.identity, known.repeated, known.begun) == (str(number), True, True)
+        assert not (await claims.claim("", "key 0", "digest", "new", 10)).repeated
+
+    asyncio.run(run())
+
+
 def _place(key: str) -> str:
     return f"ironclip:idempotency:{hashlib.sha256(key.encode()).hexdigest()}"
 
@@ -139,6 +176,12 @@ def test_a_key_is_known_to_every_replica(
         wrong = start(here, "other", label="not there", seconds=1)
         assert wrong.status_code == 422
         assert start(there, "other", seconds=1).status_code == 202
-        # A key lives as long as its probe is known.
+        # A key outlives its probe by far: what was asked for has been done.
         until(lambda: here.get(first.headers["location"]).status_code == 404, 60)
-        until(lambda: start(there, "shared", seconds=1).json().get("id") not in (None, first.json()["id"]), 60)
+        for replica in (here, there):
+            late = start(replica, "shared", seconds=1)
+            assert (late.status_code, late.headers["idempotent-replayed"]) == (202, "true")
+            assert (late.json()["id"], late.json()["status"]) == (first.json()["id"], "forgotten")
+            assert replica.get(late.headers["location"]).json()["code"] == "probe-not-found"
+        with redis_client.Redis.from_url(redis_server.url) as redis:
+            assert 80_000 < redis.ttl(_place("shared")) <= 86_400

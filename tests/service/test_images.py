@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from ironclip.errors import (
     OptionError,
 )
 from ironclip.preprocessing import WARNINGS, Preprocessing
+from service.containers import read_container
 from service.images import ImageLimits, bytes_digest, decode, parse_data, pixels_digest
 
 ROOT = Path(__file__).parents[2]
@@ -157,6 +159,32 @@ def test_orientation_and_transparency_reach_the_pixels(corpus: ModuleType, form:
     assert turned.warnings == ("exif-rotated",)
     assert turned.source_size == (40, 48)
     assert (turned.pixels.int() - upright.pixels.int()).abs().max() <= (12 if form == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_webp_reaches_the_decoder_without_what_is_not_pixels(corpus: ModuleType, mode: str, lossless: bool) -> None:
+    image = corpus.picture(mode=mode)
+    if mode == "RGBA":
+        image.putalpha(corpus.picture(mode="L"))
+    plain = corpus.encoded("WEBP", image, lossless=lossless)
+    secret = b"nobody's business"
+    full = corpus.encoded(
+        "WEBP", image, lossless=lossless, exif=corpus.exif((0x112, 3, 1, 3)) + secret, xmp=secret, icc_profile=secret
+    )
+    full = corpus.webp(full[12:], corpus.webp_chunk(b"ABCD", secret))
+    found = read_container(full, LIMITS)
+    assert full.count(secret) == 4
+    assert secret not in found.data
+    for name in (b"EXIF", b"XMP ", b"ICCP", b"ABCD"):
+        assert name not in found.data
+    with Image.open(io.BytesIO(found.data)) as opened, Image.open(io.BytesIO(plain)) as wanted:
+        assert opened.mode == wanted.mode
+        assert opened.tobytes() == wanted.tobytes()
+        assert not {"exif", "xmp", "icc_profile"} & set(opened.info)
+    warnings = decode(full, SMALL, LIMITS).warnings
+    assert {"exif-rotated", "icc-ignored"} <= set(warnings)
+    assert read_container(plain, LIMITS).data == plain
 
 
 def test_content_hidden_under_alpha_zero_is_not_seen(corpus: ModuleType) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from ironclip.labels import LabelSet
 from ironclip.probe import Probe, ProbeOptions, Target, VectorTarget, rows_for
 from service.probe_job import Job
 from service.probe_ledger import Ledger
-from service.probe_places import Places
+from service.probe_places import Places, seconds_until_begun
 from service.probing import Prober
 from tests.conftest import make_tiny_encoder
 
@@ -193,6 +195,76 @@ def test_one_tenant_does_not_take_all_places_nor_all_turns(tiny: Encoder) -> Non
         return order
 
     assert asyncio.run(asyncio.wait_for(run(), 60)) == ["a", "b", "a"]
+
+
+def test_a_tenant_that_has_all_places_keeps_no_other_out(tiny: Encoder) -> None:
+    classifier = Classifier(tiny, LabelSet.parse(["dog", "cat"]))
+
+    async def run() -> None:
+        loop, worker = asyncio.get_running_loop(), prober(places=Places(64, shared=True))
+        target = VectorTarget(classifier, cosine_below=-1.0)
+
+        def of(tenant: str, seed: int, patience: float = math.inf) -> Job:
+            picture = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+            one = Job(lambda: Probe(target, picture, ENDLESS), loop, seconds=60, tenant=tenant)
+            one.deadline = time.monotonic() + patience
+            return one
+
+        for seed in range(16):
+            worker.submit(of("a", seed))
+        while worker._waiting:
+            worker.step()
+        waits = of("b", 20, patience=10)
+        worker.submit(waits)  # the door promises that it begins in time
+        for _ in range(200):
+            if waits.started:
+                break
+            worker.step()
+        assert waits.started
+        assert len(worker._active) == 17
+        # One such place a tenant: its second probe has to wait for one that ends, and is told how long.
+        worker.submit(of("b", 21))
+        with pytest.raises(Overloaded, match="run and wait may take") as refused:
+            worker.submit(of("b", 22, patience=10))
+        assert 1 < (refused.value.retry_after or 0) <= 60
+        for _ in range(200):
+            worker.step()
+        assert len(worker._active) == 17
+        worker.submit(of("c", 23, patience=10))
+        worker.stop()
+        while worker.pending:
+            worker.step()
+
+    asyncio.run(asyncio.wait_for(run(), 120))
+
+
+def test_how_long_a_probe_waits_counts_those_that_run() -> None:
+    async def run() -> None:
+        loop, now = asyncio.get_running_loop(), time.monotonic()
+
+        def one(seconds: float, begun: bool, deadline: float = math.inf) -> Job:
+            made = Job(lambda: pytest.fail("it is not built"), loop, seconds=seconds)
+            made.started, made.deadline = now if begun else 0.0, deadline
+            return made
+
+        def waits(waiting: list[Job], active: list[Job]) -> float:
+            return seconds_until_begun("", waiting, active)
+
+        assert waits([], [one(60, True) for _ in range(15)]) == 0
+        full = [one(60, True) for _ in range(16)]
+        assert waits([], full) == pytest.approx(60, abs=2)
+        # The first place that is free goes to the one that waits, and it has it for as long as it may.
+        brief = [one(20, True), *full[1:]]
+        assert waits([one(30, False)], brief) == pytest.approx(50, abs=2)
+        assert waits([one(30, False, now + 25)], brief) == pytest.approx(25, abs=2)
+        assert waits([], [one(60, True, now + 7), *full[1:]]) == pytest.approx(7, abs=2)
+        # One beyond the places leaves none free when it ends.
+        assert waits([], [one(5, True), *full]) == pytest.approx(60, abs=2)
+        assert seconds_until_begun("b", [one(30, False)], full) == 0
+        # Where they mostly end long before their time, nobody is sent away for what they might take.
+        assert seconds_until_begun("", [], full, used=0.1) == pytest.approx(6, abs=1)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_the_places_are_those_of_all_encoders_and_every_tenant_has_its_share(tiny: Encoder) -> None:
