@@ -49,6 +49,7 @@ _CORS_ASKED = (
     "Idempotency-Key",
     "If-Match",
     "If-None-Match",
+    "Inference-Header-Content-Length",
     "Last-Event-ID",
     "Prefer",
     "Priority",
@@ -59,9 +60,11 @@ _CORS_ASKED = (
     "tracestate",
 )
 _CORS_ANSWERED = (
+    "Allow",
     "Cache-Status",
     "ETag",
     "Idempotent-Replayed",
+    "Inference-Header-Content-Length",
     "Location",
     "Preference-Applied",
     "RateLimit",

@@ -47,6 +47,7 @@ class Exchange:
         "_head",
         "_receive",
         "_send",
+        "_told",
         "body",
         "fields",
         "held",
@@ -86,6 +87,7 @@ class Exchange:
         self.status = 0
         self._checked = False
         self._again: bytes | None = None
+        self._told = False  # all that a HEAD is told
 
     def read_again(self, body: bytes) -> None:
         """Let the body, which has been read, be told once more to whoever reads it."""
@@ -98,6 +100,8 @@ class Exchange:
             ContentEncodingUnsupported, InputTooLarge, Overloaded: where the body is read, so that the refusal has the
                 shape of the route's other errors.
         """
+        if self._told:
+            return {"type": "http.disconnect"}
         # Not before it is known who asks, and nobody reads before that.
         assert self.body is not None
         if self._again is not None:
@@ -112,7 +116,11 @@ class Exchange:
         return message
 
     async def send(self, message: Message) -> None:
-        """As ASGI's `send`; the answer gets what every answer has."""
+        """As ASGI's `send`; the answer gets what every answer has.
+
+        That to a HEAD ends with its head, and whoever goes on is told that nobody listens: a stream of events would
+        keep the connection, and the next request on it, until its own end.
+        """
         if message["type"] == "http.response.start":
             status = message["status"]
             if status == 405:
@@ -126,9 +134,12 @@ class Exchange:
             self.status = status
             if self.held.status:
                 self.held.status = status
-        elif self._head and message["type"] == "http.response.body":
-            message = {**message, "body": b""}
+        elif self._told:
+            return
         await self._send(message)
+        if self._head and message["type"] == "http.response.start":
+            self._told = True
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _about(self) -> list[tuple[bytes, bytes]]:
         """The headers of every answer; none of them comes from a route, so nothing is looked for before."""

@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ from ironclip.labels import LabelLimits, LabelSet
 from service.errors import LabelSetReadOnly
 from service.label_stores import Expect, Store, StoreDown, UnsignedSet
 from service.settings import NAME_PATTERN
+from service.single_flight import SingleFlight
 
 Trees = LabelTree | Mapping[str, LabelTree]
 
 # For so long a replica answers from what it last saw before it asks the store again.
 _FRESH_SECONDS = 0.5
-# Sets kept as objects, by a guess at their size: an object is some ten times its JSON.
 # Threads that take documents apart at once: all other work that is done beside the loop shares its threads with them.
 _PARSERS = 2
+# Sets kept as objects, by a guess at their size: an object is some ten times its JSON.
 _PARSED_BYTES = 256 * 1024 * 1024
 _JSON_TO_OBJECT = 10
 _KEYS = {"labels", "templates", "tree"}
@@ -149,7 +151,9 @@ class LabelSets:
             _PARSED_BYTES, getsizeof=lambda entry: entry[1]
         )
         self._heads: LRUCache[tuple[str, str], tuple[float, str]] = LRUCache(4096)
+        self._changes = 0  # of sets, by this replica
         self._parsing = asyncio.Semaphore(_PARSERS)
+        self._loading = SingleFlight()
 
     async def get(self, reference: str, *, fresh: bool = False, tenant: str = "") -> Registered:
         """The tenant's set of this `name` or `name@digest`; `fresh` asks the store even if it was asked just now.
@@ -172,7 +176,8 @@ class LabelSets:
         known = self._parsed.get((tenant, name, digest))
         if known is not None:
             return known[0]
-        return await self._load(tenant, name, digest, pinned=bool(pinned))
+        load = partial(self._load, tenant, name, digest, pinned=bool(pinned))
+        return await self._loading.run((tenant, name, digest, bool(pinned)), load)
 
     async def put(self, name: str, content: object, expect: Expect, *, tenant: str = "") -> tuple[Registered, bool]:
         """Register a version as the newest; returns it, and whether the name is new.
@@ -185,12 +190,17 @@ class LabelSets:
         self._refuse_built_in(name)
         async with self._parsing:
             entry, document = await asyncio.to_thread(_parse_and_dump, name, content, self.limits)
+        changes = self._changes
         try:
             created = await self.store.of(tenant).put(name, entry.digest, document, expect)
         except StoreDown as error:
             raise _unavailable(error) from error
         self._remember(tenant, entry, len(document))
-        self._heads[tenant, name] = (time.monotonic(), entry.digest)
+        if changes == self._changes:
+            self._heads[tenant, name] = (time.monotonic(), entry.digest)
+        else:  # which of two changes came last, only the store knows
+            self._heads.pop((tenant, name), None)
+        self._changes += 1
         return entry, created
 
     async def delete(self, name: str, expect: Expect, *, tenant: str = "") -> None:
@@ -200,6 +210,7 @@ class LabelSets:
             found = await self.store.of(tenant).delete(name, expect)
         except StoreDown as error:
             raise _unavailable(error) from error
+        self._changes += 1
         self._forget(tenant, name)
         if not found:
             raise _missing()
@@ -219,7 +230,7 @@ class LabelSets:
         return sorted(shipped + mine)
 
     async def _head(self, tenant: str, name: str, fresh: bool) -> str:
-        seen, now = self._heads.get((tenant, name)), time.monotonic()
+        seen, now, changes = self._heads.get((tenant, name)), time.monotonic(), self._changes
         if seen is not None and not fresh and now - seen[0] < _FRESH_SECONDS:
             return seen[1]
         try:
@@ -228,10 +239,14 @@ class LabelSets:
             if seen is not None:
                 return seen[1]  # the store is down: the version last seen here is better than none
             raise _unavailable(error) from error
+        # What was read before this replica put or deleted a set is not to be kept in the place of what it knows since.
+        current = changes == self._changes
         if digest is None:
-            self._forget(tenant, name)
+            if current:
+                self._forget(tenant, name)
             raise _missing()
-        self._heads[tenant, name] = (now, digest)
+        if current:
+            self._heads[tenant, name] = (now, digest)
         return digest
 
     async def _load(self, tenant: str, name: str, digest: str, *, pinned: bool) -> Registered:

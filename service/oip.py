@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic_core import to_json
 
 from ironclip.errors import ImageInvalid, OptionError
 from ironclip.preprocessing import to_float
@@ -50,7 +51,7 @@ class Inference:
         prepared: the pictures came as pixels.
         texts: in order.
         options: how to classify, where labels are given.
-        size: bytes that the options took as they came, at most.
+        size: bytes that the options take as JSON, in whichever form they came.
     """
 
     request: InferRequest
@@ -96,7 +97,9 @@ def read_inference(body: bytes, header: str | None, encoder: str, resolution: in
         raise RequestInvalid("Give images, pixels or texts.")
     parameters = request.parameters or InferParameters()
     options = _options(parameters, wires.get("labels"), encoder, bool(pictures), limits.labels)
-    return Inference(request, parameters, pictures, "pixels" in wires, texts, options, len(text))
+    # Not the JSON's length: that has the pictures in it, and has not what lies behind it.
+    size = len(to_json(dict(options))) if options is not None else 0
+    return Inference(request, parameters, pictures, "pixels" in wires, texts, options, size)
 
 
 def wanted(inference: Inference, levels: Sequence[str], domain: bool) -> list[str]:

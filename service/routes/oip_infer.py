@@ -124,6 +124,7 @@ async def _answer(request: Request, served: ServedEncoder, inference: Inference)
     names = wanted(inference, levels, plan is not None and plan.domain is not None)
     found = _Found(served, names, plan)
     decided = plan is not None and any(name in _DECIDED or ":" in name for name in names)
+    embedded = "embedding" in names or ("warnings" in names and not decided)
     if plan is not None:
         check_size(plan, len(inference.pictures), inference.parameters.top_k or 1)
         found.defence = plan.defence_form
@@ -133,7 +134,7 @@ async def _answer(request: Request, served: ServedEncoder, inference: Inference)
         if decided and plan is not None:
             found.items = await service.answers.classify(plan, inference.pictures, stages, meter)
             _raise_first([item.error for item in found.items])
-        if "embedding" in names or ("warnings" in names and not decided):
+        if embedded:
             found.embedded = await _embed(request, found, inference)
             _raise_first([item.error for item in found.embedded])
 
@@ -144,30 +145,35 @@ async def _answer(request: Request, served: ServedEncoder, inference: Inference)
             )
             _raise_first(found.texts)
 
-    async with meter.paid(_points(found, inference, decided)):
+    async with meter.paid(_points(found, inference, decided or embedded)):
         await together([see(), read()])
     return found
 
 
-def _points(found: _Found, inference: Inference, decided: bool) -> float:
-    """What a request costs; pictures that are decided about and embedded go through the tower once."""
+def _points(found: _Found, inference: Inference, seen: bool) -> float:
+    """What a request costs; pictures that are decided about and embedded go through the tower once.
+
+    Without labels `_embed` pays for what it sees.
+    """
     points = TEXT * len(inference.texts) if "text_embedding" in found.names else 0.0
-    if found.plan is not None and (decided or "embedding" in found.names):
+    if found.plan is not None and seen:
         points += points_of(found.plan, inference.pictures)
     return points
 
 
 async def _embed(request: Request, found: _Found, inference: Inference) -> list[Item]:
-    plan, stages = found.plan, stages_of(request)
+    plan, stages, meter = found.plan, stages_of(request), meter_of(request)
     if plan is not None:
         reads = plan if plan.defence.reads_labels else None
         answers = service_of(request).answers
-        return await answers.embed(
-            found.served, plan.defence, plan.features_key, inference.pictures, stages, reads, tenant=plan.tenant
-        )
+        texts = await answers.classifiers.texts_to_encode(reads) if reads is not None and meter.limited else 0
+        async with meter.paid(TEXT * texts):
+            return await answers.embed(
+                found.served, plan.defence, plan.features_key, inference.pictures, stages, reads, tenant=plan.tenant
+            )
     defence = image_defence(request, found.served, inference.parameters.defence, None)
     found.defence = {"name": defence.name, **defence.options()}
-    async with meter_of(request).paid(embedding_points(inference.pictures, defence, [])):
+    async with meter.paid(embedding_points(inference.pictures, defence, [])):
         return await embed_images(request, found.served, inference.pictures, stages, defence)
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import resource
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import uvicorn
+from starlette.responses import Response, StreamingResponse
 
+from service import telemetry
 from service.connections import GuardedProtocol, open_files
-from tests.service.conftest import ServiceProcess, free_port
+from service.shared_port import SharedPort
+from tests.service.conftest import ServiceProcess, free_port, until
 
 HEAD = b"POST /classify HTTP/1.1\r\nHost: x\r\n"
 
@@ -134,7 +138,13 @@ def test_more_connections_than_there_are_places_are_told_so(port: int) -> None:
         for _ in range(8):
             stack.enter_context(socket.create_connection(("127.0.0.1", port)))
         time.sleep(0.2)
-        assert talk(port).startswith(b"HTTP/1.1 503 ")
+        counted = telemetry.REFUSED.labels("connections")
+        before = counted._value.get()
+        heard = talk(port)
+        assert heard.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nretry-after: 1\r\n" in heard
+        assert heard.endswith(b"\r\n\r\nToo many connections.")
+        assert counted._value.get() == before + 1
     time.sleep(0.2)
     assert b"200 OK" in talk(port, HEAD + b"Content-Length: 0\r\nConnection: close\r\n\r\n")
 
@@ -150,3 +160,109 @@ def test_without_a_limit_on_files_there_is_room(monkeypatch: pytest.MonkeyPatch)
     for soft, most in ((resource.RLIM_INFINITY, 1 << 20), (1024, 1024), (1 << 30, 1 << 20)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
         assert open_files() == most
+
+
+def test_an_answered_connection_that_says_nothing_more_of_sense_is_closed(port: int) -> None:
+    refused = b"POST /at-once HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"
+    for parts in ((refused, b"hello"), (b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", b"\r\n")):
+        began = time.monotonic()
+        assert b"200 OK" in talk(port, *parts, pause=0.2)
+        assert 2 < time.monotonic() - began < 3.8  # as any that says nothing; nobody waits so long for an answer
+    # A body that came late is no excuse for the next head.
+    assert b"HTTP/1.1 408 " in talk(port, refused, b"hello", b"GET / HT", pause=0.2)
+
+
+class Impatient(GuardedProtocol):
+    """The same, and soon tired of a client that does not read."""
+
+    patience_to_write = 0.8
+
+
+LARGE = 6 << 20
+
+
+@pytest.fixture(scope="module")
+def writing() -> Iterator[uvicorn.Server]:
+    """A server that has much to say."""
+
+    async def pieces(path: str) -> AsyncIterator[bytes]:
+        while True:
+            yield b"x" * 16_384
+            await asyncio.sleep(0.001)
+            # Some lies in the transport, and not enough for it to say so.
+            waiting = [one.transport.get_write_buffer_size() for one in server.server_state.connections]
+            if path == "/little" and any(waiting):
+                return
+
+    async def app(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
+        path = scope["path"]
+        answer = StreamingResponse(pieces(path)) if path in ("/stream", "/little") else Response(b"x" * LARGE)
+        await answer(scope, receive, send)
+
+    config = uvicorn.Config(app, port=free_port(), log_level="critical", lifespan="off", http=Impatient)
+    config.timeout_keep_alive = config.timeout_graceful_shutdown = 1
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    yield server
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.mark.parametrize("path", ["/large", "/large-and-close", "/stream", "/little"])
+def test_a_client_that_does_not_read_is_cut_off(writing: uvicorn.Server, path: str) -> None:
+    close = b"Connection: close\r\n" if path.endswith("close") else b""
+    with socket.create_connection(("127.0.0.1", writing.config.port)) as sock:
+        sock.sendall(b"GET %s HTTP/1.1\r\nHost: x\r\n%s\r\n" % (path.encode(), close))
+        until(lambda: bool(writing.server_state.connections))
+        until(lambda: not writing.server_state.connections, 8)
+        until(lambda: not writing.server_state.tasks)
+
+
+def test_a_client_that_reads_slowly_is_not(writing: uvicorn.Server) -> None:
+    heard = 0
+    with socket.create_connection(("127.0.0.1", writing.config.port), timeout=10) as sock:
+        sock.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        end = time.monotonic() + 4 * Impatient.patience_to_write
+        while data := sock.recv(100_000):
+            heard += len(data)
+            # In that time the kernel has room for the transport's next bytes once or twice.
+            time.sleep(0.1 if time.monotonic() < end else 0)
+    assert heard > LARGE
+
+
+@pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
+def test_who_waits_at_a_shared_port_that_is_left_is_answered(kind: str) -> None:
+    loops = pytest.importorskip(kind)
+
+    async def app(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def scenario() -> None:
+        config = uvicorn.Config(app, port=free_port(), log_level="critical", lifespan="off", http=GuardedProtocol)
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        ready, shared = True, SharedPort("127.0.0.1", free_port())
+        keeping = asyncio.create_task(shared.keep(server, lambda: ready))
+        while shared._listener is None:
+            await asyncio.sleep(0.01)
+        ready = False
+        # The loop runs no other step before it leaves: the kernel alone has taken these.
+        socks = [socket.create_connection(("127.0.0.1", shared._port)) for _ in range(5)]
+        for sock in socks:
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await shared._leave(server)
+        for sock in socks:
+            assert b" 204 " in await asyncio.to_thread(sock.recv, 1000)
+            sock.close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", shared._port))
+        keeping.cancel()
+        server.should_exit = True
+        await serving
+
+    loops.run(scenario())

@@ -20,9 +20,11 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from prometheus_client import REGISTRY
+from starlette.responses import StreamingResponse
 
 from service import telemetry
 from service.app import create_app
+from service.bodies import Bodies, Body
 from service.exchange import Exchange
 from service.rate_limits import Meter
 from service.request_ids import new_request_id
@@ -254,3 +256,40 @@ def test_lines_have_the_time_in_utc(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock(None, "info", {})["timestamp"] == "2023-11-14T22:13:20.000123Z"
     monkeypatch.setattr("time.time_ns", lambda: 1_700_000_001_999_999_999)
     assert clock(None, "info", {})["timestamp"] == "2023-11-14T22:13:21.999999Z"
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["events", "no-event-yet"])
+def test_head_does_not_wait_for_the_end_of_a_stream(first: bool) -> None:
+    async def scenario() -> None:
+        sent: list[Any] = []
+        over, ended = asyncio.Event(), asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            await over.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                over.set()
+
+        async def events() -> AsyncIterator[str]:
+            try:
+                while True:
+                    if first:
+                        yield "id: 1\n\n"
+                    await asyncio.sleep(0.01)
+            finally:
+                ended.set()
+
+        scope = {"type": "http", "method": "HEAD", "path": "/probes/x/events", "headers": []}
+        exchange = Exchange(scope, receive, send, lambda: False, None)
+        exchange.body = Body(Bodies(ROOM, ROOM), "")
+        answer = StreamingResponse(events(), media_type="text/event-stream")
+        await asyncio.wait_for(answer(exchange.scope, exchange.receive, exchange.send), 5)
+        await asyncio.wait_for(ended.wait(), 5)
+        assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+        assert (sent[1]["body"], sent[1]["more_body"]) == (b"", False)
+        assert await exchange.receive() == {"type": "http.disconnect"}
+
+    asyncio.run(scenario())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import redis as sync_redis
 
 from ironclip.errors import Conflict, LabelError, LabelSetNotFound, TreeError, Unavailable
 from ironclip.labels import LabelLimits
+from service import label_sets
 from service.errors import LabelSetReadOnly, TooManyLabelSets
 from service.label_sets import LabelSets, load_built_in, parse_document
 from service.label_stores import KEPT_VERSIONS, Expect, FileStore, RedisStore
@@ -278,3 +280,77 @@ async def test_built_in_sets_are_read_from_files(tmp_path: Path) -> None:
     sets = load_built_in(tmp_path)
     assert sets["pets"].read_only
     assert sets["pets"].label_set.names == ("cat",)
+
+
+class SlowToTell(FileStore):
+    """Tells which version is the newest long after it has looked, where it is asked to."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.hold: asyncio.Event | None = None
+        self.looked = asyncio.Event()
+
+    async def head(self, name: str) -> str | None:
+        found, hold = await super().head(name), self.hold
+        if hold is not None:
+            self.looked.set()
+            await hold.wait()
+        return found
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("change", ["put", "delete"])
+async def test_what_was_read_before_a_change_does_not_hide_it(tmp_path: Path, change: str, known: bool) -> None:
+    store = SlowToTell(tmp_path)
+    await LabelSets(store, {}, LabelLimits()).put("pets", {"labels": ["cat"]}, ANY)
+    sets = LabelSets(store, {}, LabelLimits())
+    if known:
+        await sets.get("pets")
+    store.hold = asyncio.Event()
+    slow = asyncio.create_task(sets.get("pets", fresh=True))
+    await store.looked.wait()
+    hold, store.hold = store.hold, None
+    if change == "delete":
+        await sets.delete("pets", ANY)
+    else:
+        await sets.put("pets", {"labels": ["dog"]}, ANY)
+    hold.set()
+    await asyncio.gather(slow, return_exceptions=True)
+    if change == "delete":
+        with pytest.raises(LabelSetNotFound):
+            await sets.get("pets")
+    else:
+        assert (await sets.get("pets")).label_set.names == ("dog",)
+
+
+async def test_of_two_changes_at_once_the_one_that_came_last_is_known(tmp_path: Path) -> None:
+    class SlowToWrite(FileStore):
+        async def put(self, name: str, digest: str, document: bytes, expect: Expect) -> bool:
+            created = await super().put(name, digest, document, expect)
+            await asyncio.sleep(0.3 if b"cat" in document else 0)  # the answer is late, not the change
+            return created
+
+    sets = LabelSets(SlowToWrite(tmp_path), {}, LabelLimits())
+    first = asyncio.create_task(sets.put("pets", {"labels": ["cat"]}, ANY))
+    await asyncio.sleep(0.1)
+    await sets.put("pets", {"labels": ["dog"]}, ANY)
+    await first
+    assert (await sets.get("pets")).label_set.names == ("dog",)
+
+
+async def test_a_stored_set_is_taken_apart_once_for_all_who_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await LabelSets(FileStore(tmp_path), {}, LabelLimits()).put("pets", {"labels": ["cat"]}, ANY)
+    parse, times = label_sets._parse_stored, 0
+
+    def counted(name: str, document: bytes, limits: LabelLimits) -> label_sets.Registered:
+        nonlocal times
+        times += 1
+        time.sleep(0.1)
+        return parse(name, document, limits)
+
+    monkeypatch.setattr(label_sets, "_parse_stored", counted)
+    sets = LabelSets(FileStore(tmp_path), {}, LabelLimits())
+    found = await asyncio.gather(*(sets.get("pets") for _ in range(8)))
+    assert (times, {id(one) for one in found}) == (1, {id(found[0])})

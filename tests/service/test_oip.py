@@ -22,10 +22,11 @@ from ironclip.encoder import Encoder
 from ironclip.labels import LabelSet
 from ironclip.loading import load_encoder
 from service.app import create_app
-from service.oip import shortened
+from service.container import ImageLimits
+from service.oip import Limits, read_inference, shortened
 from service.routes.classify import _short
 from service.settings import Settings
-from tests.service.conftest import ServiceProcess, as_base64, metric, picture
+from tests.service.conftest import Locked, ServiceProcess, as_base64, metric, picture
 
 LABELS = ["carrot", "rocket", "cat face"]
 SIDE, DIM = 32, 32
@@ -404,3 +405,57 @@ def test_whatever_tensors_come_the_answer_is_json_with_an_error(
     response = client.post(URL, content=head + data, headers=headers)
     assert response.status_code < 500, (head, data, response.text)
     assert response.status_code == 200 or list(response.json()) == ["error"]
+
+
+def size_of(inputs: list[dict[str, Any]], data: bytes = b"", **parameters: Any) -> int:
+    """What the options of a request take, as the service counts them."""
+    head = json.dumps({"inputs": inputs, "parameters": parameters}).encode()
+    limits = Limits(ImageLimits(1 << 20, 1 << 20, 4096, urls=False), 64, 64, 1000)
+    return read_inference(head + data, str(len(head)), "tiny", SIDE, limits).size
+
+
+def test_options_are_as_large_however_they_and_the_pictures_come() -> None:
+    def behind(name: str, kind: str, shape: list[int], data: bytes) -> dict[str, Any]:
+        return {"name": name, "datatype": kind, "shape": shape, "parameters": {"binary_data_size": len(data)}}
+
+    names = [f"label {number} {'x' * 200}" for number in range(500)]
+    data = packed(*(name.encode() for name in names))
+    file, pixels = packed(picture(1)), [7] * 3 * SIDE * SIDE
+    as_pixels = [tensor("pixels", "UINT8", pixels, [1, 3, SIDE, SIDE]), tensor("texts", "BYTES", ["long " * 999])]
+    labels = behind("labels", "BYTES", [500], data)
+    sizes = {
+        size_of([images(picture(1))], labels=names),
+        size_of([images(picture(1)), tensor("labels", "BYTES", names)]),
+        size_of([images(picture(1)), labels], data),
+        size_of([behind("images", "BYTES", [1], file), labels], file + data),
+        size_of(as_pixels, labels=names),
+        size_of([*as_pixels, labels], data),
+    }
+    assert len(sizes) == 1
+    assert abs(sizes.pop() - len(data)) < 1000
+    assert 0 < size_of([images(picture(1))], labels=LABELS) < 500
+    assert size_of([images(picture(1))]) == 0
+
+
+def test_what_is_seen_and_read_is_paid_for(locked: Locked) -> None:
+    with locked.client("other-paying") as client:
+
+        def cost(outputs: list[str], defence: dict[str, Any], labels: list[str], **others: Any) -> float:
+            before = left(client.get("/models"))
+            answer = ask(client, images(picture(71)), outputs=outputs, defence=defence, labels=labels, **others)
+            assert answer.status_code == 200, answer.text
+            return before - left(answer)
+
+        def left(answer: httpx.Response) -> int:
+            return int(answer.headers["ratelimit"].split("r=")[1].split(";")[0])
+
+        cola, ttc = {"name": "cola", "views": 5}, {"name": "ttc"}
+        costs = {one["name"]: one["cost"] for one in client.get("/models").json()["defence_details"]}
+        for defence in (cola, ttc):
+            cost(["scores"], defence, LABELS)  # the texts are known from here on
+            for outputs in (["scores"], ["embedding"], ["warnings"], ["scores", "embedding", "warnings"]):
+                assert abs(cost(outputs, defence, LABELS) - costs[defence["name"]]) <= 1, (defence, outputs)
+        # Vectors that are made from the texts of labels pay for those, once; 80 texts are 20 points.
+        many = [f"paid thing {number}" for number in range(80)]
+        assert cost(["embedding"], cola, many, templates=["{}"]) >= costs["cola"] + 20
+        assert abs(cost(["embedding"], cola, many, templates=["{}"]) - costs["cola"]) <= 1
