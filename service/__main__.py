@@ -26,6 +26,7 @@ from service.settings import CONFIG_VARIABLE, Settings, SettingsInvalid, load_se
 from service.settings_table import settings_markdown
 from service.shared_port import SharedPort
 from service.tracing import Exporter
+from service.without_compiler import without_compiler
 
 if TYPE_CHECKING:
     from service.core import Service
@@ -71,6 +72,9 @@ def serve(settings: Settings) -> int:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
     let_idle_threads_sleep()
     share_heaps()
+    if settings.compile != "compile":
+        with without_compiler():
+            import open_clip  # noqa: F401  # with what it imports, before whoever else does
     from service.app import create_app
     from service.errors import WorkerLost
 

@@ -7,11 +7,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
 
 from ironclip.errors import Overloaded
-from service.probe_job import Job
+
+if TYPE_CHECKING:
+    from service.probe_job import Job
 
 # Probes that advance side by side in one encoder; more wait.
 ACTIVE = 16
