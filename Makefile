@@ -40,9 +40,9 @@ format: $(VENV)/.dev ## put the code into the common format
 bench: $(VENV)/.dev ## throughput over HTTP against the floor of decode and tower; writes loadtests/results
 	$(BIN)/python -m loadtests.bench_floor
 
-readme: $(VENV)/.dev ## put the current tables into README.md and the chart
+readme: $(VENV)/.dev ## put the current tables into README.md, docs and the chart
 	$(BIN)/python -m docs.chart
-	$(BIN)/python -m cogapp -r README.md training/README.md docker/README.md k8s/ironclip/README.md
+	$(BIN)/python -m cogapp -r README.md docs/*.md training/README.md docker/README.md k8s/ironclip/README.md
 
 lock: $(VENV)/.dev ## docker/locks anew from pyproject.toml; ARGS=--upgrade for newer versions
 	$(BIN)/python docker/lock.py $(ARGS)

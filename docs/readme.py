@@ -1,8 +1,9 @@
-"""Tables of the README, from the files that hold the numbers; `make readme` puts them in, a test compares."""
+"""Tables of README and docs, from the files that hold the numbers; `make readme` puts them in, a test compares."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ RESULTS = ROOT / "loadtests" / "results"
 SHARE_AIM, LATENCY_AIM = 0.85, 1.2
 # A training step over its floor; 1.15 for the other methods.
 STEP_AIMS = {"simclip": 1.1, "fare": 1.1, "tecoa": 1.1}
+
+
+def from_docs(text: str) -> str:
+    """Text for the README, with its relative links as they are from a file in docs/."""
+    return re.sub(r"\]\((?!https?:|#)([^)]+)\)", lambda found: f"]({_from_docs(found[1])})", text)
+
+
+def _from_docs(target: str) -> str:
+    return target.removeprefix("docs/") if target.startswith("docs/") else f"../{target}"
 
 
 def settings_table() -> str:
@@ -28,8 +38,15 @@ def _meta(folder: str) -> dict[str, Any]:
     return content
 
 
-def demo_table() -> str:
-    """Scores of the encoders that ship, as their `ironclip.json` has them."""
+def worth() -> str:
+    """The two results by which the whole is to be judged, each with what it is held against."""
+    from docs import readme_loads, readme_robust
+
+    return f"In numbers, each with its aim: {readme_robust.robust_line()}; {readme_loads.peers_line()}.\n"
+
+
+def demo_table(flags: bool = True) -> str:
+    """Scores of the encoders that ship, as their `ironclip.json` has them; flags in rows of their own, or left out."""
     columns = {
         "top1": "top-1",
         "top5": "top-5",
@@ -43,7 +60,7 @@ def demo_table() -> str:
         meta = _meta(folder)
         for vendor, parts in meta["scores"].items():
             for part, title in (("without_flags", ""), ("flags", ", flags only")):
-                if part in parts:
+                if part in parts and (flags or not title):
                     scores = parts[part]
                     cells = [f"{scores[key]:.1f} %" for key in columns]
                     name = f"`{meta['name']}`" if not title else ""
@@ -109,22 +126,40 @@ def bench_table() -> str:
             times = [f"{row[part]:.0f} ms" for part in ("p50_ms", "p99_ms")]
             speed, latency = f"{row['images_per_second']:.1f}", f"{row['latency_over_decode_and_forward']:.2f}"
             rows.append([size, concurrency, speed, *shares, *times, latency])
-    machine = report["machine"]
     count = min(len(result["rounds"]) for result in report["sizes"].values())
-    served = [result["median"]["embed"] for result in report["sizes"].values()]
-    share = min(row["32"]["share_of_floor"] for row in served)
-    latency = max(row["1"]["latency_over_decode_and_forward"] for row in served)
     said = [
         "",
         f"Medians of {count} rounds, in brackets the least and the most: where these lie on both sides of an aim, so "
-        f"may the next. Least share at 32 clients {share:.0%} ({'met' if share >= SHARE_AIM else 'not met yet'}); "
-        f"largest latency at one client {latency:.2f} ({'met' if latency <= LATENCY_AIM else 'not met yet'}).",
+        f"may the next. {_bench_verdict(report)}",
         "",
-        f"`{report['command'].strip()}`, {report['model']}, {report['dtype']['chosen']}; {machine['cpu']}, "
-        f"{machine['cores']} cores; seed {report['seed']}, commit {report['commit'][:12]}"
-        f"{' with changes' * bool(report['modified'])}; [all numbers](loadtests/results/bench_floor.json).",
+        _bench_made_by(report),
     ]
     return table(titles, rows) + "\n".join(said) + "\n"
+
+
+def bench_line() -> str:
+    """What `bench_table` comes to."""
+    report = json.loads((RESULTS / "bench_floor.json").read_text(encoding="utf-8"))
+    return f"{_bench_verdict(report)} {_bench_made_by(report)}\n"
+
+
+def _bench_verdict(report: dict[str, Any]) -> str:
+    served = [result["median"]["embed"] for result in report["sizes"].values()]
+    share = min(row["32"]["share_of_floor"] for row in served)
+    latency = max(row["1"]["latency_over_decode_and_forward"] for row in served)
+    return (
+        f"Least share at 32 clients {share:.0%} ({'met' if share >= SHARE_AIM else 'not met yet'}); "
+        f"largest latency at one client {latency:.2f} ({'met' if latency <= LATENCY_AIM else 'not met yet'})."
+    )
+
+
+def _bench_made_by(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    return (
+        f"`{report['command'].strip()}`, {report['model']}, {report['dtype']['chosen']}; {machine['cpu']}, "
+        f"{machine['cores']} cores; seed {report['seed']}, commit {report['commit'][:12]}"
+        f"{' with changes' * bool(report['modified'])}; [all numbers](loadtests/results/bench_floor.json)."
+    )
 
 
 def step_tables() -> str:

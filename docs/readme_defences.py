@@ -9,8 +9,8 @@ from pathlib import Path
 from training.gates import worst_case
 from training.ladder import load_ladder
 from training.ladder_cells import Ladder, Pair, pair_of, read_ladder
-from training.ladder_report import ladder_table, legend, plot_path
-from training.ladder_words import fresh_pair, ladder_words, listed
+from training.ladder_report import ladder_table
+from training.ladder_words import fresh_pair, listed
 from training.robustness import HELD, wilson
 
 DEFENCES = Path(__file__).parent / "defences"
@@ -36,13 +36,10 @@ def _encoders() -> list[str]:
 
 
 def defences_table() -> str:
-    """A short table for each encoder that has cells, its plot, and how they were made."""
+    """A short table for each encoder that has cells, and how they were made; the report has plots and COLA's parts."""
     ladder, parts = _ladder(), []
     for encoder in _encoders():
-        parts += [f"`{encoder}` at {EPS:g}/255:\n", ladder_table(ladder, encoder, EPS)]
-        shown = plot_path(DEFENCES, encoder)
-        if shown.is_file():
-            parts.append(f"![Accuracy of {encoder} under each attack, a line a defence](docs/defences/{shown.name})\n")
+        parts += [f"`{encoder}` at {EPS:g}/255:\n", _whole(ladder_table(ladder, encoder, EPS))]
     devices, dtypes = (
         ", ".join(sorted({cell["encoder"][part] for cell in ladder.every()})) for part in ("device", "dtype")
     )
@@ -50,18 +47,16 @@ def defences_table() -> str:
     absent = f" Not measured yet: {', '.join(left)}." if left else ""
     parts.append(
         f"{ladder.pictures} pictures of {ladder.config.vendor}, drawn with seed 0; {dtypes}, in the form that is "
-        f"served; measured on {devices}. {legend(ladder)}{absent}\n"
+        f"served; measured on {devices}. Transfer examples were made on `{ladder.undefended}`, so there they are white "
+        f"box for `{ladder.undefended}` itself.{absent}\n"
     )
     return "\n".join(parts)
 
 
-def defences_words() -> str:
-    """The verdicts on each encoder, as they stand in the report."""
-    parts = []
-    for encoder in _encoders():
-        lines = ladder_words(_ladder(), encoder, EPS)
-        parts.append("\n".join([f"On `{encoder}`:\n", *(f"- {line}" for line in lines)]) + "\n")
-    return "\n".join(parts)
+def _whole(table: str) -> str:
+    """The table without rows of a defence's parts: what has other options than its name's is in the report alone."""
+    parts = tuple(f"| `{row}` |" for row, options in _ladder().config.defences.items() if set(options) != {"name"})
+    return "\n".join(line for line in table.split("\n") if not line.startswith(parts))
 
 
 def cola_verdict() -> str:

@@ -1,4 +1,4 @@
-"""What the README says of dtypes on a CPU, made from the benchmark's result alone."""
+"""What README and docs/speed.md say of dtypes on a CPU, made from the benchmark's result alone."""
 
 from __future__ import annotations
 
@@ -36,6 +36,23 @@ def dtypes() -> str:
         f"{found['threads']} threads, commit {found['commit'][:12]}; [all numbers]({_PATH}).",
     ]
     return "\n".join(lines) + "\n"
+
+
+def dtypes_line() -> str:
+    """What int8 buys and costs, of each encoder."""
+    path = ROOT / _PATH
+    if not path.exists():
+        return ""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    last = [one["batches"][-1] for one in found["encoders"]]
+    parts = [
+        f"{_times(batch['ms']['forward'], 'int8')} times float32's speed for `{one['encoder']}`"
+        for one, batch in zip(found["encoders"], last, strict=True)
+    ]
+    return (
+        f"- `IRONCLIP_DTYPE=int8` on a CPU ({found['cpu']}, {found['threads']} threads), at batch {last[0]['batch']}: "
+        f"{'; '.join(parts)}.\n"
+    )
 
 
 def _times(milliseconds: dict[str, float], name: str) -> str:

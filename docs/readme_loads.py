@@ -1,4 +1,4 @@
-"""What the README says of load and of peers, made from `loadtests/results` alone; what is not measured says so."""
+"""What README and docs/speed.md say of load and peers, from `loadtests/results` alone; what is not measured says so."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _met(met: bool) -> str:
 
 
 def peers(folder: Path | None = None) -> str:
-    """Us beside the peers: speed in each dtype, faults, the aims, who is not there and why."""
+    """Us beside the peers: speed in each dtype, faults, the aims, who is not there and why, and how it was measured."""
     found = _result("peers", folder)
     if found is None:
         return "Not measured yet: `python -m loadtests.peers setup`, then `python -m loadtests.peers run`.\n"
@@ -80,13 +80,23 @@ def peers(folder: Path | None = None) -> str:
     return "\n".join(parts)
 
 
+def peers_line() -> str:
+    """The aims beside the peers in half a sentence."""
+    found = _result("peers")
+    if found is None:
+        return "no peer was measured yet"
+    report = Report(found)
+    said = [
+        f"{one.median:.2f} of {one.what.partition(',')[0]} in {dtype} (aim {one.aim:g}: {_met(one.met)})"
+        for dtype in report.plan["deadlines"]
+        for one in report.verdicts(dtype)
+    ]
+    return f"the service reaches {' and '.join(said)}"
+
+
 def _how(report: Report, found: dict[str, Any]) -> str:
     plan = report.plan
     rounds = len(report.rounds("float32", "ironclip") or report.rounds("bfloat16", "ironclip"))
-    notes = "; ".join(
-        f"{name} {version if name != OURS else 'of the commits named here'} ({PEERS[name].note})"
-        for name, version in found["versions"].items()
-    )
     width, height = plan["size"]
     return (
         f"Medians of {rounds} rounds of {plan['seconds']:g} s a number, one server at a time, in turned order; "
@@ -97,9 +107,20 @@ def _how(report: Report, found: dict[str, Any]) -> str:
         "deadline, the others have no header for it, and their own limits of time and of shed load stood at 60 s for "
         "all parts; callers hang up after 10 s. Well again: until one request alone meets the deadline after the "
         "overload. What a broken picture does to those beside it is also a question of how the model was written for "
-        "that server, here by us as its documentation shows it. "
-        f"{notes}. {_made_by(found, 'peers')}\n"
+        f"that server, here by us as its documentation shows it. {_made_by(found, 'peers')}\n"
     )
+
+
+def peers_versions(folder: Path | None = None) -> str:
+    """Which peers, and how each was set up."""
+    found = _result("peers", folder)
+    if found is None:
+        return "Not measured yet.\n"
+    notes = "; ".join(
+        f"{name} {version if name != OURS else 'of the commits named there'} ({PEERS[name].note})"
+        for name, version in found["versions"].items()
+    )
+    return f"Versions, and how each is asked: {notes}.\n"
 
 
 def saturation(folder: Path | None = None) -> str:
@@ -263,3 +284,35 @@ def _start_aims(rounds: Sequence[dict[str, Any]], installed: Mapping[str, float]
         share = installed[OURS] / rivals[least]
         parts.append(f"on disk {share:.2f} times the least ({least}; {_met(share <= 1)})")
     return f"Aims, less than the peers': {'; '.join(parts)}. " if parts else ""
+
+
+def lines() -> str:
+    """What `hits`, `starts` and `saturation` come to, a line each."""
+    said = []
+    found = _result("bench_hits")
+    if found is not None:
+        one = list(found["summary"].values())
+        said.append(
+            f"From the cache: {_span(one, 'share')} of what an empty route on the same server answers in bare ASGI "
+            f"(aim {HITS_AIM:.0%}: {_met(min(each['share'] for each in one) >= HITS_AIM)}), "
+            f"{_span(one, 'share_of_framework')} of the same as a route of FastAPI."
+        )
+    found = _result("bench_start")
+    if found is not None and (aims := _start_aims(found.get("rounds", ()), found.get("installed_mib", {}))):
+        said.append(aims.strip())
+    found = _result("saturation")
+    cells = [cell for cell in (found or {}).get("cells", {}).values() if "failed" not in cell]
+    if cells:
+        turns = turns_of(cells)
+        levels = [level for level, _, _ in LEVELS if level in turns[0]]
+        said.append(
+            "At twice what saturates it, goodput over the most of the other levels, and the p99 of what was let in "
+            f"over its bound (aims {GOODPUT_AIM:.0%} and 100%): {'; '.join(_level_verdicts(turns, levels))}. Those who "
+            "`honour` Retry-After come again when it says, a `storm` after 0.1 s."
+        )
+    return "".join(f"- {line}\n" for line in said)
+
+
+def _span(found: Sequence[Mapping[str, float]], key: str) -> str:
+    values = [each[key] for each in found]
+    return f"{100 * min(values):.0f} to {max(values):.0%}"

@@ -1,4 +1,4 @@
-"""What the README says of the cost of COLA and of probes, made from the benchmarks' results alone."""
+"""What README and docs say of the cost of COLA and of probes, made from the benchmarks' results alone."""
 
 from __future__ import annotations
 
@@ -62,6 +62,22 @@ def probe_cost() -> str:
         f"The p99 of `/classify` is to grow by one quantum ({found['probe']['quantum_ms']:.0f} ms here) at most: "
         f"{'; '.join(parts)}. `{found['command']}`, {found['model']}, {found['dtype']}, {found['machine']['cores']} "
         f"cores, commit {found['commit'][:12]}; [all numbers]({path})."
+    )
+
+
+def probe_line() -> str:
+    """What `probe_cost` and `probe_peers` come to."""
+    cost, against = _result("loadtests/results/bench_probe.json"), _result("benchmarks/results/probe.json")
+    grown = [one["p99_grown_by_quanta"] for one in cost["summary"].values()]
+    shares = [one["time_share"] for one in against["encoders"]]
+    found = "; ".join(
+        f"on `{one['encoder']}` {one['mean_radius']:.2f}/255 where that finds {one['their_mean_radius']:.2f}/255"
+        for one in against["encoders"]
+    )
+    return (
+        f"Beside {cost['probes']} probes the p99 of `/classify` grows by {max(grown):.2f} quanta of "
+        f"{cost['probe']['quantum_ms']:.0f} ms at most here (aim 1: {_verdict(max(grown), 1)}). Smallest radii are "
+        f"found in {100 * min(shares):.0f} to {100 * max(shares):.0f} % of torchattacks' time: {found}."
     )
 
 

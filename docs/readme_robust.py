@@ -1,4 +1,4 @@
-"""What the README says of robust training, made from ``docs/robustness`` alone."""
+"""What README and docs/papers.md say of robust training, made from ``docs/robustness`` alone."""
 
 from __future__ import annotations
 
@@ -51,24 +51,39 @@ def _cells() -> dict[str, list[dict[str, Any]]]:
 def robust_aim() -> str:
     """The shipped encoder beside what was asked of it."""
     meta = json.loads(SHIPPED.read_text(encoding="utf-8"))
-    rows = _cells()
-    method = meta["method"]
-    ours, base = _cell(method, "autoattack"), _cell("demo", "autoattack")
-    assert ours["encoder"]["digest"] == load_encoder("demo-robust").digest, "demo-robust is not what was measured"
-    untrained = {row: _cell(row, "autoattack")["robust_interval"][1] for row in ("demo", "demo-vit") if row in rows}
+    ours, base, most_untrained, met = _shipped()
     low, high = ours["robust_interval"]
-    loss = base["clean"] - ours["clean"]
     right = [[outcome != WRONG for outcome in cell["outcomes"]] for cell in (ours, base)]
     difference, (least, most) = paired(*right)
-    met = ours["robust"] >= LEAST and low > max(untrained.values()) and loss <= COST
     return (
-        f"`demo-robust` is `{method}`'s encoder, whose trial was the most robust on a vendor left out of the trials. "
-        f"{meta['tried'][-1]}\n\nUnder full AutoAttack at 2/255 it holds {ours['robust']:.1f} % of "
+        f"`demo-robust` is `{meta['method']}`'s encoder, whose trial was the most robust on a vendor left out of the "
+        f"trials. {meta['tried'][-1]}\n\nUnder full AutoAttack at 2/255 it holds {ours['robust']:.1f} % of "
         f"EmojiOne ({low:.0f} to {high:.0f}), where encoders trained without attacks hold at most "
-        f"{max(untrained.values()):.0f} % (upper bound). Its clean accuracy there is {ours['clean']:.1f} %, `demo`'s "
+        f"{most_untrained:.0f} % (upper bound). Its clean accuracy there is {ours['clean']:.1f} %, `demo`'s "
         f"{base['clean']:.1f} % (difference {difference:+.1f}, {least:+.1f} to {most:+.1f}). The aim was at least "
         f"{LEAST} %, above those, at a loss of no more than {COST} points: {'met' if met else 'missed'}.\n"
     )
+
+
+def robust_line() -> str:
+    """The same in half a sentence."""
+    ours, base, _, met = _shipped()
+    return (
+        f"`demo-robust` answers {ours['robust']:.1f} % of pictures that it never saw right under AutoAttack at 2/255, "
+        f"`demo` {base['robust']:.1f} % ({'met' if met else 'missed'})"
+    )
+
+
+def _shipped() -> tuple[dict[str, Any], dict[str, Any], float, bool]:
+    """AutoAttack's cells of the shipped encoder and of its base, what untrained ones hold at most, and the verdict."""
+    meta = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    rows = _cells()
+    ours, base = _cell(meta["method"], "autoattack"), _cell("demo", "autoattack")
+    assert ours["encoder"]["digest"] == load_encoder("demo-robust").digest, "demo-robust is not what was measured"
+    untrained = [_cell(row, "autoattack")["robust_interval"][1] for row in ("demo", "demo-vit") if row in rows]
+    above = ours["robust_interval"][0] > max(untrained)
+    met = ours["robust"] >= LEAST and above and base["clean"] - ours["clean"] <= COST
+    return ours, base, max(untrained), met
 
 
 def robust_words() -> str:

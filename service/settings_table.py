@@ -1,4 +1,4 @@
-"""The table of all settings, for the README and `python -m service settings --markdown`."""
+"""The table of all settings, for docs/settings.md and `python -m service settings --markdown`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from service.settings import PREFIX, Settings
 
 
 def settings_markdown() -> str:
-    """Return the table of all settings for the README."""
+    """Return the table of all settings for docs/settings.md."""
     rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
         bounds = _bounds(field)

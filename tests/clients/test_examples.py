@@ -1,4 +1,4 @@
-"""The examples run as they are printed: the client's README, its command, and JavaScript; against the demo encoder."""
+"""Examples run as they are printed: the client's README, its command, and JavaScript; against the demo encoder."""
 
 from __future__ import annotations
 
@@ -79,8 +79,9 @@ def test_javascript_examples_run(demo: ServiceProcess, tmp_path: Path) -> None:
     version = subprocess.run([node, "--version"], capture_output=True, text=True).stdout
     if int(re.findall(r"\d+", version)[0]) < 18:
         pytest.skip(f"node is {version.strip()}; fetch came with 18")
-    code = blocks(ROOT / "README.md", "js")
-    assert code
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    code = [block for page in pages for block in blocks(page, "js")]
+    assert len(code) >= 2
     for i, block in enumerate(code):
         script = tmp_path / f"example-{i}.mjs"
         script.write_text(block.replace(ADDRESS, demo.url), encoding="utf-8")
