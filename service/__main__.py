@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     _serving(fleeting)
     fleet.add_arguments(fleeting)
     listed = added.add_parser("settings", help="list the settings")
-    listed.add_argument("--markdown", action="store_true", help="the table of the README")
+    listed.add_argument("--markdown", action="store_true", help="as the table in docs/settings.md")
     added.add_parser("openapi", help="print the OpenAPI document")
     keys_command.add_arguments(added.add_parser("keys", help="make API keys, and check the file they are in"))
     checking = added.add_parser("selfcheck", help="prove on this machine that what is served is right, and how fast")
