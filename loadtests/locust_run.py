@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from loadtests.outcomes import KINDS
 from loadtests.processes import ROOT
 
 _REFUSALS = ("429", "503")
@@ -57,10 +58,11 @@ def show(summary: dict[str, Any]) -> int:
     """Print a summary; returns how many requests failed otherwise than by being refused."""
     rows = {**summary["requests"], "all": summary["total"]}
     for name, row in rows.items():
-        print(
-            f"{name}: {row['requests']} requests, {row['per_second']} a second, p50 {row['p50_ms']:.0f}, p95 "
-            f"{row['p95_ms']:.0f}, p99 {row['p99_ms']:.0f} ms, {row['failures']} failures"
-        )
+        answered = row["requests"] - row["failures"]
+        print(f"{name}: {row['requests']} requests, {answered} of them answered, {row['per_second']} a second")
+        for kind in KINDS:
+            if kind in row:
+                print(f"  {kind}: {row[kind]['requests']}, {_pace(row[kind])}")
     faults = 0
     for failure in summary["failures"]:
         faults += failure["times"] * (not failure["reason"].startswith(_REFUSALS))
@@ -69,6 +71,11 @@ def show(summary: dict[str, Any]) -> int:
         pictures = summary["fresh_pictures"]
         print(f"{pictures['asked']} fresh pictures were asked for and {pictures['made']} made: raise --pictures")
     return faults
+
+
+def _pace(row: dict[str, Any]) -> str:
+    times = ", ".join(f"p{share} {row[f'p{share}_ms']:.0f}" for share in (50, 95, 99))
+    return f"{row['per_second']} a second, {times} ms"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from locust import events
 
 from loadtests.machine import describe_commit, describe_machine
+from loadtests.outcomes import plain_name, summarise
 from loadtests.pictures import parse_size
 from loadtests.users import SCENARIOS, EmbedUser, FreshUser, LabelSetUser, ProbeUser, RepeatedUser, Supply
 
@@ -82,36 +83,25 @@ def write_summary(environment: Any, **_: Any) -> None:
     if options is None or not options.summary:
         return
     supply: Supply = environment.supply
-    rows = {entry.name: _row(entry) for entry in environment.stats.entries.values()}
+    lasted = (environment.stats.last_request_timestamp or 0) - environment.stats.start_time
+    rows, total = summarise(environment.stats.entries.values(), lasted)
     report = {
         "scenario": options.scenario,
         "users": options.num_users,
         "seconds": options.run_time,
-        "lasted_seconds": round((environment.stats.last_request_timestamp or 0) - environment.stats.start_time, 2),
+        "lasted_seconds": round(lasted, 2),
         "size": options.size,
         "seed": options.seed,
         "machine": describe_machine(),
         **describe_commit(),
         "fresh_pictures": {"made": supply.made, "asked": supply.asked, "came_again": supply.asked > supply.made},
-        "total": _row(environment.stats.total),
+        "total": total,
         "requests": rows,
         "failures": [
-            {"name": error.name, "reason": str(error.error), "times": error.occurrences}
+            {"name": plain_name(error.name), "reason": str(error.error), "times": error.occurrences}
             for error in environment.stats.errors.values()
         ],
     }
     path = Path(options.summary)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def _row(entry: Any) -> dict[str, float]:
-    row = {
-        "requests": entry.num_requests,
-        "failures": entry.num_failures,
-        "per_second": round(entry.total_rps, 2),
-        "failures_per_second": round(entry.total_fail_per_sec, 2),
-    }
-    for share in (0.5, 0.95, 0.99):
-        row[f"p{round(100 * share)}_ms"] = entry.get_response_time_percentile(share) or 0
-    return row

@@ -45,6 +45,13 @@ LEVELS: tuple[tuple[str, float, Manner], ...] = (
 )
 
 
+def longest_round(options: argparse.Namespace) -> float:
+    """Seconds of one round at most, without the service's start and what the last callers of a level wait for."""
+    looks = 1 + _BRACKETING + options.steps
+    seconds: float = looks * options.search_seconds + options.turns * len(LEVELS) * options.seconds
+    return seconds
+
+
 def find_saturation(sustained: Callable[[float], bool], start: float, steps: int) -> tuple[float, int]:
     """The highest sustained rate: doubled or halved from `start` until it is bracketed, then bisected.
 
@@ -183,13 +190,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cache_bytes": _CACHE_BYTES,
         **({"dtype": options.dtype} if options.dtype else {}),
     }
-    plan = {name: getattr(options, name) for name in _PLAN}
+    plan = {name: getattr(options, name) for name in _PLAN} | {"levels": [name for name, _, _ in LEVELS]}
     about = describe_run("saturation", argv)
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = RESULTS / f"{options.name}.json" if options.name else Path(folder) / "result.json"
             cells = Cells(path, plan, about, fresh=options.fresh)
             missing = [f"round {number}" for number in range(1, options.rounds + 1) if f"round {number}" not in cells]
+            minutes = longest_round(options) / 60
+            print(f"{len(missing)} rounds to run, of {minutes:.1f} minutes each at most, beside the starts", flush=True)
             for name in within(missing, options.budget_seconds):
                 port = free_port()
                 command, environment = ironclip(

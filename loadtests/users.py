@@ -16,6 +16,7 @@ from typing import Any
 
 from locust import FastHttpUser, task
 
+from loadtests.outcomes import ANSWERED, kind_of, row_name
 from loadtests.pictures import make_pictures
 
 LABELS = [f"label {number}" for number in range(20)]
@@ -69,14 +70,17 @@ class ServiceUser(FastHttpUser):  # type: ignore[misc]
         self.supply: Supply = self.environment.supply
 
     def ask(self, name: str, path: str, body: bytes, kind: str = "image/jpeg", method: str = "POST") -> None:
-        """Send one request, counted under `name`; anything but success is a failure named by status and code."""
+        """Send one request, counted under `name` and what became of it; a failure is named by status and code."""
         headers = {"Content-Type": kind, **self.key}
         with self.client.request(method, path, data=body, headers=headers, name=name, catch_response=True) as answer:
-            if answer.status_code in (200, 201):
+            told = answer.headers or {}
+            kind = kind_of(answer.status_code, told.get("Cache-Status", ""))
+            answer.request_meta["name"] = row_name(name, kind)
+            if kind in ANSWERED:
                 answer.success()
                 return
             answer.failure(_reason(answer))
-            wait = answer.headers.get("Retry-After", "") if answer.headers else ""
+            wait = told.get("Retry-After", "")
         if wait.isdigit():
             time.sleep(min(float(wait), _LONGEST_WAIT))  # gevent's: locust has patched it
 

@@ -64,6 +64,7 @@ ACCESS: dict[str, tuple[KeyScope, ...]] = {
     "GET /v1/models": _INFER,
     "GET /v1/models/{}": _INFER,
     "POST /attack-probe": _PROBE,
+    "GET /probes": _PROBE,
     "GET /probes/{}": _PROBE,
     "DELETE /probes/{}": _PROBE,
     "GET /probes/{}/events": _PROBE,

@@ -119,6 +119,25 @@ ANSWERS: dict[str, Any] = {
         "texts": [{"embedding": [0.8, 0.6, 0.0]}],
     },
     "attackProbe": _PROBED,
+    "listProbes": {
+        "probes": [
+            {
+                "id": _PROBE,
+                "status": "done",
+                "created": "2026-03-01T12:00:00.000+00:00",
+                "started": "2026-03-01T12:00:00.042+00:00",
+                "encoder": _ENCODER,
+                "defence": {"name": "none"},
+                "label": "carrot",
+                "unit": "1/255",
+                "robust_to": 4.0,
+                "broken_at": 8.0,
+                "error": None,
+            }
+        ],
+        "next": f"/probes?limit=1&cursor=1772366400000-{_PROBE}",
+        "partial": False,
+    },
     "getProbe": {"id": _PROBE, "status": "done", "points": _POINTS, "result": _PROBED, "error": None},
     "listLabelSets": {"label_sets": [_EMOJI, _PETS], "next": "/label-sets?limit=2&cursor=pets"},
     "getLabelSet": {**_PETS, "labels": ["cat", "dog"], "templates": ["a photo of a {}"]},

@@ -28,7 +28,7 @@ from service.cache import ArrayCache, KeyScope, image_key
 from service.decisions import Classifiers, Plan
 from service.decoder import ImageDecoder
 from service.forms import Picture
-from service.rate_limits import TEXT, Meter
+from service.rate_limits import Meter
 from service.runtime import ServedEncoder
 from service.telemetry import Stages
 from service.together import fault_of, together
@@ -130,11 +130,8 @@ class Answers:
 
     async def _encoded(self, plan: Plan, meter: Meter | None) -> Classifier:
         """The plan's Classifier, its texts paid for by whoever is limited."""
-        if meter is None or not meter.limited:
-            return await self.classifiers.get(plan)
         # Apart from what the request costs again and again: encoded once, they are there for the next.
-        async with meter.paid(TEXT * await self.classifiers.texts_to_encode(plan), again=False):
-            return await self.classifiers.get(plan)
+        return await (self.classifiers.get(plan) if meter is None else self.classifiers.bought(plan, meter))
 
     async def embed(
         self,
@@ -146,6 +143,7 @@ class Answers:
         plan: Plan | None = None,
         *,
         tenant: str,
+        meter: Meter | None = None,
     ) -> list[Item]:
         """A unit vector of each picture; an item has `vector` or `error`.
 
@@ -157,8 +155,9 @@ class Answers:
             stages: where times go.
             plan: the label set, for a defence that reads it.
             tenant: whose caches are used.
+            meter: who pays for texts that have to be encoded first; None: nobody.
         """
-        classifier = await self.classifiers.get(plan) if plan is not None else None
+        classifier = await self._encoded(plan, meter) if plan is not None else None
         items = _items(pictures)
         with stages.time("cache"):
             await self._known_bytes(served, tenant, _open(items))

@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from ironclip.errors import IronclipError, NotReady
+from service import waits
 from service.admission import Admission, Room
 from service.attempts import Attempts, Failure, deliver
 from service.pace import Pace
@@ -248,8 +249,8 @@ class Batcher(Generic[Item, Result]):
             DeadlineExceeded: the request's deadline passed before its turn came.
             Exception: whatever `run` raised for this item.
         """
-        (future,) = self._enqueue([item])
-        result: Result = await future
+        (entry,) = self._enqueue([item])
+        result: Result = await entry.future
         return result
 
     async def submit_many(self, items: Sequence[Item], room: Room | None = None) -> list[Result | Exception]:
@@ -262,7 +263,12 @@ class Batcher(Generic[Item, Result]):
         Raises:
             Overloaded, NotReady: as `submit`.
         """
-        outcomes = await asyncio.gather(*self._enqueue(items, room), return_exceptions=True)
+        entries = self._enqueue(items, room)
+        try:
+            outcomes = await asyncio.gather(*[entry.future for entry in entries], return_exceptions=True)
+        finally:  # a caller whose time is up has waited too
+            if entries:
+                waits.note(max([entry.waited for entry in entries]))
         results: list[Result | Exception] = []
         for outcome in outcomes:
             if isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
@@ -316,9 +322,8 @@ class Batcher(Generic[Item, Result]):
             state = "is stopping" if self._stopping else "is not running"
             raise NotReady(f"The {self.name} worker {state}.", retry_after=1)
 
-    def _enqueue(self, items: Sequence[Item], room: Room | None = None) -> list[asyncio.Future[Any]]:
+    def _enqueue(self, items: Sequence[Item], room: Room | None = None) -> list[Entry[Item]]:
         loop = asyncio.get_running_loop()
-        futures = [loop.create_future() for _ in items]
         urgency = CURRENT.get()
         with self._changed:
             costs = [self._cost(item) for item in items]
@@ -330,11 +335,13 @@ class Batcher(Generic[Item, Result]):
                 self.admission.release(room, total)
             if not self._current and not len(self._queue):
                 self.last_progress = time.monotonic()  # the time without work is no time without progress
-            for item, future, cost in zip(items, futures, costs, strict=True):
-                identity = self._queue.add(Entry(item, future, cost, urgency))
-                future.add_done_callback(partial(self._forget, identity))
+            entries = [
+                Entry(item, loop.create_future(), cost, urgency) for item, cost in zip(items, costs, strict=True)
+            ]
+            for entry in entries:
+                entry.future.add_done_callback(partial(self._forget, self._queue.add(entry)))
             self._changed.notify()
-        return futures
+        return entries
 
     def _forget(self, identity: int, future: asyncio.Future[Any]) -> None:
         if future.cancelled():
@@ -464,6 +471,8 @@ class Batcher(Generic[Item, Result]):
 
     def _serve(self, batch: list[Entry[Item]], turn: int) -> None:
         began = time.perf_counter()
+        for entry in batch:
+            entry.began_at = began
         outcomes = self._attempts.run([entry.item for entry in batch])
         seconds = time.perf_counter() - began
         cost = sum(entry.cost for entry in batch)

@@ -28,6 +28,9 @@ _OVERHEAD = 200  # bytes of Python objects around one value, roughly
 _MAX_SHARED_BYTES = 32 * 1024 * 1024  # of one value in Redis, and of all that wait to be written
 _MAX_UNWRITTEN = 4096  # values that wait to be written; more are left out
 _BATCH, _BATCH_BYTES = 256, 4 * 1024 * 1024  # of one call that writes
+# So many bytes at once are signed, or checked, in a thread: it is a millisecond for some megabytes, and a text bank
+# has tens of them.
+_THREAD_BYTES = 256 * 1024
 _WRITE_SECONDS = 1.0  # nobody waits for a write, so it may take longer than a look-up
 
 
@@ -101,7 +104,7 @@ class ArrayCache:
         self._secret = hashlib.sha256(secret).digest() if secret else b""
         self._timeout = shared_timeout
         self._local: TTLCache[bytes, Arrays] = TTLCache(max(max_bytes, 1), ttl, getsizeof=_size)
-        self._unwritten: deque[tuple[bytes, bytes]] = deque()
+        self._unwritten: deque[tuple[bytes, Arrays]] = deque()
         self._unwritten_bytes = 0
         self._writer: asyncio.Task[None] | None = None
 
@@ -113,9 +116,12 @@ class ArrayCache:
         missing = [i for i, value in enumerate(found) if value is None]
         self._count("hit", len(keys) - len(missing))
         if missing and self._link is not None:
-            for i, blob in zip(missing, await self._fetch([keys[i] for i in missing]), strict=True):
-                if blob is not None:
-                    found[i] = self._accept(keys[i], blob, schema)
+            blobs = await self._fetch([keys[i] for i in missing])
+            shared = {i: (keys[i], blob) for i, blob in zip(missing, blobs, strict=True) if blob is not None}
+            read = partial(self._read_all, list(shared.values()), schema)
+            large = sum(len(blob) for _, blob in shared.values()) > _THREAD_BYTES
+            for i, arrays in zip(shared, await asyncio.to_thread(read) if large else read(), strict=True):
+                found[i] = self._accept(keys[i], arrays)
         self._count("miss", sum(value is None for value in found))
         return found
 
@@ -134,9 +140,8 @@ class ArrayCache:
         if len(self._unwritten) >= _MAX_UNWRITTEN or self._unwritten_bytes + _size(arrays) > _MAX_SHARED_BYTES:
             self._count("unwritten")
             return
-        blob = pack(arrays, key=key, secret=self._secret)
-        self._unwritten.append((self._prefix + key.hex().encode(), blob))
-        self._unwritten_bytes += len(blob)
+        self._unwritten.append((key, arrays))
+        self._unwritten_bytes += _size(arrays)
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write(link))
 
@@ -150,8 +155,11 @@ class ArrayCache:
             self._local[key] = arrays
             telemetry.CACHE_BYTES.labels(self.name).set(self._local.currsize)
 
+    def _place(self, key: bytes) -> bytes:
+        return self._prefix + key.hex().encode()
+
     async def _fetch(self, keys: list[bytes]) -> Sequence[bytes | None]:
-        names = [self._prefix + key.hex().encode() for key in keys]
+        names = [self._place(key) for key in keys]
 
         async def mget(redis: Redis) -> Sequence[bytes | None]:
             values = await redis.mget(names)
@@ -164,27 +172,39 @@ class ArrayCache:
             self._count("unavailable", len(keys))
             return [None] * len(keys)
 
-    def _accept(self, key: bytes, blob: bytes, schema: Schema) -> Arrays | None:
-        try:
-            arrays = unpack(blob, schema, key=key, secret=self._secret)
-        except ValueRejected:
-            self._count("rejected")
-            return None
-        self._count("shared-hit")
-        self._keep(key, arrays)
+    def _read_all(self, shared: Sequence[tuple[bytes, bytes]], schema: Schema) -> list[Arrays | None]:
+        """What Redis had, by key; None for what is not believed."""
+        found: list[Arrays | None] = []
+        for key, blob in shared:
+            try:
+                found.append(unpack(blob, schema, key=key, secret=self._secret))
+            except ValueRejected:
+                found.append(None)
+        return found
+
+    def _accept(self, key: bytes, arrays: Arrays | None) -> Arrays | None:
+        self._count("rejected" if arrays is None else "shared-hit")
+        if arrays is not None:
+            self._keep(key, arrays)
         return arrays
+
+    def _pack_all(self, batch: Sequence[tuple[bytes, Arrays]]) -> list[tuple[bytes, bytes]]:
+        """What Redis is to keep, with where it is kept."""
+        return [(self._place(key), pack(arrays, key=key, secret=self._secret)) for key, arrays in batch]
 
     async def _write(self, link: RedisLink) -> None:
         """Write what waits, many values in one call: a call for each would need a connection for each."""
         while self._unwritten:
-            batch: list[tuple[bytes, bytes]] = []
+            batch: list[tuple[bytes, Arrays]] = []
             size = 0
             while self._unwritten and len(batch) < _BATCH and size < _BATCH_BYTES:
                 batch.append(self._unwritten.popleft())
-                size += len(batch[-1][1])
+                size += _size(batch[-1][1])
+            large = size > _THREAD_BYTES
+            packed = await asyncio.to_thread(self._pack_all, batch) if large else self._pack_all(batch)
             self._unwritten_bytes -= size
             try:
-                await link.call(partial(self._set, batch), timeout=max(_WRITE_SECONDS, self._timeout or 0))
+                await link.call(partial(self._set, packed), timeout=max(_WRITE_SECONDS, self._timeout or 0))
             except RedisUnavailable:
                 self._count("unavailable", len(batch))
 

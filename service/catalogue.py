@@ -104,15 +104,24 @@ class Catalogue:
         )
 
     def source(self, name: str) -> Source | None:
-        """Who brought what is served or being loaded under a name; None: there is nothing."""
+        """Who brought what is served or being loaded under a name, canaries apart; None: there is nothing."""
         named = self._named.get(name, Named())
-        version = named.coming or named.stable
+        version = named.coming if named.coming is not None and not named.coming.share else named.stable
         return version.source if version is not None else None
 
-    def failure(self, name: str) -> dict[str, Any] | None:
-        """Why the last load of a name failed, as a problem, if it did."""
+    def loading(self, name: str) -> bool:
+        """Whether a version of a name is being loaded."""
+        return self._named.get(name, Named()).coming is not None
+
+    def tried(self, name: str, source: Source) -> str:
+        """Digest of the canary of a name that takes its share, if this source brought it; "" if not."""
+        canary = self._named.get(name, Named()).canary
+        return canary.digest if canary is not None and canary.source == source else ""
+
+    def failure(self, name: str, *, canary: bool) -> dict[str, Any] | None:
+        """Why what was loaded last for a name failed, as a problem, if it did, and was to be a canary, or not."""
         failed = self._named.get(name, Named()).failed
-        return failed.failure if failed is not None else None
+        return failed.failure if failed is not None and bool(failed.share) == canary else None
 
     def _everything(self) -> Iterator[ServedEncoder]:
         for named in self._named.values():

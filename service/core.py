@@ -33,7 +33,7 @@ from service.models import Models
 from service.plans import Plans, parse_defence
 from service.probe_job import Job
 from service.probe_ledger import Ledger
-from service.rate_limits import TEXT, Bill, Limiter, Meter
+from service.rate_limits import Bill, Limiter, Meter
 from service.redis_link import RedisLink
 from service.remembered import Memory
 from service.runtime import ServedEncoder, use_threads
@@ -240,8 +240,7 @@ class Service:
             # Whatever is wrong with the set for this encoder, the request that uses it is told.
             with contextlib.suppress(IronclipError), holding():
                 plan = await self.plan(Options(label_set=f"{entry.name}@{entry.digest}"), tenant=meter.caller.tenant)
-                async with meter.paid(TEXT * await self.answers.classifiers.texts_to_encode(plan)):
-                    await self.answers.classifiers.get(plan)
+                await self.answers.classifiers.bought(plan, meter)
 
         if self.state == "ready":
             task = asyncio.create_task(encode())

@@ -27,11 +27,14 @@ from service import telemetry
 from service.banks import prompts_of
 from service.cache import ArrayCache, KeyScope
 from service.label_sets import Trees, tree_digest
+from service.rate_limits import TEXT, Meter
 from service.runtime import ServedEncoder
 from service.single_flight import SingleFlight
 from service.vectors import Arrays, Schema
 
 T = TypeVar("T")
+
+_MOST_UNPAID = 1024
 
 _BANK_SCHEMA: Schema = {
     "weights": ("float32", (None, None)),
@@ -195,6 +198,8 @@ class Classifiers:
         self._max_bytes = max_bytes
         self._large: tuple[bytes, Classifier] | None = None
         self._flight = SingleFlight()
+        # Banks that have been encoded and that nobody has paid for yet.
+        self._unpaid: LRUCache[bytes, bool] = LRUCache(_MOST_UNPAID)
 
     def kept(self, plan: Plan) -> Classifier | None:
         """The plan's Classifier if it is there already."""
@@ -214,6 +219,24 @@ class Classifiers:
         made = await self._flight.run(plan.prepared_key, lambda: self._make(plan))
         return made.under(plan.defence)
 
+    async def bought(self, plan: Plan, meter: Meter) -> Classifier:
+        """`get`, its texts paid for by whoever is limited; of all who wait for the same ones a single one pays.
+
+        All of them pay first, and it is whoever has the texts first that does not get it back: who asked for them first
+        may be refused, and what comes of the others would cost nobody anything.
+
+        Raises:
+            As `get` and `Meter.pay`.
+        """
+        if not meter.limited:
+            return await self.get(plan)
+        missing = await self._missing(plan)
+        async with meter.paid(TEXT * sum(missing.values()), again=False) as store:
+            found = await self.get(plan)
+            others = [texts for key, texts in missing.items() if not self._unpaid.pop(key, False)]
+            await meter.give_back(TEXT * sum(others), store, again=False)
+        return found
+
     async def attacked(self, plan: Plan) -> tuple[Classifier, Classifier]:
         """The plan's Classifier, and the same over the float32 encoder that gradients are taken of.
 
@@ -228,13 +251,7 @@ class Classifiers:
 
     async def texts_to_encode(self, plan: Plan) -> int:
         """How many texts `get` has to encode now; 0 if all are there."""
-        if self._find(plan.prepared_key) is not None:
-            return 0
-        missing = 0
-        for label_set in [plan.label_set, *(await self._level_sets(plan)).values()]:
-            if await self._stored(plan, label_set) is None:
-                missing += prompts_of(label_set, plan.defence.reads_descriptions)
-        return missing
+        return sum((await self._missing(plan)).values())
 
     def forget(self, served: ServedEncoder) -> None:
         """Let go of what holds an encoder that has been unloaded."""
@@ -282,6 +299,16 @@ class Classifiers:
         self._keep(plan.prepared_key, classifier, plan)
         return classifier
 
+    async def _missing(self, plan: Plan) -> dict[bytes, int]:
+        """The banks that `get` has to encode now by their keys, and how many texts each has."""
+        if self._find(plan.prepared_key) is not None:
+            return {}
+        missing = {}
+        for label_set in [plan.label_set, *(await self._level_sets(plan)).values()]:
+            if await self._stored(plan, label_set) is None:
+                missing[_bank_key(plan, label_set)] = prompts_of(label_set, plan.defence.reads_descriptions)
+        return missing
+
     async def _level_sets(self, plan: Plan) -> dict[str, LabelSet]:
         """The nodes of the levels that are scored by prompts of their own, as label sets."""
         if plan.tree is None or plan.levels != "prompts":
@@ -292,7 +319,8 @@ class Classifiers:
     async def _bank(self, plan: Plan, label_set: LabelSet) -> TextBank:
         found = await self._stored(plan, label_set)
         if found is not None:
-            return _to_bank(plan.served.digest, label_set.digest, plan.defence.reads_descriptions, found)
+            about = (plan.served.digest, label_set.digest, plan.defence.reads_descriptions)
+            return await asyncio.to_thread(_to_bank, *about, found)
         key = _bank_key(plan, label_set)
         return await self._flight.run(key, lambda: self._build(key, plan, label_set))
 
@@ -304,7 +332,8 @@ class Classifiers:
     async def _build(self, key: bytes, plan: Plan, label_set: LabelSet) -> TextBank:
         descriptions = plan.defence.reads_descriptions
         bank = await plan.served.text_bank(label_set, descriptions=descriptions, tenant=plan.tenant)
-        self._banks.put(key, _from_bank(bank))
+        self._unpaid[key] = True
+        self._banks.put(key, await asyncio.to_thread(_from_bank, bank))  # from a GPU: behind the batch that runs
         return bank
 
 

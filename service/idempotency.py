@@ -29,6 +29,11 @@ _CALL = 1.0  # for one call to Redis, seconds
 _MARGIN = 1.0  # beyond the time in which the first request has to be taken in
 _DAY = 24 * 3600
 _MOST = 20_000  # keys kept in this process, about half a kilobyte each; each of them began a probe
+# Takes a claim away, if it is this one. In one step, or another replica's could come in between.
+_RELEASE = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
+"""
 # A string of RFC 8941 without escapes, as the draft has it; or the same without its quotes, as most send it.
 _FORM = re.compile(r'"([\x20\x21\x23-\x5b\x5d-\x7e]{1,255})"|([\x21\x23-\x7e]{1,255})')
 
@@ -132,11 +137,17 @@ class Claims:
         return holds
 
     async def release(self, tenant: str, claim: Claim) -> None:
-        """Give a key up whose request began nothing, so that the next with it is the first again."""
-        self._own.pop((tenant, claim.place), None)
+        """Give a key up whose request began nothing, so that the next with it is the first again.
+
+        Another's claim stays: this one may have run out since, or Redis may never have heard of it.
+        """
+        held, _ = self._own.get((tenant, claim.place), (None, 0.0))
+        if held is not None and held.identity == claim.identity:
+            del self._own[tenant, claim.place]
+        entry = self._entry(claim)
 
         async def delete(redis: Redis) -> object:
-            return await redis.delete(claim.place)
+            return await redis.register_script(_RELEASE)([claim.place], [entry])
 
         if self._link is not None:
             with contextlib.suppress(RedisUnavailable):

@@ -62,10 +62,10 @@ class Models(Catalogue):
         self._log = telemetry.get_logger()
 
     async def first(
-        self, name: str, path: str, source: Source, spec: str = "", still: Still = always
+        self, name: str, path: str, source: Source, spec: str = "", still: Still = always, *, share: float = 0.0
     ) -> IronclipError | None:
-        """Load an encoder at start; returns what was wrong with it."""
-        version = Version(name, spec or path, path, source, self._defence(name, None), still=still)
+        """Load an encoder at start, or a canary of one; returns what was wrong with it."""
+        version = Version(name, spec or path, path, source, self._defence(name, None), share, still=still)
         self._named.setdefault(name, Named()).coming = version
         return await self._bring(version)
 
@@ -106,29 +106,35 @@ class Models(Catalogue):
                 errors=[{"pointer": "/canary", "code": "canary", "detail": "There is no stable version."}],
             )
         wanted = self._defence(name, defence)
-        if expected and self._there(named, expected, wanted, share):
+        version = Version(name, spec, path, source, wanted, share, expected, still)
+        if expected and self._there(named, version):
             named.failed = None
             return False
         if sum(one.coming is not None for one in self._named.values()) >= _MOST_COMING:
             raise EncoderBusy(f"{_MOST_COMING} encoders are being loaded; ask again when one of them has ended.")
-        version = Version(name, spec, path, source, wanted, share, expected, still)
         named.coming = version
         self._named[name] = named
         self._spawn(self._bring(version))
         return True
 
-    def _there(self, named: Named, digest: str, defence: Defence, share: float) -> bool:
+    def _there(self, named: Named, asked: Version) -> bool:
         """Whether such a version is served; a canary is given the share, or promoted where it is to have all."""
         stable, canary = named.stable, named.canary
-        if stable is not None and (stable.digest, _form(stable.defence)) == (digest, _form(defence)):
+        wanted = (asked.expected, _form(asked.defence))
+        if stable is not None and (stable.digest, _form(stable.defence)) == wanted:
             return True
-        if canary is None or (canary.digest, _form(canary.defence)) != (digest, _form(defence)):
+        if canary is None or (canary.digest, _form(canary.defence)) != wanted:
             return False
-        if share:
-            self._share(canary, share)
+        self._again(canary, asked)
+        return True
+
+    def _again(self, canary: Version, asked: Version) -> None:
+        """Give a canary that is asked for once more its new share, or all requests."""
+        canary.spec, canary.path = asked.spec, asked.path
+        if asked.share:
+            self._share(canary, asked.share)
         else:
             self.promote(canary.name)
-        return True
 
     def promote(self, name: str) -> None:
         """Give the canary all requests; raises EncoderNotFound where there is none."""
@@ -145,6 +151,14 @@ class Models(Catalogue):
         self._end_share(canary, "removed")
         self._retire(named, canary)
         self._log.info("canary removed", encoder=canary.name, digest=canary.digest)
+
+    def withdraw(self, name: str, source: Source) -> None:
+        """End the canary that a source brought, also one that is being loaded; of any other nothing is changed."""
+        named = self._named.get(name, Named())
+        if named.coming is not None and named.coming.share and named.coming.source == source:
+            named.coming.dropped = True
+        if self.tried(name, source):
+            self.end_canary(name)
 
     def unload(self, name: str) -> None:
         """Serve an encoder no longer; what has it in hand ends well. One that is being loaded is not served at all.
@@ -227,10 +241,8 @@ class Models(Catalogue):
         same = next((one for one in self._named[version.name].serving if _alike(one, version, loaded)), None)
         if same is not None and not version.dropped:
             self._log.info("encoder is served already", encoder=version.name, digest=version.digest)
-            if same.share and version.share:
-                self._share(same, version.share)
-            elif same.share:
-                self.promote(same.name)
+            if same.share:
+                self._again(same, version)
             return "unchanged"
         if not version.dropped:
             version.served = await asyncio.to_thread(self._loader.warm, version, loaded)

@@ -57,6 +57,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
     probe_schemas.ProbeAnswer,
     probe_schemas.ProbeStarted,
     probe_schemas.ProbeStanding,
+    probe_schemas.ProbeList,
     answers.Status,
     schemas.OpenAIEmbeddingRequest,
     answers.OpenAIEmbeddingResponse,

@@ -187,6 +187,7 @@ OPERATIONS: dict[str, Operation] = {
             ),
         ],
     ),
+    "listProbes": Operation(ref("ProbeList"), (422, 500)),
     "getProbe": Operation(ref("ProbeStanding"), (404, 500, 503), headers=_UNTIL_ENDED),
     "cancelProbe": Operation({}, (404, 500, 503), gives=(204,)),
     "followProbe": Operation(

@@ -13,7 +13,8 @@ import contextlib
 import json
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, NamedTuple
 
 from redis.asyncio import Redis
 
@@ -21,6 +22,7 @@ from ironclip.errors import NotReady
 from service.errors import ProbeNotFound
 from service.idempotency import Kept
 from service.probe_job import ENDS, Event, Job
+from service.probe_list import BRIEF, Cursor, Elsewhere, Listed, Page, brief, enter, listed
 from service.problems import problem
 from service.redis_link import RedisLink, RedisUnavailable
 from service.seal import NotSigned, Seal
@@ -33,7 +35,14 @@ _LAST_TRIES = 240  # to write how a probe ended, a poll apart
 _SIGN_SECONDS, _DOUBT_SECONDS = 5, 8
 _DOUBT_KEPT = 60
 _AWAY_SECONDS = 60.0  # that a follower waits for a Redis that is away, or that has lost the probe, before it gives up
-_QUEUED = Event(-1, "queued", {})
+
+
+class _Known(NamedTuple):
+    """A probe of this process, and when it came: by the monotonic clock, and in milliseconds since 1970."""
+
+    job: Job
+    since: float
+    created: int
 
 
 class Ledger:
@@ -60,7 +69,7 @@ class Ledger:
         self._link, self._prefix, self._ttl = link, prefix, ttl
         self._most, self._most_bytes = most, most_bytes
         self._seal = Seal(secret, b"probes")
-        self._jobs: OrderedDict[tuple[str, str], tuple[Job, float]] = OrderedDict()
+        self._jobs: OrderedDict[tuple[str, str], _Known] = OrderedDict()
         self._mirrors: set[asyncio.Task[None]] = set()
 
     async def add(self, job: Job, tenant: str = "", beside: Kept | None = None) -> None:
@@ -69,10 +78,10 @@ class Ledger:
         What is kept ``beside`` it in Redis is written with it, and expires no sooner.
         """
         self._make_room()
-        self._jobs[tenant, job.id] = (job, time.monotonic())
+        known = self._jobs[tenant, job.id] = _Known(job, time.monotonic(), time.time_ns() // 1_000_000)
         if self._link is not None:
             known_of = asyncio.Event()
-            task = asyncio.create_task(self._mirror(self._link, job, tenant, beside, known_of))
+            task = asyncio.create_task(self._mirror(self._link, known, tenant, beside, known_of))
             self._mirrors.add(task)
             task.add_done_callback(self._mirrors.discard)
             task.add_done_callback(lambda _: known_of.set())
@@ -81,7 +90,7 @@ class Ledger:
     def _make_room(self) -> None:
         """Forget what has expired, and of what else has ended the oldest beyond the bounds."""
         number, size = 1, 0  # the one that comes
-        for known, (old, since) in reversed(list(self._jobs.items())):
+        for known, (old, since, _) in reversed(list(self._jobs.items())):
             if not old.ended:
                 continue
             number, size = number + 1, size + old.size
@@ -93,8 +102,8 @@ class Ledger:
 
     def _own(self, identity: str, tenant: str) -> Job | None:
         """A probe of this process."""
-        job, since = self._jobs.get((tenant, identity), (None, 0.0))
-        return None if job is None or self._expired(job, since) else job
+        known = self._jobs.get((tenant, identity))
+        return None if known is None or self._expired(known.job, known.since) else known.job
 
     def knows(self, identity: str, tenant: str) -> bool:
         """Whether this is a tenant's probe of this process that is not forgotten."""
@@ -174,17 +183,58 @@ class Ledger:
         except RedisUnavailable as error:
             raise _away() from error
 
+    async def page(self, tenant: str, limit: int, before: Cursor | None = None) -> Page:
+        """A tenant's probes, newest first, from behind a cursor on; those of this process alone while Redis is away."""
+        own = {
+            identity: known
+            for (whose, identity), known in self._jobs.items()
+            if whose == tenant and not self._expired(known.job, known.since)
+        }
+        places = [Cursor(known.created, identity) for identity, known in own.items()]
+        found: list[Listed] = []
+        for at in sorted((at for at in places if before is None or at < before), reverse=True)[: limit + 1]:
+            known = own[at.id]
+            one = listed(at.id, brief(known.job, known.created, known.since))
+            found += [one] if one is not None else []
+        partial = False
+        if self._link is not None:
+            try:
+                elsewhere = await self._elsewhere(self._link, tenant).newest(
+                    limit + 1, before, lambda: problem(_lost())
+                )
+                found += [one for one in elsewhere if one.at.id not in own]
+            except RedisUnavailable:
+                partial = True
+        found.sort(key=lambda one: one.at, reverse=True)
+        return Page(found[:limit], len(found) > limit, partial)
+
+    def _elsewhere(self, link: RedisLink, tenant: str) -> Elsewhere:
+        def opened(place: str, blob: bytes) -> dict[str, Any] | None:
+            event = self._event(place, blob)
+            return event.data if event is not None and event.kind == BRIEF else None
+
+        async def gone(places: Sequence[str]) -> set[str]:
+            found = await asyncio.gather(*[self._gone(link, place) for place in places])
+            return {place for place, is_gone in zip(places, found, strict=True) if is_gone}
+
+        return Elsewhere(link, self._index(tenant), lambda identity: self._key(identity, tenant), opened, gone)
+
     def _key(self, identity: str, tenant: str) -> str:
         """Where a probe's events are in Redis; signatures are bound to it."""
         return f"{self._prefix}:tenant:{tenant}:probe:{identity}" if tenant else f"{self._prefix}:probe:{identity}"
 
+    def _index(self, tenant: str) -> str:
+        """Where the ids of a tenant's probes are in Redis."""
+        return f"{self._prefix}:tenant:{tenant}:probes" if tenant else f"{self._prefix}:probes"
+
     async def _mirror(
-        self, link: RedisLink, job: Job, tenant: str, beside: Kept | None, known_of: asyncio.Event
+        self, link: RedisLink, known: _Known, tenant: str, beside: Kept | None, known_of: asyncio.Event
     ) -> None:
         """Write a probe's events to Redis as they come, and look whether somebody wants it cancelled.
 
         `known_of` is set after the first try to write.
         """
+        job = known.job
         key, after = self._key(job.id, tenant), 0
 
         async def write(redis: Redis) -> bool:
@@ -192,6 +242,7 @@ class Ledger:
             pipe.hset(key, mapping={event.about: self._signed(key, event) for event in events})
             lives = self._ttl + round(job.seconds)
             pipe.expire(key, lives)
+            enter(pipe, self._index(tenant), job.id, known.created, lives)
             if beside is not None and after == 0:
                 pipe.set(beside.place, beside.entry, ex=max(lives, beside.seconds))
             pipe.set(f"{key}:alive", b"1", ex=_SIGN_SECONDS)
@@ -199,10 +250,11 @@ class Ledger:
             pipe.exists(f"{key}:cancel")
             return bool((await pipe.execute())[-1])
 
-        # The first entry says that there is such a probe, before it has begun.
         ended, tries = False, 0
-        events = [_QUEUED]
+        events: list[Event] = []
         while True:
+            # Before all others: the first says that there is such a probe, before it has begun.
+            events = [Event(-1, BRIEF, brief(job, known.created, known.since)), *events]
             try:
                 if await link.call(write, timeout=_CALL):
                     job.cancelled = True
@@ -214,7 +266,7 @@ class Ledger:
             if ended and (after > job.events[-1].number or tries > _LAST_TRIES):
                 return
             await asyncio.sleep(_POLL)
-            ended, events = job.ended, [event for event in job.events if event.number >= after] or [_QUEUED]
+            ended, events = job.ended, [event for event in job.events if event.number >= after]
 
     async def _read(self, identity: str, tenant: str) -> list[Event] | None:
         """What Redis knows of a probe, in order, and its end where its replica is gone; None where it is not known.

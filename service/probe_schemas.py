@@ -158,3 +158,27 @@ class ProbeStanding(Closed):
     points: list[ProbePoint]
     result: ProbeAnswer | None
     error: Problem | None
+
+
+class ProbeSummary(Closed):
+    """One probe of a list."""
+
+    id: str
+    status: Literal["queued", "running", "done", "failed", "cancelled"]
+    created: str = Field(description="When it was asked for (ISO 8601, UTC).")
+    started: str | None = Field(description="When it began to run; null while it waits.")
+    encoder: EncoderRef | None = Field(description="Whose decision is attacked.")
+    defence: DefenceRef | None
+    label: str | None = Field(description="What is attacked, once it has begun; null for a vector.")
+    unit: str | None = Field(description="Of the radii, once it has begun.")
+    robust_to: float | None = Field(description="As far as is known.")
+    broken_at: float | None = Field(description="As far as is known; null if nothing broke it.")
+    error: Problem | None = Field(description="Why it failed.")
+
+
+class ProbeList(Closed):
+    """The answer of `GET /probes`."""
+
+    probes: list[ProbeSummary]
+    next: str | None = Field(default=None, description="Path of the probes behind these, where there are more.")
+    partial: bool = Field(description="Redis is away: those of other replicas are missing.")

@@ -160,7 +160,8 @@ async def handle_error(request: Request, error: Exception) -> Response:
     A coroutine, like the other: Starlette runs what is none in a thread, which a refusal would have to wait for.
     """
     known = as_ironclip(error)
-    response = error_response(known, request.url.path, getattr(request.state, "request_id", None))
+    # Not the URL's: that is put together of the Host and the query too, and where these are none it has none.
+    response = error_response(known, request.scope["path"], getattr(request.state, "request_id", None))
     request.state.error_code = known.code
     if isinstance(known, lib.Overloaded):
         telemetry.DROPPED.labels("overload").inc()

@@ -207,11 +207,11 @@ class Meter:
             limit=caller.burst,
         )
 
-    async def give_back(self, points: float, store: str) -> None:
-        """Give back what was taken and not used."""
+    async def give_back(self, points: float, store: str, *, again: bool = True) -> None:
+        """Give back what was taken and not used; ``again`` as it was paid."""
         if points <= 0:
             return
-        self.spent -= points
+        self.spent -= points if again else 0.0
         if store:
             with suppress(
                 RedisUnavailable
@@ -219,8 +219,10 @@ class Meter:
                 self._last = await self._limiter.take(self.caller, -points, store)
 
     @asynccontextmanager
-    async def paid(self, points: float, *, again: bool = True) -> AsyncIterator[None]:
+    async def paid(self, points: float, *, again: bool = True) -> AsyncIterator[str]:
         """Take points for the work inside; they come back if the service refuses or fails to do it.
+
+        Says where they were taken from, for `give_back` of what is not used.
 
         They do not if the caller's time ran out, or the caller went away, or a picture turned out to be unreadable: the
         work was done as far as it went (`is_paid_for`). What the same request would not cost ``again`` is left out of
@@ -230,7 +232,7 @@ class Meter:
         once = 0.0 if again else max(0.0, points)
         self.spent -= once
         try:
-            yield
+            yield store
         except (Exception, asyncio.CancelledError) as error:
             if not is_paid_for(error):
                 self.spent += once

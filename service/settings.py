@@ -84,7 +84,8 @@ class Settings(BaseSettings):
     models_dir: Path | None = Field(
         default=None,
         description="Folder of artifacts: each subfolder is served under its name, and loaded, swapped and unloaded as "
-        "it comes, changes and goes. Encoders in `encoders` stay as they are.",
+        "it comes, changes and goes; `NAME@canary=0.05` is tried on that share of NAME's requests. Encoders in "
+        "`encoders` stay as they are.",
     )
     models_poll_seconds: float = Field(
         default=5.0,

@@ -24,7 +24,7 @@ from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 from pydantic_core import to_json
 
 from ironclip import __version__
-from service import tracing
+from service import tracing, waits
 
 if TYPE_CHECKING:
     from service.decoder import ImageDecoder
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 disable_created_metrics()  # type: ignore[no-untyped-call]
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 # The stages of a request, in the order in which it passes through them; the labels of `ironclip_stage_seconds`.
-STAGES = ("receive", "fetch", "cache", "decode", "labels", "model", "decide", "serialise")
+# `queue` is the longest wait for a tower, `model` the rest of the time until it has answered.
+STAGES = ("receive", "fetch", "cache", "decode", "labels", "queue", "model", "decide", "serialise")
 
 _VERSION_LABELS = ("encoder", "digest")
 DIGEST_DIGITS = 12
@@ -334,12 +335,16 @@ class Stages:
             self._trace.note(tracing.Span(stage, now - seconds, now))
 
     def time(self, stage: str) -> AbstractContextManager[None]:
-        """Time a block as part of one stage."""
-        return _Timed(self, stage) if self._trace is None else self._traced(self._trace, stage)
+        """Time a block as part of one stage; what `model` waits for its turn goes to `queue`."""
+        return self._timed(stage) if self._trace is None else self._traced(self._trace, stage)
+
+    def _timed(self, stage: str) -> AbstractContextManager[None]:
+        return _TimedModel(self, stage) if stage == "model" else _Timed(self, stage)
 
     @contextmanager
     def _traced(self, trace: tracing.Trace, stage: str) -> Iterator[None]:
-        with _Timed(self, stage), tracing.stage(trace, stage):
+        # No span for `queue`: whoever waited notes one itself.
+        with self._timed(stage), tracing.stage(trace, stage):
             yield
 
     def observe(self) -> None:
@@ -367,6 +372,26 @@ class _Timed:
     def __exit__(self, *error: object) -> None:
         seconds = self._stages.seconds
         seconds[self._stage] = seconds.get(self._stage, 0.0) + time.perf_counter() - self._start
+
+
+class _TimedModel(_Timed):
+    """The same for a block that asks a tower: a slow caller is to tell whether it waited or was computed for."""
+
+    __slots__ = ("_token", "_wait")
+
+    def __enter__(self) -> None:
+        self._wait = waits.Wait()
+        self._token = waits.CURRENT.set(self._wait)
+        super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        waits.CURRENT.reset(self._token)
+        seconds, waited = self._stages.seconds, self._wait.seconds
+        if waited is not None:
+            waited = min(waited, time.perf_counter() - self._start)
+            seconds["queue"] = seconds.get("queue", 0.0) + waited
+            self._start += waited
+        super().__exit__(*error)
 
 
 def configure_logging(level: str, log_format: str) -> None:

@@ -33,7 +33,7 @@ _HORIZON = 2
 class Entry(Generic[Item]):
     """One item on its way: who waits for it, what it costs, how urgent it is."""
 
-    __slots__ = ("alone", "cost", "future", "item", "place", "queued_at", "urgency")
+    __slots__ = ("alone", "began_at", "cost", "future", "item", "place", "queued_at", "urgency")
 
     def __init__(self, item: Item, future: asyncio.Future[Any], cost: int, urgency: Urgency) -> None:
         self.item = item
@@ -42,7 +42,13 @@ class Entry(Generic[Item]):
         self.urgency = urgency
         self.alone = False  # it was in a batch that killed its worker, so it shares no further one
         self.queued_at = time.perf_counter()
+        self.began_at = 0.0  # when its batch was begun, of several the last
         self.place = place()  # in the request's trace, where that is recorded
+
+    @property
+    def waited(self) -> float:
+        """Seconds until its batch was begun, or until now where it was not."""
+        return (self.began_at or time.perf_counter()) - self.queued_at
 
     def too_late(self, name: str, retry_after: float) -> DeadlineExceeded:
         """What whoever waits is told when it is given up.

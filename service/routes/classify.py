@@ -19,8 +19,17 @@ from service.answers import Item, scores_of
 from service.decisions import Plan
 from service.forms import Picture, read_ask
 from service.problems import problem
-from service.rate_limits import PICTURE, reading
-from service.routes.common import Deadline, fetched, json_response, meter_of, service_of, stages_of
+from service.rate_limits import reading
+from service.routes.common import (
+    Deadline,
+    fetched,
+    json_response,
+    meter_of,
+    price_of,
+    service_of,
+    spared_of,
+    stages_of,
+)
 from service.routes.remembering import remember
 from service.schemas import ClassifyRequest, Options
 
@@ -60,9 +69,10 @@ async def classify(request: Request) -> Response:
         await meter.pay(reading(ask.size))  # also for labels that then turn out to be none
         plan = await service.plan(ask.options, ask.size, tenant=meter.caller.tenant)
         check_size(plan, len(ask.pictures), top_k)
-        async with meter.paid(points_of(plan, ask.pictures)):
+        async with meter.paid(points_of(plan, ask.pictures)) as store:
             pictures = await fetched(request, ask.pictures, plan.served, plan.defence)
             items = await service.answers.classify(plan, pictures, stages, meter)
+            await meter.give_back(spared_of(ask.pictures, items, plan.defence), store)
             if ask.single and items[0].error is not None:
                 raise items[0].error
             return plan, items
@@ -85,11 +95,8 @@ async def classify(request: Request) -> Response:
 
 
 def points_of(plan: Plan, pictures: Sequence[Picture]) -> float:
-    """What deciding about pictures costs, in points: their forwards. Texts are paid for where they are encoded.
-
-    A picture that is known from before costs the same: a price that can be told beforehand, and tells nothing.
-    """
-    return PICTURE * plan.defence.cost * sum(picture.error is None for picture in pictures)
+    """What deciding about pictures costs, in points: their forwards. Texts are paid for where they are encoded."""
+    return price_of(pictures, plan.defence)
 
 
 def predictions_of(plan: Plan, top_k: int) -> int:
@@ -101,7 +108,7 @@ def check_size(plan: Plan, images: int, top_k: int, most_comparisons: int = _MAX
     """Refuse what would take too much memory to decide or to answer.
 
     Raises:
-        InputTooLarge: too many scores.
+        InputTooLarge: too many scores, of labels or of what a defence holds of them, or too many comparisons.
         OptionError: too many predictions.
     """
     scores = images * scores_of(plan)
@@ -111,6 +118,15 @@ def check_size(plan: Plan, images: int, top_k: int, most_comparisons: int = _MAX
             limit=_MAX_SCORES,
         )
     labels, longest = plan.table
+    # A defence that reads the labels weighs its views by them: it has a score of each label in each view.
+    seen = images * plan.defence.view_count * labels if plan.defence.reads_labels else 0
+    if seen > _MAX_SCORES:
+        raise InputTooLarge(
+            f"The defence would make {seen} scores of labels in views over all images, at most {_MAX_SCORES} are made "
+            "in one request: send fewer images, or ask for fewer views or labels.",
+            pointer="/defence",
+            limit=_MAX_SCORES,
+        )
     if plan.comparisons and plan.defence.view_count * labels * longest > _MAX_COSTS:
         raise InputTooLarge(
             f"{labels} labels with up to {longest} texts each, seen in {plan.defence.view_count} views, are more than "

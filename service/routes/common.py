@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 import time
 import types
@@ -14,18 +15,19 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message
 
-from ironclip.errors import DeadlineExceeded
+from ironclip.errors import DeadlineExceeded, ImageError
 from service import urgency
 from service.errors import RequestInvalid
 from service.forms import Picture
-from service.headers import header
+from service.headers import every, header
 from service.keys import Caller
-from service.rate_limits import Meter
+from service.rate_limits import PICTURE, Meter
 from service.telemetry import Stages
 from service.urgency import Urgency, rank_of
 
 if TYPE_CHECKING:
     from ironclip.defences import Defence
+    from service.answers import Item
     from service.core import Service
     from service.runtime import ServedEncoder
 
@@ -37,6 +39,8 @@ else:
 T = TypeVar("T")
 
 _TIMEOUT_HEADER = b"x-request-timeout-ms"
+# A tag in quotes, in which a comma ends nothing; many leave the quotes out.
+_ETAG = re.compile(r'(W/)?(?:"([^"]*)"|([^\s,"]+))')
 
 
 def service_of(request: Request) -> Service:
@@ -89,6 +93,24 @@ async def fetched(
         return await service_of(request).image_urls.pictures(pictures, request.state.hold)
 
 
+def price_of(pictures: Sequence[Picture], defence: Defence) -> float:
+    """What it costs to see pictures through a defence, in points.
+
+    One that is known from before costs the same: a price that can be told beforehand, and tells nothing. One that is
+    found to be none has no forwards, but to take it out of the request and look is work.
+    """
+    return PICTURE * sum(1 if picture.error is not None else defence.cost for picture in pictures)
+
+
+def spared_of(pictures: Sequence[Picture], items: Sequence[Item], defence: Defence) -> float:
+    """What comes back of that price for pictures that turned out to be none only after it was paid."""
+    late = sum(
+        picture.error is None and isinstance(item.error, ImageError)
+        for picture, item in zip(pictures, items, strict=True)
+    )
+    return PICTURE * (defence.cost - 1) * late
+
+
 def json_response(
     content: Any, stages: Stages | None = None, *, status: int = 200, headers: dict[str, str] | None = None
 ) -> Response:
@@ -100,15 +122,19 @@ def json_response(
     return Response(body, status, headers, "application/json")
 
 
-def etags_in(value: str) -> list[str]:
-    """The tags of an `If-Match` or `If-None-Match` header, without quotes and weakness."""
-    tags = (tag.strip().removeprefix("W/").strip('"') for tag in value.split(","))
-    return [tag for tag in tags if tag]
+def etags_in(request: Request, name: str) -> list[str]:
+    """The tags in all lines of `if-match` or `if-none-match`, without their quotes.
+
+    A weak one is as good as any to `if-none-match`. To `if-match` it is none of ours, which are all strong (RFC 9110,
+    section 13.1.1): there it keeps its `W/`, and is no digest.
+    """
+    found = _ETAG.findall(every(request.scope, name.encode()))
+    return [(weak if name == "if-match" else "") + (quoted or bare) for weak, quoted, bare in found if quoted or bare]
 
 
-def etag_matches(value: str, digest: str) -> bool:
-    """Whether the header names this digest, or anything at all (`*`)."""
-    return any(tag in ("*", digest) for tag in etags_in(value))
+def etag_matches(request: Request, digest: str) -> bool:
+    """Whether `If-None-Match` names this digest, or anything at all (`*`)."""
+    return any(tag in ("*", digest) for tag in etags_in(request, "if-none-match"))
 
 
 class Deadline:

@@ -22,9 +22,18 @@ from service.decisions import encoder_reference, feature_scope
 from service.forms import Picture, read_ask
 from service.negotiation import JSON, media_type_for
 from service.problems import problem
-from service.rate_limits import PICTURE, TEXT
-from service.routes.classify import cache_status
-from service.routes.common import Deadline, fetched, json_response, meter_of, service_of, stages_of
+from service.rate_limits import TEXT
+from service.routes.classify import cache_status, check_size
+from service.routes.common import (
+    Deadline,
+    fetched,
+    json_response,
+    meter_of,
+    price_of,
+    service_of,
+    spared_of,
+    stages_of,
+)
 from service.routes.remembering import remember
 from service.runtime import ServedEncoder
 from service.schemas import EmbedOptions, EmbedRequest, Options
@@ -80,10 +89,12 @@ async def embed(request: Request) -> Response:
 
     async def work() -> tuple[list[Item], list[TextOutcome]]:
         _raise_first(known)
-        async with meter_of(request).paid(points_of(ask.pictures, defence, texts)):
+        meter = meter_of(request)
+        async with meter.paid(points_of(ask.pictures, defence, texts)) as store:
             images = embed_images(request, served, ask.pictures, stages, defence, options.label_set)
             vectors = embed_texts(request, served, texts, options.truncate, stages)
             found, read = await together([images, vectors])
+            await meter.give_back(spared_of(ask.pictures, found, defence), store)
             if ask.single:
                 _raise_first([found[0].error])
         if form != JSON:  # a row cannot hold an error; and what it cost to find out is paid for
@@ -155,7 +166,7 @@ def _outcomes(
 
 def points_of(pictures: Sequence[Picture], defence: Defence, texts: Sequence[str]) -> float:
     """What the vectors cost, in points; a label set that a defence reads is paid for beside them."""
-    return PICTURE * defence.cost * sum(picture.error is None for picture in pictures) + TEXT * len(texts)
+    return price_of(pictures, defence) + TEXT * len(texts)
 
 
 def image_defence(
@@ -193,21 +204,23 @@ async def embed_images(
     defence: Defence,
     label_set: str | None = None,
 ) -> list[Item]:
-    """Vectors of pictures; with a label set for a defence that reads it."""
+    """Vectors of pictures; with a label set for a defence that reads it.
+
+    Raises:
+        InputTooLarge: the defence would hold too much of so many pictures and labels.
+    """
     if not pictures:
         return []
-    pictures = await fetched(request, pictures, served, defence)
     service, meter, plan = service_of(request), meter_of(request), None
     tenant = meter.caller.tenant
-    texts = 0
     if label_set is not None:
         asked = {"name": defence.name, **defence.options()}
         options = Options(encoder=served.reference, label_set=label_set, defence=asked)
         plan = await service.plan(options, tenant=tenant)
-        texts = await service.answers.classifiers.texts_to_encode(plan) if meter.limited else 0
+        check_size(plan, len(pictures), top_k=1)
+    pictures = await fetched(request, pictures, served, defence)
     key = _features_key(served.identity, defence, tenant)
-    async with meter.paid(TEXT * texts):
-        return await service.answers.embed(served, defence, key, pictures, stages, plan, tenant=tenant)
+    return await service.answers.embed(served, defence, key, pictures, stages, plan, tenant=tenant, meter=meter)
 
 
 async def embed_texts(

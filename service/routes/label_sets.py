@@ -54,7 +54,7 @@ async def list_label_sets(request: Request, limit: Limit = None, cursor: Cursor 
 async def get_label_set(request: Request, name: str) -> Response:
     """The newest version of `name`, or the version `name@digest`, in canonical form; its ETag is its digest."""
     entry = await service_of(request).label_sets.get(name, fresh=True, tenant=caller_of(request).tenant)
-    if etag_matches(request.headers.get("if-none-match", ""), entry.digest):
+    if etag_matches(request, entry.digest):
         return Response(status_code=304, headers=_headers(entry))
 
     def write() -> Response:
@@ -108,7 +108,7 @@ def _expect(request: Request) -> Expect:
 
 
 def _etags(request: Request, header: str) -> tuple[str, ...]:
-    tags = tuple(etags_in(request.headers.get(header, "")))
+    tags = tuple(etags_in(request, header))
     if header in request.headers and not tags:
         raise RequestInvalid('A precondition is "*" or a list of quoted ETags.')
     return tags

@@ -165,12 +165,8 @@ async def _embed(request: Request, found: _Found, inference: Inference) -> list[
     plan, stages, meter = found.plan, stages_of(request), meter_of(request)
     if plan is not None:
         reads = plan if plan.defence.reads_labels else None
-        answers = service_of(request).answers
-        texts = await answers.classifiers.texts_to_encode(reads) if reads is not None and meter.limited else 0
-        async with meter.paid(TEXT * texts):
-            return await answers.embed(
-                found.served, plan.defence, plan.features_key, inference.pictures, stages, reads, tenant=plan.tenant
-            )
+        asked = (found.served, plan.defence, plan.features_key, inference.pictures, stages, reads)
+        return await service_of(request).answers.embed(*asked, tenant=plan.tenant, meter=meter)
     defence = image_defence(request, found.served, inference.parameters.defence, None)
     found.defence = {"name": defence.name, **defence.options()}
     async with meter.paid(embedding_points(inference.pictures, defence, [])):

@@ -72,7 +72,7 @@ class _File:
     headers: dict[str, str]
 
     def response(self, request: Request) -> Response:
-        if etag_matches(request.headers.get("if-none-match", ""), self.headers["ETag"].strip('"')):
+        if etag_matches(request, self.headers["ETag"].strip('"')):
             kept = {name: value for name, value in self.headers.items() if name != "Content-Type"}
             return Response(status_code=304, headers=kept)
         return Response(self.content, headers=self.headers)

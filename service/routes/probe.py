@@ -8,19 +8,21 @@ import hashlib
 import json
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from ironclip.errors import NotReady
 from ironclip.probe import estimate, lanes_for
+from service import waits
 from service.errors import ProbeNotFound, RequestInvalid
 from service.forms import Ask, read_ask
 from service.idempotency import HEADER, REPLAYED, Claim, read_key, still_coming
 from service.probe_asked import affordable, attacked, decision_of, probe_options, within_limit
 from service.probe_job import ENDS, Event, Job, new_id
+from service.probe_list import CURSOR_PATTERN, Cursor
 from service.probe_schemas import ProbeFields, ProbeRequest
 from service.probing import Prober
 from service.rate_limits import PASS, TEXT, Bill, reading
@@ -34,6 +36,9 @@ _LAST_SECONDS = 0.5
 _HEARTBEAT = 15.0
 # What one decision through the defence may cost beside the forwards: a probe makes thousands, each in one piece.
 _MAX_COMPARISONS = 100_000_000
+
+Limit = Annotated[int, Query(ge=1, le=1000, description="Probes in one answer.")]
+After = Annotated[str | None, Query(pattern=CURSOR_PATTERN, description="Where to go on, as `next` has it.")]
 
 
 @router.post("/attack-probe", operation_id="attackProbe", summary="Attack a decision")
@@ -61,6 +66,7 @@ async def attack_probe(request: Request) -> Response:
             return json_response({"dry_run": cost}, stages)
         if not later:
             job.deadline = time.monotonic() + max(0.01, deadline.seconds_left - _LAST_SECONDS)
+        asked_at = time.monotonic()
         prober.submit(job)
     except Exception:
         await bill.settle(0)  # it never began
@@ -74,7 +80,10 @@ async def attack_probe(request: Request) -> Response:
         return _accepted(job.id, job.status)
     try:
         with stages.time("model"):
-            await deadline.within(job.wait())
+            try:
+                await deadline.within(job.wait())
+            finally:
+                waits.note((job.started or time.monotonic()) - asked_at)
     finally:
         job.cancelled = True  # nobody waits for it any more; one that has ended stays as it is
     await settled  # so that the answer's headers say what is left
@@ -194,6 +203,20 @@ def _accepted(identity: str, status: str, headers: dict[str, str] | None = None)
         status=202,
         headers={"Location": where, "Preference-Applied": "respond-async", "Retry-After": "1", **(headers or {})},
     )
+
+
+@router.get("/probes", operation_id="listProbes", summary="List the probes")
+async def list_probes(request: Request, limit: Limit = 100, cursor: After = None) -> Response:
+    """The caller's tenant's probes that can be asked for by their id, in brief, newest first.
+
+    `next` is the path of those behind them, as long as there are any. What is begun or forgotten meanwhile moves nobody
+    from one page to another. With Redis they are those of all replicas, the newest 1000 of a tenant; while Redis is
+    away those of this replica alone, and `partial` is true.
+    """
+    before = Cursor.read(cursor) if cursor is not None else None
+    page = await service_of(request).probes.page(caller_of(request).tenant, limit, before)
+    behind = {"next": f"/probes?limit={limit}&cursor={page.probes[-1].at}"} if page.more else {}
+    return json_response({"probes": [one.row for one in page.probes], **behind, "partial": page.partial})
 
 
 @router.get("/probes/{id}", operation_id="getProbe", summary="How a probe stands")

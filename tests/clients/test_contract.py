@@ -41,6 +41,7 @@ METHODS = {
     "classify": "classify",
     "embed": "embed",
     "attackProbe": "probe",
+    "listProbes": "probes",
     "getProbe": "probe_get",
     "cancelProbe": "probe_cancel",
     "followProbe": "probe_follow",
@@ -119,6 +120,8 @@ def test_nothing_is_offered_that_the_service_does_not_take() -> None:
         ("ProbePoint", probes.ProbePoint),
         ("ProbeClean", probes.ProbeClean),
         ("ProbeStanding", probes.ProbeStanding),
+        ("ProbeSummary", probes.ProbeSummary),
+        ("ProbeList", probes.ProbeList),
         ("Fault", Fault),
     ],
 )

@@ -124,6 +124,30 @@ def test_time_that_is_up_cancels_the_probe(client: Client, gateway: Gateway, sam
     until(lambda: client.probe_get(cancelled.path.rpartition("/")[2]), "cancelled")
 
 
+def test_probes_are_listed_and_the_next_page_is_asked_for(client: Client, gateway: Gateway, samples: Path) -> None:
+    options: dict[str, Any] = {"eps": [1], "attack": "fgsm"}
+    started = [client.probe_start(samples / "carrot.png", LABELS, **options).id for _ in range(3)]
+    until(lambda: client.probe_get(started[-1]), "done")
+    page = client.probes(limit=2)
+    assert [one.id for one in page.probes] == started[:0:-1]
+    assert (page.probes[0].ended, page.probes[0].label is not None, page.partial) == (True, True, False)
+    assert page.probes[0].encoder is not None
+    assert page.cursor is not None
+    behind = client.probes(limit=1, cursor=page.cursor)
+    assert behind.probes[0].id == started[0]
+    while behind.cursor is not None:
+        behind = client.probes(cursor=behind.cursor)
+    assert behind.next is None
+
+    async def ask() -> Any:
+        async with AsyncClient(gateway.url) as other:
+            return await other.probes(limit=2)
+
+    assert asyncio.run(ask()) == page
+    with pytest.raises(InvalidRequest):
+        client.probes(limit=0)
+
+
 def test_probes_by_their_id(client: Client, samples: Path) -> None:
     started = client.probe(samples / "carrot.png", LABELS, wait=False, **LONG)
     client.probe_cancel(started.id)

@@ -16,7 +16,7 @@ import pytest
 from loadtests.client import percentile, post
 from loadtests.open_loop import Outcome, Plan, arrivals, run, send, summarise
 from loadtests.processes import ROOT
-from loadtests.saturation import find_saturation, turns_of, verdict
+from loadtests.saturation import LEVELS, _parse, find_saturation, longest_round, main, turns_of, verdict
 
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -221,12 +221,21 @@ def test_the_verdict_is_goodput_over_the_most_of_its_turn_and_p99_over_its_bound
     assert verdict(turns_of([{"bound_ms": 1.0, "search": [], "turns": [dead]}])[0])["share_of_most"] == 0
 
 
+def test_how_long_a_round_takes_is_told_beforehand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ("1.25x", 1.25, "leave") in LEVELS
+    options = _parse(["--seconds", "10", "--search-seconds", "5", "--steps", "2", "--turns", "3"])
+    assert longest_round(options) == 11 * 5 + 3 * len(LEVELS) * 10
+    assert main(["--rounds", "0", "--name", ""]) == 0
+    assert capsys.readouterr().out.startswith("0 rounds to run, of 8.3 minutes each at most")
+
+
 @pytest.mark.slow
 def test_saturation_is_found_on_a_real_service() -> None:
     options = "--model ViT-S-32-alt --seconds 4 --search-seconds 2 --steps 1 --turns 1 --rounds 1 --pictures 300"
     command = [sys.executable, "-m", "loadtests.saturation", *options.split(), "--name", ""]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=290, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("1 rounds to run, of 0.7 minutes each at most")
     assert "at twice saturation" in done.stdout
     assert "all rounds are there" in done.stdout
 

@@ -290,6 +290,7 @@ def locked(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         "quick": make_key("quick1", "quick", "infer", points_per_minute=600, burst=5),
         "modest": make_key("modest1", "modest", "infer", "probe", points_per_minute=6000, burst=20),
         "paying": make_key("paying1", "paying", "infer", "probe", points_per_minute=1, burst=100_000),
+        "fuzzing": make_key("fuzzing1", "fuzzing", "infer", "probe", points_per_minute=1, burst=100_000),
         "other-paying": make_key("paying2", "paying-2", "infer", "probe", points_per_minute=1, burst=100_000),
     }
     keys = write_keys(folder / "keys.toml", made)

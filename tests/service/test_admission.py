@@ -348,11 +348,11 @@ def test_a_deadline_that_cannot_be_kept_is_refused_and_one_that_passes_is_droppe
                 assert caught.value.limit_name == "deadline"
             (late,) = await asyncio.create_task(as_request(INTERACTIVE, now + 1.5, lambda: batcher._enqueue([2])))  # type: ignore[misc]
             with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(asyncio.shield(late), 1.6)
+                await asyncio.wait_for(asyncio.shield(late.future), 1.6)
             model.gate.set()
             await held
             with pytest.raises(DeadlineExceeded):
-                await late
+                await late.future
         assert model.batches == [[7]]  # what came too late was never begun
         assert expired == [1]
 
@@ -371,9 +371,9 @@ def test_what_is_given_up_before_its_deadline_is_told_why_and_when_to_come_again
             for _ in range(20):  # the machine has become far slower
                 batcher.pace.observe(1, 1000)
             model.gate.set()
-            assert (await held, await other) == (49, 9)
+            assert (await held, await other.future) == (49, 9)
             with pytest.raises(DeadlineExceeded, match=r"given up, not begun.*X-Request-Timeout-Ms") as caught:
-                await late
+                await late.future
             assert caught.value.unbegun
             assert caught.value.retry_after is not None
             assert caught.value.retry_after > 10

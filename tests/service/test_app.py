@@ -120,6 +120,7 @@ def test_metrics_count_and_stay_few(client: httpx.Client) -> None:
     assert len(client.get("/metrics").text.splitlines()) < lines + 30
     for family in ("stage_seconds", "batch_size", "queue_items", "queue_seconds_estimate", "cache_total", "model_info"):
         assert f"ironclip_{family}" in client.get("/metrics").text
+    assert metric(str(client.base_url).rstrip("/"), 'ironclip_stage_seconds_count{stage="queue"}') > 0
     # What alerts look for the rise of is there before its first event, or that one would be no rise.
     for reason in ("died", "hung", "fails"):
         assert f'ironclip_worker_restarts_total{{encoder="tiny",reason="{reason}",tower="text"}} 0.0' in (
@@ -176,6 +177,7 @@ def test_answers_have_the_documented_form(client: httpx.Client) -> None:
     check("LabelSetSummary", client.put("/label-sets/formed", json={"labels": ["a"]}).json())
     check("LabelSetStored", client.get("/label-sets/formed").json())
     check("LabelSetStored", client.get("/label-sets/emoji").json())
+    check("ProbeList", client.get("/probes").json())
     check("SampleList", client.get("/samples").json())
     check("Problem", client.get("/nowhere").json())
     check("Status", client.get("/readyz").json())
@@ -216,6 +218,25 @@ def test_label_sets_over_http(client: httpx.Client) -> None:
     assert client.delete(url, headers={"if-match": etag}).status_code == 412
     assert client.delete(url).status_code == 204
     assert client.delete(url).status_code == 404
+
+
+def test_preconditions_are_read_as_they_are_defined(client: httpx.Client) -> None:
+    """RFC 9110: If-Match compares strongly, If-None-Match weakly (13.1), and lines of one name are one list (5.3)."""
+    url, document = "/label-sets/preconditions", {"labels": ["cat", "dog"]}
+    etag = client.put(url, json=document).headers["etag"]
+    for lines in ([f"W/{etag}"], ['"other"', f"W/{etag}"], ['"other"', 'W/"another", "third"'], [f'"a,{etag[1:]}']):
+        refused = client.put(url, json=document, headers=[("if-match", line) for line in lines])
+        assert refused.status_code == 412, lines
+    for lines in ([etag], ['"other"', etag], [f'W/"other", {etag}'], ['"a, b"', "*"], [etag.strip('"')]):
+        assert client.put(url, json=document, headers=[("if-match", line) for line in lines]).status_code == 200, lines
+        asked = [("if-none-match", line) for line in lines]
+        assert client.get(url, headers=asked).status_code == 304, lines
+        assert client.put(url, json=document, headers=asked).status_code == 412, lines
+    assert client.get(url, headers=[("if-none-match", '"other"'), ("if-none-match", f"W/{etag}")]).status_code == 304
+    assert client.get(url, headers=[("if-none-match", '"other"'), ("if-none-match", '"third"')]).status_code == 200
+    page = client.get("/").headers["etag"]
+    assert client.get("/", headers=[("if-none-match", '"other"'), ("if-none-match", page)]).status_code == 304
+    assert client.delete(url, headers=[("if-match", '"other"'), ("if-match", etag)]).status_code == 204
 
 
 def test_a_client_that_goes_away_is_counted_and_harms_nobody(

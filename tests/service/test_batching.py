@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ironclip.errors import ImageInvalid, NotReady, Overloaded
-from service import batching
+from service import batching, waits
 from service.attempts import Attempts
 from service.batching import Batcher
 from service.supervisor import Supervisor, Watched
+from service.telemetry import Stages
 
 
 class Model:
@@ -84,6 +85,64 @@ def test_batch_grows_while_the_device_is_busy_and_is_one_when_idle() -> None:
             assert await held == 25
             assert await asyncio.gather(*rest) == [n * n for n in range(20)]
         assert model.batches == [[3], [5], list(range(8)), list(range(8, 16)), list(range(16, 20))]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_what_waits_for_its_turn_is_told_apart_from_what_is_computed(answered: bool) -> None:
+    async def scenario() -> None:
+        model, stages = Model(), Stages()
+
+        async def ask() -> None:
+            with stages.time("model"):
+                await batcher.submit_many([2, 3])
+
+        with running(model, max_batch=8) as batcher:
+            held = await hold(model, batcher, 1)
+            asked = asyncio.create_task(ask())
+            await until(lambda: batcher.queued == 2)
+            await asyncio.sleep(0.1)
+            if answered:
+                model.gate.set()
+                await asked
+                await held
+            else:  # its caller's time is up
+                asked.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await asked
+                model.gate.set()
+                await held
+        assert list(stages.seconds) == ["queue", "model"]
+        assert stages.seconds["queue"] >= 0.1 > stages.seconds["model"] >= 0
+        assert waits.CURRENT.get() is None
+
+    asyncio.run(scenario())
+
+
+def test_the_longest_wait_counts_and_where_nobody_waited_there_is_no_queue() -> None:
+    stages = Stages()
+    with stages.time("model"):
+        pass
+    assert list(stages.seconds) == ["model"]
+    with stages.time("labels"):
+        waits.note(5)  # banks are built for many: theirs is part of the labels
+    assert list(stages.seconds) == ["model", "labels"]
+
+    async def scenario() -> None:
+        model = Model()
+        with running(model, max_batch=1) as batcher:
+            wait = waits.Wait()
+            token = waits.CURRENT.set(wait)
+            model.gate.clear()
+            asked = asyncio.create_task(batcher.submit_many([1, 2]))
+            await until(lambda: model.batches == [[1]])
+            await asyncio.sleep(0.05)
+            model.gate.set()
+            await asked
+            waits.CURRENT.reset(token)
+            assert wait.seconds is not None
+            assert wait.seconds >= 0.05  # the second's
 
     asyncio.run(scenario())
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import redis as sync_redis
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service import cache as cache_module
 from service import telemetry
 from service.cache import ArrayCache, KeyScope, image_key
 from service.redis_link import RedisLink, RedisRefused
@@ -121,6 +124,33 @@ async def test_a_poisoned_value_is_refused_and_counted(
     two.put(b"k" * 32, vector(1, 2))
     await two.flush()
     assert await (await replicas()).get(b"k" * 32, SCHEMA) is not None
+
+
+@pytest.mark.parametrize(
+    ("size", "values", "aside"), [(8, 1, False), (8, 50, False), (90_000, 1, True), (9_000, 9, True)]
+)
+async def test_many_bytes_are_signed_and_checked_beside_the_event_loop(
+    replicas: Callable[..., Awaitable[ArrayCache]], monkeypatch: pytest.MonkeyPatch, size: int, values: int, aside: bool
+) -> None:
+    """A text bank takes tens of milliseconds, in which nobody else would be answered."""
+    one, two = await replicas(timeout=2.0), await replicas(timeout=2.0)
+    seen: dict[str, set[int]] = {"pack": set(), "unpack": set()}
+    for name, threads in seen.items():
+        plain = getattr(cache_module, name)
+
+        def watched(*args: Any, plain: Any = plain, threads: set[int] = threads, **options: Any) -> Any:
+            threads.add(threading.get_ident())
+            return plain(*args, **options)
+
+        monkeypatch.setattr(cache_module, name, watched)
+    keys = [bytes([number]) * 32 for number in range(values)]
+    for number, key in enumerate(keys):
+        one.put(key, {"x": np.full(size, number, np.float32)})
+    await one.flush()
+    found = await two.get_many(keys, SCHEMA)
+    assert [value is not None and float(value["x"][-1]) for value in found] == list(range(values))
+    for threads in seen.values():
+        assert (threading.get_ident() not in threads) == aside
 
 
 async def test_a_good_value_under_another_key_is_refused(

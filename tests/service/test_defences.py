@@ -24,6 +24,7 @@ from ironclip.loading import load_encoder
 from ironclip.preprocessing import to_float
 from ironclip.textbank import TextBank
 from service.app import create_app
+from service.routes import classify
 from service.settings import Settings, SettingsInvalid
 from tests.conftest import make_tiny_encoder
 from tests.service.conftest import as_base64, metric, picture
@@ -177,6 +178,22 @@ def test_an_embedding_takes_a_defence_that_reads_labels_with_a_label_set_alone(
     needless = guarded.post("/embed", json={"images": [as_base64(data)], "label_set": "things"})
     assert needless.status_code == 422
     assert needless.json()["errors"][0]["pointer"] == "/label_set"
+
+
+@pytest.mark.parametrize("bound", ["_MAX_SCORES", "_MAX_COSTS"])
+def test_an_embedding_holds_no_more_of_a_label_set_than_a_decision(
+    guarded: TestClient, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    assert guarded.put("/label-sets/many", json={"labels": [f"label {i}" for i in range(20)]}).is_success
+    pictures = {"images": [as_base64(picture(seed)) for seed in (37, 38)], "label_set": "many"}
+    asked = {**pictures, "defence": {"name": "cola", "views": 4}}
+    monkeypatch.setattr(classify, "_MAX_SCORES", 2 * 4 * 20)
+    assert guarded.post("/embed", json=asked).status_code == 200
+    monkeypatch.setattr(classify, bound, 2 * 20)  # what as many pictures of one view each would have
+    for path in ("/embed", "/classify"):
+        answer = guarded.post(path, json=asked)
+        assert (answer.status_code, answer.json()["code"]) == (413, "input-too-large"), path
+        assert answer.json()["errors"][0]["pointer"] == "/defence"
 
 
 def test_an_encoders_own_defence_stands_before_embeddings_where_it_can(guarded: TestClient, encoder: Encoder) -> None:

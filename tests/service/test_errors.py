@@ -16,13 +16,14 @@ import httpx
 import pytest
 from PIL import Image
 from pydantic import SecretStr
+from starlette.requests import Request
 from starlette.testclient import TestClient
 
 import ironclip.errors as lib
 from service import telemetry
 from service.app import create_app
 from service.errors import STATUS, error_classes, problem_types, status_of
-from service.problems import error_response, problem
+from service.problems import error_response, handle_error, problem
 from service.settings import Settings
 from tests.service.conftest import make_key, until, write_keys
 
@@ -216,6 +217,16 @@ def test_a_refusal_does_not_repeat_what_was_sent(small: TestClient) -> None:
     secret = "patient-4711"
     for change in ({"top_k": secret}, {"encoder": secret}, {"label_set": secret, "labels": None}, {"image": secret}):
         assert secret not in classify(small, **change).text
+
+
+@pytest.mark.parametrize(("path", "shape"), [("/nowhere", "code"), ("/v1/nowhere", "error"), ("/v2/nowhere", "error")])
+def test_a_refusal_needs_no_url(path: str, shape: str) -> None:
+    """None can be made of a Host or a query that is none; what is refused for other reasons is refused all the same."""
+    scope = {"type": "http", "method": "GET", "scheme": "http", "path": path, "state": {}}
+    scope |= {"headers": [(b"host", b"[:::")], "query_string": b"a=\xff", "server": ("127.0.0.1", 80)}
+    answer = asyncio.run(handle_error(Request(scope), lib.NotFound("There is nothing.")))
+    assert answer.status_code == 404
+    assert shape in json.loads(bytes(answer.body))
 
 
 def test_bodies_that_cannot_be_read(small: TestClient) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.service.conftest import ServiceProcess, as_base64, picture
+from tests.service.conftest import Locked, ServiceProcess, as_base64, picture
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 LABELS = ["carrot", "rocket"]
@@ -29,14 +28,18 @@ LABELS = ["carrot", "rocket"]
 DOCUMENT = json.loads((Path(__file__).parents[2] / "docs" / "openapi.json").read_text(encoding="utf-8"))
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
 OPERATIONS = {operation.ok().label: operation.ok() for operation in SCHEMA.get_all_operations()}
+# Whatever stands in a path or a header is a text, and no text is a wrong one: only a body or a query can be.
+FALLIBLE = [label for label, operation in OPERATIONS.items() if operation.body or operation.query]
+CASES = [(label, GenerationMode.POSITIVE) for label in OPERATIONS]
+CASES += [(label, GenerationMode.NEGATIVE) for label in FALLIBLE]
 
 
-@pytest.mark.parametrize("mode", list(GenerationMode))
-@pytest.mark.parametrize("label", OPERATIONS)
-def test_every_operation_takes_whatever_comes(tiny_service: ServiceProcess, label: str, mode: GenerationMode) -> None:
+def fuzz(label: str, mode: GenerationMode, url: str, examples: int, headers: dict[str, str] | None = None) -> None:
+    """Ask an operation so many times; Hypothesis raises Unsatisfiable where there is nothing to ask."""
+
     @given(case=OPERATIONS[label].as_strategy(generation_mode=mode))
     @settings(
-        max_examples=30,
+        max_examples=examples,
         deadline=None,
         derandomize=True,
         database=None,
@@ -45,10 +48,28 @@ def test_every_operation_takes_whatever_comes(tiny_service: ServiceProcess, labe
     def ask(case: schemathesis.Case) -> None:
         # A deadline of a millisecond is a 504 that the caller asked for; test_errors.py has it.
         case.headers.pop("X-Request-Timeout-Ms", None)
-        case.call_and_validate(base_url=tiny_service.url, checks=CHECKS, timeout=30)
+        case.call_and_validate(base_url=url, headers=headers, checks=CHECKS, timeout=30)
 
-    with contextlib.suppress(Unsatisfiable):  # an operation without parameters has no wrong ones
-        ask()
+    ask()
+
+
+@pytest.mark.parametrize(("label", "mode"), CASES)
+def test_every_operation_takes_whatever_comes(tiny_service: ServiceProcess, label: str, mode: GenerationMode) -> None:
+    fuzz(label, mode, tiny_service.url, 30)
+
+
+@pytest.mark.parametrize("label", [label for label in OPERATIONS if label != "GET /metrics"])  # on a port of its own
+def test_every_operation_takes_whatever_comes_with_a_key(locked: Locked, label: str) -> None:
+    """Tenants, scopes and points are on the way of every request then."""
+    headers = {"Authorization": f"Bearer {locked.keys['fuzzing']}"}
+    fuzz(label, GenerationMode.POSITIVE, locked.url, 4, headers)
+
+
+def test_what_nothing_can_be_made_for_does_not_pass_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OPERATIONS["GET /livez"], "as_strategy", lambda **_: st.nothing(), raising=False)
+    with pytest.raises(Unsatisfiable):
+        fuzz("GET /livez", GenerationMode.POSITIVE, "http://127.0.0.1:9", 4)
+    assert {"POST /classify", "POST /v2/models/{model}/infer", "GET /label-sets"} <= set(FALLIBLE)
 
 
 def test_each_malformed_picture_gets_its_problem_and_the_next_request_its_answer(

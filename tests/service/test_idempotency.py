@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 from service import idempotency
 from service.app import create_app
 from service.idempotency import Claims, read_key
+from service.redis_link import RedisLink
 from service.settings import Settings
 from tests.service.conftest import RedisServer, ServiceProcess, as_base64, picture, until
 
@@ -137,6 +138,50 @@ def test_the_keys_of_one_process_are_bounded() -> None:
             known = await claims.claim("", f"key {number}", "digest", "new", 10)
             assert (known.identity, known.repeated, known.begun) == (str(number), True, True)
         assert not (await claims.claim("", "key 0", "digest", "new", 10)).repeated
+
+    asyncio.run(run())
+
+
+def test_a_claim_that_has_run_out_takes_no_later_one_with_it_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        claims = Claims(None, "x", b"", lambda *_: False)
+        first = await claims.claim("", "key", "digest", "first", 1)
+        clock = time.monotonic()
+        monkeypatch.setattr(idempotency.time, "monotonic", lambda: clock + 60)
+        second = await claims.claim("", "key", "digest", "second", 1)
+        assert not second.repeated
+        await claims.release("", first)
+        assert (await claims.claim("", "key", "digest", "third", 1)).identity == "second"
+        await claims.release("", second)
+        assert (await claims.claim("", "key", "digest", "fourth", 1)).identity == "fourth"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("why", ["ran out", "was unheard of"])
+def test_a_replica_gives_up_its_own_claim_alone(redis_server: RedisServer, why: str) -> None:
+    async def run() -> None:
+        links = [RedisLink(redis_server.url, 2.0) for _ in range(2)]
+        for link in links:
+            await link.start()
+        one, two = (Claims(link, "x", b"secret", lambda *_: False) for link in links)
+        if why == "was unheard of":
+            links[0]._open = True  # as if Redis were away
+        first = await one.claim("", "key", "digest", "first", 1)
+        links[0]._open = False
+        if why == "ran out":
+            with redis_client.Redis.from_url(redis_server.url) as redis:
+                assert redis.delete(first.place)
+        second = await two.claim("", "key", "digest", "second", 10)
+        assert not second.repeated
+        await one.release("", first)
+        # A retry at the first replica begins nothing beside the second's probe.
+        again = await one.claim("", "key", "digest", "third", 10)
+        assert (again.identity, again.repeated) == ("second", True)
+        await two.release("", second)
+        assert not (await one.claim("", "key", "digest", "fourth", 10)).repeated
+        for link in links:
+            await link.close()
 
     asyncio.run(run())
 

@@ -29,6 +29,12 @@ def test_all_kinds_of_users_are_answered(tiny_service: Any, tmp_path: Path) -> N
     assert all(row["requests"] > row["failures"] for row in rows.values()), done.stdout
     assert summary["total"]["requests"] == sum(row["requests"] for row in rows.values())
     assert summary["lasted_seconds"] > 2
+    # Pictures that come again are answered from the cache, and are no part of what a forward takes.
+    assert rows["classify repeated"]["hits"]["requests"] > 0
+    assert rows["classify fresh"]["fresh"]["requests"] > 0
+    for row in (*rows.values(), summary["total"]):
+        kinds_of_it = [row[kind]["requests"] for kind in ("fresh", "hits", "refused", "failed") if kind in row]
+        assert sum(kinds_of_it) == row["requests"]
     assert 0 < summary["total"]["p50_ms"] <= summary["total"]["p99_ms"]
     assert "classify fresh:" in done.stdout
     assert "Locust" in (tmp_path / "report.html").read_text()

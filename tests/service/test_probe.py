@@ -196,6 +196,30 @@ def test_a_stream_tells_everything_and_may_be_taken_up_again(client: httpx.Clien
     assert form["points"] == [last[eps] for eps in sorted(last)]
 
 
+def test_probes_are_listed_newest_first_and_in_pages(client: httpx.Client) -> None:
+    started = [start(client, 57, eps=[1], attack="fgsm", artefacts=["adversarial"]) for _ in range(3)]
+    whole = client.get("/probes?limit=1000").json()
+    assert [row["id"] for row in whole["probes"][:3]] == started[::-1]
+    assert whole["partial"] is False
+    assert "next" not in whole
+    found, path = [], "/probes?limit=2"
+    while path:
+        page = client.get(path).json()
+        assert 1 <= len(page["probes"]) <= 2
+        found += [row["id"] for row in page["probes"]]
+        path = page.get("next", "")
+    assert found == [row["id"] for row in whole["probes"]]
+    form = ended(client, started[0])
+    (row,) = [row for row in client.get("/probes").json()["probes"] if row["id"] == started[0]]
+    assert (row["status"], row["error"]) == ("done", None)
+    for field in ("robust_to", "broken_at", "label", "encoder", "defence"):
+        assert row[field] == form["result"][field], field
+    assert row["created"] <= row["started"]
+    assert "data:image" not in json.dumps(row)
+    for wrong in ("limit=0", "limit=many", "limit=1001", "cursor=1", "cursor=x-y", f"cursor={'9' * 16}-a"):
+        assert client.get(f"/probes?{wrong}").status_code == 422, wrong
+
+
 def test_a_cancelled_probe_ends(client: httpx.Client) -> None:
     identity = start(client, 52, **LONG)
     until(lambda: client.get(f"/probes/{identity}").json()["status"] == "running")
@@ -507,6 +531,9 @@ def test_any_replica_tells_of_a_probe_and_cancels_it(replicas: list[ServiceProce
         until(lambda: there.get(f"/probes/{long}").json().get("status") == "running")
         assert there.delete(f"/probes/{long}").status_code == 204
         assert ended(here, long, 5)["status"] == "cancelled"
+        until(lambda: here.get("/probes").json() == there.get("/probes").json())
+        listed = there.get("/probes").json()
+        assert [(row["id"], row["status"]) for row in listed["probes"]] == [(long, "cancelled"), (identity, "done")]
         # What somebody else writes there is not told.
         other = redis_client.Redis(port=redis_server.port)
         other.hset(f"ironclip:probe:{identity}", "failed", '0 [1000, "failed", {"error": {}}]')
@@ -520,6 +547,8 @@ def test_any_replica_tells_of_a_probe_and_cancels_it(replicas: list[ServiceProce
             answer = there.request(method, f"/probes/{path}")
             assert (answer.status_code, answer.json()["code"]) == (503, "not-ready")
             assert int(answer.headers["retry-after"]) >= 1
+        assert there.get("/probes").json() == {"probes": [], "partial": True}
+        assert [row["id"] for row in here.get("/probes").json()["probes"]] == [last, long, identity]
 
 
 def test_a_replica_that_is_killed_takes_its_probes_along_and_redis_alone_does_not(

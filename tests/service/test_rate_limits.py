@@ -8,15 +8,23 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
 import redis as sync_redis
 
+from ironclip.defences import make_defence
+from ironclip.encoder import Encoder
+from ironclip.labels import LabelSet
+from service.cache import ArrayCache
+from service.decisions import Classifiers, Plan
 from service.keys import Caller
 from service.rate_limits import Bucket, Limiter, Meter
 from service.redis_link import RedisLink
-from service.together import together
+from service.runtime import ServedEncoder
+from service.together import REFUSED, together
 from tests.service.conftest import Locked, RedisServer, as_base64, metric, picture
 
 LABELS = ["carrot", "rocket"]
@@ -181,7 +189,7 @@ def test_what_requests_cost(locked: Locked) -> None:
         asked = cost(ask(client, 3, labels=["a", "b", "c", "d"], templates=["{}"], defence=cola))
         assert asked in (forwards, forwards + 1)  # its text bank may be another one
         image = as_base64(picture(4))
-        assert cost(client.post("/embed", json={"images": [image, "?"], "texts": ["a", "b", "c", "d"]})) == 2
+        assert cost(client.post("/embed", json={"images": [image, "?"], "texts": ["a", "b", "c", "d"]})) == 3
         assert cost(client.post("/v1/embeddings", json={"input": ["a"] * 8})) == 2
         # A file of vectors cannot hold an error: refused before any work, or what it took to find out is paid for.
         npy = {"accept": "application/x-npy"}
@@ -196,6 +204,34 @@ def test_what_requests_cost(locked: Locked) -> None:
         assert cost(client.post("/classify", json={"image": image}), 422) == 0
         assert cost(ask(client, 5, labels=["long " * 150, "b"], templates=["{}"]), 422) == 0
         assert cost(client.post("/classify", json={"image": image, "labels": ["a"], "encoder": "none"}), 404) == 0
+
+
+def test_a_picture_that_cannot_be_read_costs_one_point_whatever_stands_before_it(locked: Locked) -> None:
+    """To take it out of the request and look at it is work, but it is seen through no defence."""
+    junk, cut = as_base64(b"no picture at all"), as_base64(picture(50)[:-40])
+    cola = {"name": "cola", "views": 5}
+    with locked.client("paying") as client:
+        ask(client, 51, labels=["a", "b"], templates=["{}"], defence=cola)  # so that the texts are known
+        assert client.put("/label-sets/junk", json={"labels": ["a", "b"], "templates": ["{}"]}).status_code == 201
+        before = left(client.get("/models"))
+
+        def cost(path: str, *images: str, status: int = 200, **options: object) -> int:
+            nonlocal before
+            answer = client.post(path, json={"images": list(images), **options})
+            assert answer.status_code == status, answer.text
+            spent, before = before - left(answer), left(answer)
+            return spent
+
+        labels: dict[str, Any] = {"labels": ["a", "b"], "templates": ["{}"]}
+        assert cost("/classify", junk, "?", cut, **labels) == 3
+        assert cost("/classify", junk, "?", cut, **labels, defence=cola) == 3
+        assert cost("/classify", junk, as_base64(picture(52)), **labels, defence=cola) == 6
+        assert cost("/embed", junk, "?", cut) == 3
+        assert cost("/embed", junk, "?", cut, defence=cola, label_set="junk") == 3
+        # The service refuses the whole, and has looked at none of them.
+        assert cost("/embed", junk, defence=cola, label_set="nope", status=404) == 0
+        single = client.post("/classify", json={"image": cut, **labels, "defence": cola})
+        assert (single.status_code, before - left(single)) == (422, 1)
 
 
 def test_a_probe_is_paid_for_by_the_gradients_it_took(locked: Locked) -> None:
@@ -382,6 +418,40 @@ def test_long_labels_are_paid_for_as_they_are_read(locked: Locked) -> None:
         answer = client.post("/classify", json={"image": as_base64(picture(301)), "labels": [*labels, labels[0]]})
         assert answer.status_code == 422
         assert before - left(answer) == 3
+
+
+def test_texts_that_several_wait_for_are_paid_for_once(locked: Locked) -> None:
+    labels = {"labels": [f"together {number}" for number in range(1000)], "templates": ["{}"]}
+    bodies = [{"image": as_base64(picture(seed)), **labels} for seed in range(310, 316)]
+    with locked.client("paying") as client, ThreadPoolExecutor(len(bodies)) as pool:
+        before = left(client.get("/models"))
+        answers = list(pool.map(lambda body: client.post("/classify", json=body), bodies))
+        assert [answer.status_code for answer in answers] == [200] * len(bodies)
+        assert before - left(client.get("/models")) == 250 + len(bodies)
+
+
+@pytest.mark.anyio
+async def test_whoever_is_refused_leaves_the_texts_to_be_paid_for_by_the_others(tiny_encoder: Encoder) -> None:
+    limiter, buyers = Limiter(None, "test"), []
+    plenty = Caller("", "key1", frozenset({"infer"}), points_per_minute=1, burst=1000)
+    served = ServedEncoder("tiny", tiny_encoder, dtype="float32")
+    served.start()
+    try:
+        classifiers = Classifiers(ArrayCache("test", max_bytes=1 << 20, ttl=60), 1 << 20)
+        label_set = LabelSet.parse([f"label {number}" for number in range(400)], ["{}"])
+        plan = Plan(served, label_set, None, "rollup", make_defence(), {})
+        for _ in range(3):
+            buyers.append(asyncio.ensure_future(classifiers.bought(plan, Meter(limiter, plenty))))
+        await asyncio.sleep(0.01)
+        buyers[0].cancel(REFUSED)
+        await asyncio.wait(buyers)
+        assert buyers[0].cancelled()
+        assert all(one.result() is not None for one in buyers[1:])
+        assert (await limiter.take(plenty, 0)).left == pytest.approx(900, abs=1)
+        await classifiers.bought(plan, Meter(limiter, plenty))
+        assert (await limiter.take(plenty, 0)).left == pytest.approx(900, abs=1)
+    finally:
+        await served.stop()
 
 
 def test_texts_are_not_paid_for_where_nobody_encodes_them(locked: Locked) -> None:

@@ -103,6 +103,10 @@ def test_a_probe_is_found_by_its_own_tenant_alone(locked: Locked) -> None:
     with locked.client("acme") as acme, locked.client("prober") as same, locked.client("beta") as beta:
         started = acme.post("/attack-probe", json=body, headers={"prefer": "respond-async"})
         where = started.headers["location"]
+        lists = [[row["id"] for row in who.get("/probes").json()["probes"]] for who in (acme, same, beta)]
+        assert lists[0] == lists[1]
+        assert lists[0][0] == started.json()["id"]
+        assert started.json()["id"] not in lists[2]
         for method, path in (("GET", where), ("DELETE", where), ("GET", f"{where}/events")):
             answer = beta.request(method, path)
             assert (answer.status_code, answer.json()["code"]) == (404, "probe-not-found")

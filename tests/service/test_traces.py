@@ -197,6 +197,9 @@ def test_the_span_tree_of_a_request(traced: ServiceProcess, collector: Collector
     assert set(by_name) == {
         "POST /classify", "receive", "cache", "decode", "labels", "model", "queue", "forward", "decide", "serialise",
     }  # fmt: skip
+    assert len(by_name["queue"]) == len(by_name["forward"])  # each wait is noted once
+    timed = [part.partition(";")[0] for part in answer.headers["server-timing"].split(", ")]
+    assert [name for name in timed if name in ("queue", "model", "decide")] == ["queue", "model", "decide"]
     (root,) = by_name["POST /classify"]
     assert root.parent_span_id.hex() == PARENT
     assert root.trace_state == "vendor=1"

@@ -42,7 +42,15 @@ from ironclip_client.options import (
     Label,
     ProbeOptions,
 )
-from ironclip_client.probes import ProbeClean, ProbeEvent, ProbePoint, ProbeResult, ProbeStanding
+from ironclip_client.probes import (
+    ProbeClean,
+    ProbeEvent,
+    ProbeList,
+    ProbePoint,
+    ProbeResult,
+    ProbeStanding,
+    ProbeSummary,
+)
 from ironclip_client.results import (
     Batch,
     Classification,
@@ -109,11 +117,13 @@ __all__ = [
     "ProbeCancelled",
     "ProbeClean",
     "ProbeEvent",
+    "ProbeList",
     "ProbeOptions",
     "ProbePoint",
     "ProbeResult",
     "ProbeStanding",
     "ProbeStream",
+    "ProbeSummary",
     "Problem",
     "RateLimited",
     "Readiness",

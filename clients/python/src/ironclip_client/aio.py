@@ -15,7 +15,7 @@ from ironclip_client.errors import IronclipError, NotReady, TooLarge, UsageError
 from ironclip_client.following import Following
 from ironclip_client.images import ImageSource
 from ironclip_client.options import CallOptions, ClassifyOptions, Defence, EmbedOptions, Labels, ProbeOptions, takes
-from ironclip_client.probes import ProbeResult, ProbeStanding
+from ironclip_client.probes import ProbeList, ProbeResult, ProbeStanding
 from ironclip_client.results import Batch, Classification, Model, Models, ModelVersions, Readiness
 from ironclip_client.sending import READY_PAUSE, Config, RetryPolicy, Tries, checked_seconds, limits
 from ironclip_client.sets import AsyncLabelSets
@@ -211,6 +211,13 @@ class AsyncClient:
     async def probe_get(self, id: str, **options: Unpack[CallOptions]) -> ProbeStanding:
         """As `Client.probe_get`."""
         return await self._send(calls.probe_get(id, options))
+
+    @takes(CallOptions)
+    async def probes(
+        self, *, limit: int | None = None, cursor: str | None = None, **options: Unpack[CallOptions]
+    ) -> ProbeList:
+        """As `Client.probes`."""
+        return await self._send(calls.probe_list(limit, cursor, options))
 
     @takes(CallOptions)
     async def probe_cancel(self, id: str, **options: Unpack[CallOptions]) -> None:

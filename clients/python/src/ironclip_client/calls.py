@@ -144,6 +144,13 @@ def probe_get(id: str, options: Options) -> Call[probes.ProbeStanding]:
     return plain_call("GET", f"/probes/{segment(id)}", lambda reply: probes.probe_standing(reply.json()), options)
 
 
+def probe_list(limit: int | None, cursor: str | None, options: Options) -> Call[probes.ProbeList]:
+    """`GET /probes`."""
+    asked = {"limit": limit, "cursor": cursor}
+    params = [(name, str(value)) for name, value in asked.items() if value is not None]
+    return plain_call("GET", "/probes", lambda reply: probes.probe_list(reply.json()), options, params=params)
+
+
 def probe_cancel(id: str, options: Options) -> Call[None]:
     """`DELETE /probes/{id}`; as often as one likes, it stays cancelled."""
     return plain_call("DELETE", f"/probes/{segment(id)}", _nothing, options)

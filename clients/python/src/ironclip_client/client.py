@@ -14,7 +14,7 @@ from ironclip_client.errors import IronclipError, NotReady, TooLarge, UsageError
 from ironclip_client.following import Following
 from ironclip_client.images import ImageSource
 from ironclip_client.options import CallOptions, ClassifyOptions, Defence, EmbedOptions, Labels, ProbeOptions, takes
-from ironclip_client.probes import ProbeResult, ProbeStanding
+from ironclip_client.probes import ProbeList, ProbeResult, ProbeStanding
 from ironclip_client.results import Batch, Classification, Model, Models, ModelVersions, Readiness
 from ironclip_client.sending import READY_PAUSE, Config, RetryPolicy, Tries, checked_seconds, limits
 from ironclip_client.sets import LabelSets
@@ -269,6 +269,19 @@ class Client:
     def probe_get(self, id: str, **options: Unpack[CallOptions]) -> ProbeStanding:
         """How a probe stands; raises NotFound for one that is unknown, or forgotten since its end."""
         return self._send(calls.probe_get(id, options))
+
+    @takes(CallOptions)
+    def probes(
+        self, *, limit: int | None = None, cursor: str | None = None, **options: Unpack[CallOptions]
+    ) -> ProbeList:
+        """The probes that can be asked for by their id, in brief, newest first; those of one's own tenant alone.
+
+        Args:
+            limit: of the probes in one answer; the service's own (100) if not given.
+            cursor: the `cursor` of the list before, to go on behind it.
+            **options: see CallOptions.
+        """
+        return self._send(calls.probe_list(limit, cursor, options))
 
     @takes(CallOptions)
     def probe_cancel(self, id: str, **options: Unpack[CallOptions]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,6 +122,50 @@ class ProbeStanding:
 
 
 @dataclass(frozen=True)
+class ProbeSummary:
+    """One probe of a list; `robust_to` and `broken_at` are what is known by now, in `unit`."""
+
+    id: str
+    status: str
+    created: str
+    started: str | None = None
+    encoder: EncoderRef | None = None
+    defence: Mapping[str, Any] | None = None
+    label: str | None = None
+    unit: str | None = None
+    robust_to: float | None = None
+    broken_at: float | None = None
+    error: IronclipError | None = None
+    raw: Mapping[str, Any] = raw_field()
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more comes of it."""
+        return self.status in ENDS
+
+
+@dataclass(frozen=True)
+class ProbeList:
+    """Some of the probes that can be asked for, newest first.
+
+    Attributes:
+        next: path of the probes behind these; None where there are none.
+        partial: the service's Redis is away, and those of other replicas are missing.
+    """
+
+    probes: tuple[ProbeSummary, ...]
+    next: str | None = None
+    partial: bool = False
+    raw: Mapping[str, Any] = raw_field()
+
+    @property
+    def cursor(self) -> str | None:
+        """What to pass on as `cursor` for the probes behind these; None where there are none."""
+        query = urllib.parse.urlsplit(self.next or "").query
+        return dict(urllib.parse.parse_qsl(query)).get("cursor")
+
+
+@dataclass(frozen=True)
 class ProbeEvent:
     """One event of a probe as it goes on; `kind` is `started`, `point`, `progress`, `artefacts`, or how it ended."""
 
@@ -180,6 +225,13 @@ def probe_cost(data: object) -> Mapping[str, Any]:
 def probe_standing(data: object) -> ProbeStanding:
     """Read how a probe stands."""
     return pick(ProbeStanding, data, points=each(probe_point), result=probe_result, error=_error)
+
+
+def probe_list(data: object) -> ProbeList:
+    """Read a list of probes."""
+    return pick(
+        ProbeList, data, probes=each(lambda value: pick(ProbeSummary, value, encoder=encoder_ref, error=_error))
+    )
 
 
 def _error(data: object) -> IronclipError:

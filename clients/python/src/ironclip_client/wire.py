@@ -73,6 +73,7 @@ def plain_call(
     read: Callable[[Reply], T],
     options: Mapping[str, Any],
     *,
+    params: Sequence[tuple[str, str]] = (),
     headers: Mapping[str, str] | None = None,
     document: Mapping[str, Any] | None = None,
     again: Again = "safe",
@@ -87,7 +88,8 @@ def plain_call(
     if document is not None:
         every["Content-Type"] = "application/json"
     content = None if document is None else _dump(document)
-    return Call(method, path, read, headers=every, content=content, again=again, timeout=call.get("timeout"))
+    timeout = call.get("timeout")
+    return Call(method, path, read, params=params, headers=every, content=content, again=again, timeout=timeout)
 
 
 def image_call(
