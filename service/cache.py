@@ -183,9 +183,11 @@ class ArrayCache:
         return found
 
     def _accept(self, key: bytes, arrays: Arrays | None) -> Arrays | None:
-        self._count("rejected" if arrays is None else "shared-hit")
-        if arrays is not None:
-            self._keep(key, arrays)
+        if arrays is None:
+            self._count("rejected")
+            return None
+        self._count("shared-hit")
+        self._keep(key, arrays)
         return arrays
 
     def _pack_all(self, batch: Sequence[tuple[bytes, Arrays]]) -> list[tuple[bytes, bytes]]:
