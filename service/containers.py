@@ -168,7 +168,7 @@ def _read_webp(data: bytes, limits: ImageLimits) -> Container:
             limits.check_size(*canvas)
         elif name in (b"VP8 ", b"VP8L"):
             frames += 1
-            found.width, found.height = _webp_frame_size(name, body)
+            found.width, found.height = webp_frame_size(name, body)
             limits.check_size(found.width, found.height)
         elif name == b"EXIF":
             found.info.setdefault("exif", body)
@@ -192,7 +192,8 @@ def _webp_chunk(name: bytes, body: bytes) -> bytes:
     return name + len(body).to_bytes(4, "little") + body + b"\0" * (len(body) & 1)
 
 
-def _webp_frame_size(name: bytes, body: bytes) -> tuple[int, int]:
+def webp_frame_size(name: bytes, body: bytes) -> tuple[int, int]:
+    """Width and height in the first ten bytes of a frame's chunk; raises ImageInvalid where they are none."""
     if name == b"VP8 " and len(body) >= 10 and body[3:6] == b"\x9d\x01\x2a":
         width, height = struct.unpack_from("<HH", body, 6)
         return width & 0x3FFF, height & 0x3FFF

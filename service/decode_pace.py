@@ -6,11 +6,13 @@ A claim is read from a few bytes, on the event loop; whether it is true is found
 from __future__ import annotations
 
 import math
-import re
 import struct
 from dataclasses import dataclass
 
+from ironclip.errors import ImageError
 from ironclip.resources import usable_cpus, usable_memory
+from service.containers import sniff, webp_frame_size
+from service.jpeg_container import MARKER
 
 # Seconds for any picture, and for each of its pixels, on a core of 2021; what a machine makes of it is learnt.
 _EACH = 0.0015
@@ -19,7 +21,6 @@ _PIXEL = {"JPEG": 22e-9, "PNG": 60e-9, "WEBP": 35e-9}
 _NEWEST, _MOST = 0.1, 10.0
 # Before a JPEG's frame header come a few dozen segments; where more do, the most that is accepted is taken for claimed.
 _MAX_SEGMENTS = 256
-_MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # Bytes that a thread has in hand at most for each pixel of its picture (transparent PNGs and turned ones take 13), and
 # the share of the memory that all threads may have together.
@@ -48,28 +49,22 @@ def read_claim(data: bytes, most: int) -> Claim:
 
     What is not even the beginning of a picture claims nothing: to refuse it takes no time.
     """
-    if data[:3] == b"\xff\xd8\xff":
-        kind, pixels = "JPEG", _jpeg_pixels(data)
-    elif data[:8] == b"\x89PNG\r\n\x1a\n":
-        kind, pixels = "PNG", _product(">II", data, 16)
-    elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        kind, pixels = "WEBP", _webp_pixels(data)
-    else:
+    try:
+        kind = sniff(data)
+        pixels = {"JPEG": _jpeg_pixels, "PNG": _png_pixels, "WEBP": _webp_pixels}[kind](data)
+    except ImageError:
         return Claim("", 0)
     return Claim(kind, most if pixels is None else min(pixels, most))
 
 
-def _product(form: str, data: bytes, at: int) -> int | None:
-    if len(data) < at + struct.calcsize(form):
-        return 0  # it ends there, and is refused at once
-    width, height = struct.unpack_from(form, data, at)
-    return int(width * height)
+def _png_pixels(data: bytes) -> int:
+    return _product(">II", data, 16)
 
 
 def _jpeg_pixels(data: bytes) -> int | None:
     position = 2
     for _ in range(_MAX_SEGMENTS):
-        match = _MARKER.match(data, position)
+        match = MARKER.match(data, position)
         if match is None:
             return 0
         position = match.end()
@@ -83,13 +78,13 @@ def _webp_pixels(data: bytes) -> int | None:
     kind = data[12:16]
     if kind == b"VP8X":
         return (1 + int.from_bytes(data[24:27], "little")) * (1 + int.from_bytes(data[27:30], "little"))
-    if kind == b"VP8 ":
-        width, height = int.from_bytes(data[26:28], "little"), int.from_bytes(data[28:30], "little")
-        return (width & 0x3FFF) * (height & 0x3FFF)
-    if kind == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        return ((bits & 0x3FFF) + 1) * ((bits >> 14 & 0x3FFF) + 1)
-    return None
+    return math.prod(webp_frame_size(kind, data[20:30])) if kind in (b"VP8 ", b"VP8L") else None
+
+
+def _product(form: str, data: bytes, at: int) -> int:
+    if len(data) < at + struct.calcsize(form):
+        return 0  # it ends there, and is refused at once
+    return math.prod(struct.unpack_from(form, data, at))
 
 
 class DecodePace:

@@ -163,7 +163,7 @@ class ImageDecoder:
             NotReady: closed.
         """
         if self._closed:
-            raise NotReady("The service is stopping.", retry_after=1)
+            raise NotReady("The service is stopping.")
         urgency = CURRENT.get()
         with self._lock:
             if not self.pending:
@@ -178,7 +178,7 @@ class ImageDecoder:
             self._pool.submit(self._run_next)
         except RuntimeError:  # closed meanwhile
             future.cancel()
-            raise NotReady("The service is stopping.", retry_after=1) from None
+            raise NotReady("The service is stopping.") from None
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:

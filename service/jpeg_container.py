@@ -11,7 +11,7 @@ from service.container import Container, ImageLimits, note_trailing
 _MAX_SEGMENTS, _MAX_SCANS = 4096, 64
 # The end of entropy-coded data: a marker that is neither a stuffed zero nor a restart.
 _SCAN_END = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
-_MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)
+MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)
 
 
 def read_jpeg(data: bytes, limits: ImageLimits) -> Container:
@@ -21,7 +21,7 @@ def read_jpeg(data: bytes, limits: ImageLimits) -> Container:
     keep: list[bytes | memoryview] = [b"\xff\xd8"]
     position, scans = 2, 0
     for _ in range(_MAX_SEGMENTS):
-        match = _MARKER.match(data, position)
+        match = MARKER.match(data, position)
         if match is None:
             raise ImageInvalid(
                 "The JPEG is truncated." if position >= len(data) else "The JPEG has no marker where one is due."

@@ -171,7 +171,7 @@ def start(config: RobustConfig, folder: Path, fabric: Fabric) -> Run:
     encoder.head = Head()  # the methods train cosines; the hierarchical one puts its own in the end
     proxy = _load_proxy(config, fabric) if method.proxy else None
     made_of = {"base": original.digest} | ({"proxy": proxy.digest} if proxy is not None else {})
-    _check_same(checkpoint, made_of, folder)
+    check_same(checkpoint, made_of, folder)
     encoder.requires_grad_(False)
     original.requires_grad_(False)
     encoder.model.visual.requires_grad_(True)
@@ -263,7 +263,7 @@ def _texts(classifier: Classifier, dtype: torch.dtype) -> Texts:
     return Texts(classifier.bank.weights.to(wide), float(classifier.encoder.logit_scale))
 
 
-def _check_same(checkpoint: dict[str, Any] | None, made_of: dict[str, str], folder: Path) -> None:
+def check_same(checkpoint: dict[str, Any] | None, made_of: dict[str, str], folder: Path) -> None:
     """Raise CheckpointError where what a spec leads to has been exchanged since the run began."""
     for what, digest in (checkpoint or {}).get("made_of", {}).items():
         if digest != made_of.get(what):

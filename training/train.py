@@ -32,7 +32,7 @@ from training.checkpoint import NonFiniteLoss, load_checkpoint, save_checkpoint
 from training.config import from_mapping
 from training.methods.base import Batch
 from training.recipe import RobustConfig
-from training.robust_run import MAY_CHANGE, Run, Stretch, _check_same, comparable, essence, make_fabric, start
+from training.robust_run import MAY_CHANGE, Run, Stretch, check_same, comparable, essence, make_fabric, start
 from training.runlog import RunLog
 from training.schedule import warmup_cosine
 from training.sources import StepBatch, step_batches
@@ -164,7 +164,7 @@ def _finished(config: RobustConfig, folder: Path) -> bool:
     if checkpoint is None or checkpoint["step"] < checkpoint.get("steps", math.inf):
         return False
     specs = {"base": config.base, "proxy": config.proxy}
-    _check_same(checkpoint, {what: load_encoder(specs[what]).digest for what in checkpoint.get("made_of", {})}, folder)
+    check_same(checkpoint, {what: load_encoder(specs[what]).digest for what in checkpoint.get("made_of", {})}, folder)
     try:
         # Loading checks the files. The folder may hold what an earlier run left there.
         made = dict(load_encoder(str(artifact)).provenance["config"])
